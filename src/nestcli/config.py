@@ -1,0 +1,315 @@
+"""Configurations: presets and YAML files in, overrides applied, every key and `_target_` checked.
+
+Nothing that a file names is imported or called: `_target_` is looked up in `TARGETS`, a table of strings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nestcli.errors import ConfigError
+
+BASE = "nest_fast-conformer"
+PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
+
+# NeMo's public names and ours, with what they stand for and the keys under which they may stand.
+_NEMO = "nemo.collections.asr"
+_CLASSES = {
+    "preprocessor": ("AudioToMelSpectrogramPreprocessor", [f"{_NEMO}.modules"]),
+    "spec_augment": ("SpectrogramAugmentation", [f"{_NEMO}.modules"]),
+    "masking": ("RandomBlockMasking", [f"{_NEMO}.modules", f"{_NEMO}.modules.ssl_modules"]),
+    "quantizer": ("RandomProjectionVectorQuantizer", [f"{_NEMO}.modules", f"{_NEMO}.modules.ssl_modules"]),
+    "encoder": ("ConformerEncoder", [f"{_NEMO}.modules"]),
+    "decoder": ("MultiSoftmaxDecoder", [f"{_NEMO}.modules", f"{_NEMO}.modules.ssl_modules"]),
+    "loss": ("MultiMLMLoss", [f"{_NEMO}.losses"]),
+    "multi_speaker_noise": ("MultiSpeakerNoiseAugmentation", [f"{_NEMO}.modules.ssl_modules", f"{_NEMO}.modules"]),
+    "speaker_noise": ("SpeakerNoiseAugmentation", [f"{_NEMO}.modules.ssl_modules", f"{_NEMO}.modules"]),
+}
+TARGETS = {
+    f"{package}.{name}": kind for kind, (name, packages) in _CLASSES.items() for package in [*packages, "nestcli"]
+}
+_PLACES = {
+    **{f"model.{kind}": {kind} for kind in list(_CLASSES)[:7]},
+    "model.train_ds.batch_augmentor": {"multi_speaker_noise", "speaker_noise"},
+    "model.validation_ds.batch_augmentor": {"multi_speaker_noise", "speaker_noise"},
+}
+
+# Keys that are understood although NeMo's file does not carry them. docs/configuration.md describes each.
+_DATASET_KEYS = ("channel_selector", "batch_augmentor.nemo_exact")
+_TRAINER_KEYS = (
+    "deterministic", "detect_anomaly", "fast_dev_run", "gradient_clip_algorithm", "limit_train_batches",
+    "limit_val_batches", "max_time", "min_epochs", "min_steps", "overfit_batches",
+)  # fmt: skip
+_CHECKPOINT_KEYS = ("every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose")
+EXTRA_KEYS = frozenset(
+    (
+        "seed",
+        "model.encoder.use_pytorch_sdpa",
+        "model.encoder.conv_norm_ignore_padding",
+        "model.loss.nemo_exact",
+        "model.masking.mask_value",
+        "model.masking.max_mask_ratio",
+        "model.preprocessor.nemo_exact",
+        *(f"model.{part}.{key}" for part in ("train_ds", "validation_ds") for key in _DATASET_KEYS),
+        *(f"model.validation_ds.{key}" for key in ("drop_last", "trim_silence", "is_tarred", "is_concat")),
+        *(f"trainer.{key}" for key in _TRAINER_KEYS),
+        *(f"exp_manager.checkpoint_callback_params.{key}" for key in _CHECKPOINT_KEYS),
+    )
+)
+
+# A file that stands alone (no `base:`) may leave these out; anything else that it lacks is an error, because NeMo's
+# own defaults for it differ from the values in this configuration.
+_FILLED_FROM_BASE = ("name", "trainer", "exp_manager", "model.spec_augment", "model.train_ds", "model.validation_ds")
+_NULL_IF_ABSENT = (
+    "model.train_ds.noise_manifest", "model.train_ds.batch_augmentor",
+    "model.validation_ds.noise_manifest", "model.validation_ds.batch_augmentor", "model.validation_ds.manifest_filepath",
+)  # fmt: skip
+
+T = TypeVar("T")
+
+
+def config_dir() -> Path:
+    """The folder of the presets: inside the installed package, or at the top of the source tree."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def load_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> DictConfig:
+    """Load a preset or YAML file, apply `key=value` words and check every key, interpolation and `_target_`.
+
+    Values of `???` stay as they are: they are asked for when they are used, by `require`.
+    Raises ConfigError.
+    """
+    config = _load_named(name_or_path)
+    for word in overrides:
+        _apply_override(config, word)
+    _check(config, source=name_or_path)
+    return config
+
+
+def config_from_dict(content: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> DictConfig:
+    """A configuration that came inside a checkpoint: the same checks, and no resolvers such as `${oc.env:...}`."""
+    for path, value in _leaves(content):
+        if isinstance(value, str) and "${" in value and ":" in value:
+            raise ConfigError(f"{source}: its configuration calls a resolver at {path}: {value!r}. Refused.")
+    config = OmegaConf.create(dict(content))
+    _check_known(_leaves(content), source)
+    for word in overrides:
+        _apply_override(config, word)
+    _check(config, source)
+    return config
+
+
+def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Split a command's words into the configuration's name (first word without `=`) and its overrides."""
+    if not words or "=" in words[0]:
+        return BASE, list(words)
+    for word in words[1:]:
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is neither an option nor key=value. One configuration, then overrides.")
+    return words[0], list(words[1:])
+
+
+def require(config: DictConfig, key: str, why: str) -> Any:
+    """The value at `key`; ConfigError naming the key if it is still `???`."""
+    if OmegaConf.is_missing(OmegaConf.select(config, key.rpartition(".")[0]), key.rpartition(".")[2]):
+        raise ConfigError(f"{key} is not set: {why}. Add {key}=... to the command.")
+    return OmegaConf.select(config, key)
+
+
+def section(cls: type[T], config: DictConfig, key: str) -> T:
+    """Build the dataclass `cls` from the block at `key`, every value checked against its field's type."""
+    block = OmegaConf.select(config, key)
+    if not isinstance(block, DictConfig):
+        raise ConfigError(f"{key} is missing from the configuration, or is not a block of keys.")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # cls is a dataclass by contract
+        if field.name in block:
+            values[field.name] = _coerce(block[field.name], hints[field.name], f"{key}.{field.name}")
+        elif field.default is dataclasses.MISSING:
+            raise ConfigError(f"{key}.{field.name} is missing from the configuration.")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(f"{key}.{error}") from None
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain dictionaries, interpolations resolved."""
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+def _load_named(name_or_path: str) -> DictConfig:
+    if name_or_path in PRESETS:
+        return _load_file(config_dir() / f"{name_or_path}.yaml")
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"{name_or_path}: no such configuration file.")
+        return _load_file(path)
+    close = difflib.get_close_matches(name_or_path, PRESETS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"{name_or_path!r} is not a configuration.{hint} Give a preset ({', '.join(PRESETS)}) or a .yaml file."
+    )
+
+
+def _load_file(path: Path) -> DictConfig:
+    own = _read_yaml(path)
+    base_name = own.pop("base", None)
+    if path.resolve() == (config_dir() / f"{BASE}.yaml").resolve():
+        return OmegaConf.create(own)
+    base = _read_yaml(config_dir() / f"{BASE}.yaml")
+    if base_name is None:
+        return OmegaConf.create(_completed(own, base, path))
+    if base_name not in PRESETS:
+        raise ConfigError(f"{path}: base: {base_name!r} is not a preset. Known: {', '.join(PRESETS)}.")
+    _check_known(_leaves(own), str(path))
+    merged = OmegaConf.merge(_load_named(base_name), own)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, this is a {type(content).__name__}.")
+    return typing.cast("dict[str, Any]", content)
+
+
+def _completed(own: dict[str, Any], base: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A file that stands alone, with what it may leave out filled in."""
+    _check_known(_leaves(own), str(path))
+    config, given = OmegaConf.create(own), dict(_leaves(own))
+    for key in _NULL_IF_ABSENT:
+        if not any(known == key or known.startswith(f"{key}.") for known in given):
+            OmegaConf.update(config, key, None)
+            given[key] = None
+    missing = []
+    for key, value in _leaves(base):
+        if key in given or any(key.startswith(f"{known}.") for known, content in given.items() if content is None):
+            continue
+        if any(key == prefix or key.startswith(f"{prefix}.") for prefix in _FILLED_FROM_BASE):
+            OmegaConf.update(config, key, value)
+        else:
+            missing.append(key)
+    if missing:
+        raise ConfigError(
+            f"{path} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}. "
+            f"To change single keys of the standard configuration, put `base: {BASE}` on the file's first line."
+        )
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))
+
+
+# ---- overrides -------------------------------------------------------------------------------------------------
+
+
+def _apply_override(config: DictConfig, word: str) -> None:
+    key, equals, text = word.partition("=")
+    adds = key.startswith("+")
+    key = key.lstrip("+")
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(f"{word!r} is not an override. Write key=value, such as model.encoder.n_layers=4.")
+    value = _parse_value(text, word)
+    if not adds:
+        for path in [leaf for leaf, _ in _leaves({key: value})] if isinstance(value, dict) else [key]:
+            _check_known([(path, value)], "the command line", blocks_allowed=True)
+    try:
+        OmegaConf.update(config, key, value, merge=isinstance(value, dict), force_add=True)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{word!r} cannot be applied: {_one_line(error)}") from None
+
+
+def _parse_value(text: str, word: str) -> Any:
+    """The value of an override as YAML; plain text, such as a path with a `#` in it, is taken literally."""
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"v={text}"]))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        if text.lstrip()[:1] in ("[", "{"):
+            raise ConfigError(f"{word!r}: the value is not valid YAML: {_one_line(error)}") from None
+        return text
+    parsed = typing.cast("dict[str, Any]", value)["v"]
+    is_block = isinstance(parsed, dict | list) and text.lstrip()[:1] in ("[", "{")
+    return text if isinstance(parsed, str | dict | list) and not is_block else parsed
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------
+
+
+def _check(config: DictConfig, source: str) -> None:
+    try:
+        content = OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"{source}: an interpolation cannot be resolved: {_one_line(error)}") from None
+    for key, value in _leaves(typing.cast("dict[str, Any]", content)):
+        place, _, name = key.rpartition(".")
+        if name != "_target_":
+            continue
+        if place not in _PLACES:
+            raise ConfigError(f"{source}: {key} names a class where none belongs. Remove it.")
+        if TARGETS.get(value) not in _PLACES[place]:
+            allowed = ", ".join(_CLASSES[kind][0] for kind in sorted(_PLACES[place]))
+            raise ConfigError(f"{source}: {key}: {value!r} is not a class that nest knows. Known here: {allowed}.")
+
+
+def _check_known(leaves: Iterable[tuple[str, Any]], source: str, *, blocks_allowed: bool = False) -> None:
+    known = _known_keys()
+    blocks = {key[:i] for key in known for i, letter in enumerate(key) if letter == "."}
+    for key, value in leaves:
+        if key in known or (key in blocks and (blocks_allowed or value is None or value == {})):
+            continue
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        add = f" To add a new key, write +{key}=..." if source == "the command line" else ""
+        raise ConfigError(f"{source}: unknown key {key}.{hint}{add}")
+
+
+def _known_keys() -> frozenset[str]:
+    base = _read_yaml(config_dir() / f"{BASE}.yaml")
+    return frozenset(key for key, _ in _leaves(base)) | EXTRA_KEYS
+
+
+def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of everything that is not itself a filled block."""
+    for key, value in content.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, path)
+        else:
+            yield path, value
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = tuple(value)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    options = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        plain = typing.get_origin(option) or option
+        if plain is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if plain is Any or (isinstance(value, plain) and not (plain is int and isinstance(value, bool))):
+            return value
+    names = " or ".join("null" if option is types.NoneType else getattr(option, "__name__", "?") for option in options)
+    raise ConfigError(f"{where}: {value!r} is not of type {names}.")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,114 @@
+"""Self-attention with relative positions, after Transformer-XL.
+
+Axes: B batch, S frames, R relative offsets (2S - 1, from S - 1 down to -(S - 1)), H heads, K head width, M = H K.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MASKED_SCORE = -10000.0  # not -inf: a row in which everything is masked must stay finite
+
+
+class RelativePositions(nn.Module):
+    """The sinusoidal table of relative offsets, computed to the length that is needed and kept.
+
+    Source: Transformer-XL (arXiv:1901.02860 appendix B); NeMo `RelPositionalEncoding`. The table is not part of the
+    state dict. Scales the frames by sqrt(M) if asked to, then applies dropout to them.
+    """
+
+    table_RM: Tensor
+
+    def __init__(self, d_model: int, *, scale_input: bool, dropout: float, dropout_table: float) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.scale = math.sqrt(d_model) if scale_input else 1.0
+        self.dropout = nn.Dropout(dropout)
+        self.dropout_table = nn.Dropout(dropout_table)
+        self.register_buffer("table_RM", torch.empty(0, d_model), persistent=False)
+
+    def forward(self, frames_BSM: Tensor) -> tuple[Tensor, Tensor]:
+        """The frames, scaled and with dropout, and the rows of the table for their length (R, M)."""
+        n_frames = frames_BSM.size(1)
+        if self.table_RM.size(0) < 2 * n_frames - 1 or self.table_RM.device != frames_BSM.device:
+            self.table_RM = sinusoidal_table(n_frames, self.d_model, frames_BSM.device)
+        centre = self.table_RM.size(0) // 2
+        rows_RM = self.table_RM[centre - n_frames + 1 : centre + n_frames].to(frames_BSM.dtype)
+        if self.dropout_table.p > 0:
+            rows_RM = self.dropout_table(rows_RM)
+        if self.scale != 1.0:
+            frames_BSM = frames_BSM * self.scale
+        return self.dropout(frames_BSM), rows_RM
+
+
+def sinusoidal_table(n_frames: int, d_model: int, device: torch.device) -> Tensor:
+    """Rows for the offsets n_frames - 1 down to -(n_frames - 1), sines and cosines interleaved: (R, M) in fp32."""
+    offsets_R1 = torch.arange(n_frames - 1, -n_frames, -1, dtype=torch.float32, device=device)[:, None]
+    even_channels = torch.arange(0, d_model, 2, dtype=torch.float32, device=device)
+    angles = offsets_R1 * torch.exp(even_channels * -(math.log(10000.0) / d_model))
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+
+class RelativeAttention(nn.Module):
+    """Multi-head attention with score(i, j) = ((q_i + u) k_j + (q_i + v) r_{i-j}) / sqrt(K).
+
+    Source: Transformer-XL (arXiv:1901.02860 section 3.3); NeMo `RelPositionMultiHeadAttention`.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, *, dropout: float, use_bias: bool, use_sdpa: bool) -> None:
+        super().__init__()
+        self.n_heads, self.use_sdpa = n_heads, use_sdpa
+        self.linear_q = nn.Linear(d_model, d_model, bias=use_bias)
+        self.linear_k = nn.Linear(d_model, d_model, bias=use_bias)
+        self.linear_v = nn.Linear(d_model, d_model, bias=use_bias)
+        self.linear_out = nn.Linear(d_model, d_model, bias=use_bias)
+        self.dropout = nn.Dropout(dropout)
+        self.linear_pos = nn.Linear(d_model, d_model, bias=False)
+        self.pos_bias_u = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))
+        self.pos_bias_v = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))
+
+    def forward(self, x_BSM: Tensor, positions_RM: Tensor, hidden_BSS: Tensor) -> Tensor:
+        """Attended frames (B, S, M); `hidden_BSS` is True where a frame (second axis) must not see another."""
+        q_BSHK, k_BHSK, v_BHSK = self._heads(x_BSM)
+        r_HRK = self.linear_pos(positions_RM).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
+        content_BHSK = (q_BSHK + self.pos_bias_u).transpose(1, 2)
+        position_BHSK = (q_BSHK + self.pos_bias_v).transpose(1, 2)
+        bias_BHSS = relative_shift(position_BHSK @ r_HRK.transpose(1, 2))
+        attend = self._fused if self.use_sdpa else self._plain
+        attended_BHSK = attend(content_BHSK, k_BHSK, v_BHSK, bias_BHSS, hidden_BSS[:, None])
+        return self.linear_out(attended_BHSK.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BSM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            linear(x_BSM).unflatten(-1, (self.n_heads, -1)) for linear in (self.linear_q, self.linear_k, self.linear_v)
+        )
+        return q, k.transpose(1, 2), v.transpose(1, 2)
+
+    def _plain(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+        scores_BHSS = (q @ k.transpose(-2, -1) + bias) / math.sqrt(q.size(-1))
+        weights_BHSS = scores_BHSS.masked_fill(hidden, MASKED_SCORE).softmax(-1).masked_fill(hidden, 0.0)
+        return self.dropout(weights_BHSS) @ v
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+        bias = (bias / math.sqrt(q.size(-1))).masked_fill(hidden, MASKED_SCORE)
+        dropout = self.dropout.p if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        return attended.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+
+
+def relative_shift(scores_BHSR: Tensor) -> Tensor:
+    """Bring scores by offset into scores by frame: out[..., i, j] = scores[..., i, S - 1 - i + j].
+
+    Row i of the result starts one column further left than row i - 1. Reading the rows with a stride that is one
+    shorter does that without a copy.
+    """
+    B, H, S, R = scores_BHSR.shape
+    scores_BHSR = scores_BHSR.contiguous()
+    stride_B, stride_H, stride_S, stride_R = scores_BHSR.stride()
+    return scores_BHSR.as_strided(
+        (B, H, S, S), (stride_B, stride_H, stride_S - stride_R, stride_R), scores_BHSR.storage_offset() + S - 1
+    )

@@ -1,0 +1,274 @@
+"""The FastConformer encoder: sub-sampling, relative positions, Conformer layers.
+
+Axes: B batch, D mel bins, T feature frames, S sub-sampled frames, M model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestcli.model.attention import RelativeAttention, RelativePositions
+from nestcli.model.subsampling import DepthwiseStridingSubsampling
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The `model.encoder` block. Sizes come from the configuration alone."""
+
+    feat_in: int
+    feat_out: int
+    n_layers: int
+    d_model: int
+    use_bias: bool
+    subsampling: str
+    subsampling_factor: int
+    subsampling_conv_channels: int
+    causal_downsampling: bool
+    ff_expansion_factor: int
+    self_attention_model: str
+    n_heads: int
+    att_context_size: tuple[int, ...]
+    att_context_style: str
+    xscaling: bool
+    untie_biases: bool
+    conv_kernel_size: int
+    conv_norm_type: str
+    conv_context_size: tuple[int, ...] | str | None
+    dropout: float
+    dropout_pre_encoder: float
+    dropout_emb: float
+    dropout_att: float
+    stochastic_depth_drop_prob: float
+    stochastic_depth_mode: str
+    stochastic_depth_start_layer: int
+    use_pytorch_sdpa: bool = False
+    conv_norm_ignore_padding: bool = False
+
+    def __post_init__(self) -> None:
+        fixed = {"subsampling": "dw_striding", "causal_downsampling": False, "self_attention_model": "rel_pos"}
+        for key, only in fixed.items():
+            if getattr(self, key) != only:
+                raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
+        if self.subsampling_factor < 2 or self.subsampling_factor & (self.subsampling_factor - 1):
+            raise ValueError(f"subsampling_factor: {self.subsampling_factor} is not a power of 2 from 2 on.")
+        if self.d_model % self.n_heads or self.d_model % 2:
+            raise ValueError(f"d_model: {self.d_model} must be even and a multiple of n_heads={self.n_heads}.")
+        if self.conv_kernel_size % 2 == 0:
+            raise ValueError(f"conv_kernel_size: {self.conv_kernel_size} must be odd.")
+        if self.att_context_style not in ("regular", "chunked_limited"):
+            raise ValueError(f"att_context_style: {self.att_context_style!r}: use regular or chunked_limited.")
+        if len(self.att_context_size) != 2:
+            raise ValueError(f"att_context_size: {list(self.att_context_size)} must be [left, right].")
+        if self.stochastic_depth_mode not in ("linear", "uniform"):
+            raise ValueError(f"stochastic_depth_mode: {self.stochastic_depth_mode!r}: use linear or uniform.")
+        if self.stochastic_depth_drop_prob and not 1 <= self.stochastic_depth_start_layer <= self.n_layers:
+            raise ValueError(f"stochastic_depth_start_layer: {self.stochastic_depth_start_layer} is not a layer.")
+        self._check_convolution()
+
+    def _check_convolution(self) -> None:
+        if self.conv_norm_type not in ("batch_norm", "layer_norm") and not self.conv_norm_groups:
+            raise ValueError(f"conv_norm_type: {self.conv_norm_type!r}: use batch_norm, layer_norm or group_normN.")
+        if self.conv_norm_ignore_padding and self.conv_norm_type != "batch_norm":
+            raise ValueError("conv_norm_ignore_padding: only batch_norm can leave padding out.")
+        if len(self.conv_padding) != 2 or sum(self.conv_padding) + 1 != self.conv_kernel_size:
+            raise ValueError(f"conv_context_size: {self.conv_context_size} must add up to conv_kernel_size - 1.")
+
+    @property
+    def conv_norm_groups(self) -> int:
+        groups = self.conv_norm_type.removeprefix("group_norm")
+        return int(groups) if groups.isdecimal() and groups != self.conv_norm_type else 0
+
+    @property
+    def conv_padding(self) -> tuple[int, ...]:
+        """Frames that the depthwise convolution sees to the left and to the right."""
+        if self.conv_context_size is None:
+            return ((self.conv_kernel_size - 1) // 2,) * 2
+        if isinstance(self.conv_context_size, str):
+            return (self.conv_kernel_size - 1, 0) if self.conv_context_size == "causal" else ()
+        return self.conv_context_size
+
+    def drop_probability(self, layer: int) -> float:
+        """Stochastic depth of a layer (arXiv:1603.09382): 0 before the start layer, then uniform or rising."""
+        start = self.stochastic_depth_start_layer
+        if layer < start:
+            return 0.0
+        if self.stochastic_depth_mode == "uniform":
+            return self.stochastic_depth_drop_prob
+        return (layer - start + 1) / (self.n_layers - start) * self.stochastic_depth_drop_prob
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with SiLU and dropout between them."""
+
+    def __init__(self, d_model: int, d_hidden: int, dropout: float, use_bias: bool) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, d_hidden, bias=use_bias)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(d_hidden, d_model, bias=use_bias)
+
+    def forward(self, x_BSM: Tensor) -> Tensor:
+        return self.linear2(self.dropout(F.silu(self.linear1(x_BSM))))
+
+
+class Convolution(nn.Module):
+    """Pointwise with GLU, depthwise, normalisation, SiLU, pointwise.
+
+    Source: Conformer (arXiv:2005.08100 section 2.2); NeMo `ConformerConvolution`. Batch statistics include padding
+    frames, as in NeMo, unless `conv_norm_ignore_padding` is set.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width, self.padding = config.d_model, config.conv_padding
+        self.ignore_padding = config.conv_norm_ignore_padding
+        self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1, bias=config.use_bias)
+        self.depthwise_conv = nn.Conv1d(width, width, config.conv_kernel_size, groups=width, bias=config.use_bias)
+        self.batch_norm = _convolution_norm(config)  # NeMo's name, whichever norm it is
+        self.pointwise_conv2 = nn.Conv1d(width, width, 1, bias=config.use_bias)
+
+    def forward(self, x_BSM: Tensor, padding_BS: Tensor) -> Tensor:
+        x_BMS = F.glu(self.pointwise_conv1(x_BSM.transpose(1, 2)), dim=1)
+        x_BMS = x_BMS.masked_fill(padding_BS[:, None], 0.0)
+        x_BMS = self.depthwise_conv(F.pad(x_BMS, self.padding))
+        x_BMS = self.pointwise_conv2(F.silu(self._norm(x_BMS, padding_BS)))
+        return x_BMS.transpose(1, 2)
+
+    def _norm(self, x_BMS: Tensor, padding_BS: Tensor) -> Tensor:
+        if isinstance(self.batch_norm, nn.LayerNorm):
+            return self.batch_norm(x_BMS.transpose(1, 2)).transpose(1, 2)
+        if self.ignore_padding and self.training:
+            valid_NM1 = self.batch_norm(x_BMS.transpose(1, 2)[~padding_BS][:, :, None])
+            normed_BSM = torch.zeros_like(x_BMS.transpose(1, 2), dtype=valid_NM1.dtype)
+            return normed_BSM.masked_scatter(~padding_BS[:, :, None], valid_NM1.squeeze(-1)).transpose(1, 2)
+        return self.batch_norm(x_BMS)
+
+
+def _convolution_norm(config: EncoderConfig) -> nn.Module:
+    if config.conv_norm_type == "batch_norm":
+        return nn.BatchNorm1d(config.d_model)
+    if config.conv_norm_type == "layer_norm":
+        return nn.LayerNorm(config.d_model)
+    return nn.GroupNorm(config.conv_norm_groups, config.d_model)
+
+
+class ConformerLayer(nn.Module):
+    """Half a feed-forward, attention, convolution, half a feed-forward, each residual; then a norm.
+
+    Source: Conformer (arXiv:2005.08100 section 2.4); NeMo `ConformerLayer`.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width, hidden = config.d_model, config.d_model * config.ff_expansion_factor
+        self.norm_feed_forward1 = nn.LayerNorm(width)
+        self.feed_forward1 = FeedForward(width, hidden, config.dropout, config.use_bias)
+        self.norm_conv = nn.LayerNorm(width)
+        self.conv = Convolution(config)
+        self.norm_self_att = nn.LayerNorm(width)
+        self.self_attn = RelativeAttention(
+            width, config.n_heads, dropout=config.dropout_att, use_bias=config.use_bias, use_sdpa=config.use_pytorch_sdpa
+        )
+        self.norm_feed_forward2 = nn.LayerNorm(width)
+        self.feed_forward2 = FeedForward(width, hidden, config.dropout, config.use_bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, x_BSM: Tensor, positions_RM: Tensor, hidden_BSS: Tensor, padding_BS: Tensor) -> Tensor:
+        x_BSM = x_BSM + 0.5 * self.dropout(self.feed_forward1(self.norm_feed_forward1(x_BSM)))
+        x_BSM = x_BSM + self.dropout(self.self_attn(self.norm_self_att(x_BSM), positions_RM, hidden_BSS))
+        x_BSM = x_BSM + self.dropout(self.conv(self.norm_conv(x_BSM), padding_BS))
+        x_BSM = x_BSM + 0.5 * self.dropout(self.feed_forward2(self.norm_feed_forward2(x_BSM)))
+        return self.norm_out(x_BSM)
+
+
+class ConformerEncoder(nn.Module):
+    """The FastConformer encoder (arXiv:2305.05084); NeMo `ConformerEncoder`."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.subsampling_conv_channels
+        self.pre_encode = DepthwiseStridingSubsampling(
+            config.feat_in, config.d_model, config.d_model if channels == -1 else channels, config.subsampling_factor
+        )
+        self.pos_enc = RelativePositions(
+            config.d_model,
+            scale_input=config.xscaling,
+            dropout=config.dropout_pre_encoder,
+            dropout_table=config.dropout_emb,
+        )
+        self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.n_layers))
+        if not config.untie_biases:
+            for layer in self.layers:
+                layer.self_attn.pos_bias_u = self.layers[0].self_attn.pos_bias_u
+                layer.self_attn.pos_bias_v = self.layers[0].self_attn.pos_bias_v
+        if config.feat_out > 0 and config.feat_out != config.d_model:
+            self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.feat_out)
+        else:
+            self.out_proj = None
+
+    @property
+    def width_out(self) -> int:
+        return self.config.d_model if self.out_proj is None else self.out_proj.out_features
+
+    def reset_parameters(self) -> None:
+        """Draw the weights again, in the order in which they are built."""
+        self.pre_encode.reset_parameters()
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear | nn.Conv1d):
+                module.reset_parameters()
+        if self.out_proj is not None:
+            self.out_proj.reset_parameters()
+
+    def forward(self, features_BDT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded frames (B, S, M) and their valid lengths (B,)."""
+        return self.encode(*self.pre_encode(features_BDT.transpose(1, 2), lengths_B))
+
+    def encode(self, frames_BSM: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What follows the sub-sampling: frames (B, S, M) to encoded frames (B, S, M) and lengths (B,)."""
+        x_BSM, positions_RM = self.pos_enc(frames_BSM)
+        padding_BS = torch.arange(x_BSM.size(1), device=x_BSM.device) >= lengths_B[:, None]
+        hidden_BSS = self._hidden(padding_BS)
+        for number, layer in enumerate(self.layers):
+            before_BSM = x_BSM
+            x_BSM = layer(x_BSM, positions_RM, hidden_BSS, padding_BS)
+            x_BSM = self._maybe_dropped(number, before_BSM, x_BSM)
+        return (x_BSM if self.out_proj is None else self.out_proj(x_BSM)), lengths_B
+
+    def _hidden(self, padding_BS: Tensor) -> Tensor:
+        """Which frames a frame must not see (B, S, S): padding, and what lies outside its context."""
+        hidden_BSS = padding_BS[:, None, :] | padding_BS[:, :, None]
+        outside_SS = outside_context(padding_BS.size(1), self.config, padding_BS.device)
+        return hidden_BSS if outside_SS is None else hidden_BSS | outside_SS
+
+    def _maybe_dropped(self, number: int, before_BSM: Tensor, after_BSM: Tensor) -> Tensor:
+        probability = self.config.drop_probability(number)
+        if not self.training or probability <= 0:
+            return after_BSM
+        if torch.rand(1).item() < probability:  # on the CPU whatever the device, as in NeMo
+            return after_BSM * 0.0 + before_BSM
+        return (after_BSM - before_BSM) / (1.0 - probability) + before_BSM
+
+
+def outside_context(n_frames: int, config: EncoderConfig, device: torch.device) -> Tensor | None:
+    """True where frame i must not see frame j (S, S); None if the context is unlimited."""
+    left, right = config.att_context_size
+    frame_S = torch.arange(n_frames, device=device)
+    if config.att_context_style == "chunked_limited" and right >= 0:
+        chunk_S = frame_S // (right + 1)
+        behind_SS = chunk_S[:, None] - chunk_S[None, :]
+        outside_SS = behind_SS < 0
+        return outside_SS if left < 0 else outside_SS | (behind_SS > left // (right + 1))
+    if left < 0 and right < 0:
+        return None
+    ahead_SS = frame_S[None, :] - frame_S[:, None]
+    outside_SS = torch.zeros(n_frames, n_frames, dtype=torch.bool, device=device)
+    if left >= 0:
+        outside_SS |= ahead_SS < -left
+    if right >= 0:
+        outside_SS |= ahead_SS > right
+    return outside_SS

@@ -1,0 +1,115 @@
+"""Random block masking: replaces blocks of frames by one vector.
+
+Axes: B batch, D features, T frames.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """The `model.masking` block. `block_size` in frames."""
+
+    feat_in: int
+    block_size: int
+    mask_prob: float
+    freeze: bool
+    allow_overlap: bool
+    mask_value: float | None = None
+    max_mask_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size: {self.block_size} is not a number of frames, give at least 1.")
+        if not 0 <= self.mask_prob <= 1:
+            raise ValueError(f"mask_prob: {self.mask_prob} is not a probability.")
+        if self.max_mask_ratio is not None and not 0 < self.max_mask_ratio <= 1:
+            raise ValueError(f"max_mask_ratio: {self.max_mask_ratio} is not in (0, 1].")
+
+
+class RandomBlockMasking(nn.Module):
+    """Masks blocks of frames; padding is never masked. Draws come from torch's generator of the features' device.
+
+    Source: arXiv:2408.13106 section 2.2; NeMo `RandomBlockMasking`. `max_mask_ratio`, which NeMo accepts and
+    ignores, is honoured here when it is set.
+    """
+
+    def __init__(self, config: MaskingConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mask_embedding = nn.Parameter(torch.empty(config.feat_in))
+        if config.mask_value is None:
+            nn.init.normal_(self.mask_embedding, mean=0.0, std=0.1)
+        else:
+            nn.init.constant_(self.mask_embedding, config.mask_value)
+        self.mask_embedding.requires_grad_(not config.freeze and config.mask_value is None)
+
+    def forward(self, features_BDT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Masked features (B, D, T) and the mask (B, T), True where a frame was replaced."""
+        draw = overlapping_blocks if self.config.allow_overlap else disjoint_blocks
+        mask_BT = draw(lengths_B, features_BDT.size(2), self.config)
+        embedding_1D1 = self.mask_embedding.to(features_BDT.dtype)[None, :, None]
+        return torch.where(mask_BT[:, None, :], embedding_1D1, features_BDT), mask_BT
+
+
+def overlapping_blocks(lengths_B: Tensor, n_frames: int, config: MaskingConfig) -> Tensor:
+    """Every frame starts a block with probability `mask_prob` if the block ends inside the item; blocks may overlap."""
+    draws_BT = torch.rand(len(lengths_B), n_frames, device=lengths_B.device)
+    fits_BT = torch.arange(n_frames, device=lengths_B.device) + config.block_size <= lengths_B[:, None]
+    starts_BT = (draws_BT < config.mask_prob) & fits_BT
+    if config.max_mask_ratio is not None:
+        starts_BT = _limited_starts(starts_BT, draws_BT, lengths_B, config)
+    return _covered(starts_BT, config.block_size)
+
+
+def disjoint_blocks(lengths_B: Tensor, n_frames: int, config: MaskingConfig) -> Tensor:
+    """About `mask_prob` of each item in blocks that do not overlap: slots of one block each, shifted by one offset."""
+    device, block = lengths_B.device, config.block_size
+    share = config.mask_prob if config.max_mask_ratio is None else min(config.mask_prob, config.max_mask_ratio)
+    wanted_B = torch.ceil(lengths_B * share / block).long()  # in fp32, as NeMo: the rounding decides some lengths
+    crowded_B = (wanted_B + 1) * block > lengths_B
+    block_B = torch.where(crowded_B, lengths_B // (wanted_B + 1), block).clamp_min(1)
+    slots_B = (lengths_B // block_B - 1).clamp_min(0)
+    blocks_B = torch.minimum(wanted_B, slots_B)
+
+    is_slot_BT = torch.arange(n_frames, device=device) < slots_B[:, None]
+    draws_BT = torch.rand(len(lengths_B), n_frames, device=device).masked_fill(~is_slot_BT, -math.inf)
+    most = math.ceil(n_frames * share / block)
+    slot_BK = draws_BT.topk(most, dim=1).indices
+    chosen_BK = torch.arange(most, device=device) < blocks_B[:, None]
+    offset_B = (torch.rand(len(lengths_B), device=device) * block_B).long()
+
+    # Frame t lies in slot (t - offset) // block; it is masked if that slot was chosen.
+    is_chosen_BT = torch.zeros(len(lengths_B), n_frames, dtype=torch.bool, device=device)
+    is_chosen_BT.scatter_(1, slot_BK, chosen_BK)
+    shifted_BT = torch.arange(n_frames, device=device) - offset_B[:, None]
+    frame_slot_BT = shifted_BT.div(block_B[:, None], rounding_mode="floor")
+    return is_chosen_BT.gather(1, frame_slot_BT.clamp_min(0)) & (frame_slot_BT >= 0)
+
+
+def _covered(starts_BT: Tensor, block_size: int) -> Tensor:
+    """Frames that lie in a block: those with a start among the last `block_size` frames, their own included."""
+    started_BT = F.pad(starts_BT.long().cumsum(1), (block_size, 0))
+    return started_BT[:, block_size:] > started_BT[:, :-block_size]
+
+
+def _limited_starts(starts_BT: Tensor, draws_BT: Tensor, lengths_B: Tensor, config: MaskingConfig) -> Tensor:
+    """Drop the blocks with the largest draws until at most `max_mask_ratio` of each item is masked."""
+    assert config.max_mask_ratio is not None
+    kept_BT = starts_BT.clone()
+    for item in range(len(starts_BT)):
+        allowed = int(lengths_B[item] * config.max_mask_ratio)
+        candidates = starts_BT[item].nonzero().flatten()
+        worst_first = candidates[draws_BT[item, candidates].argsort(descending=True)]
+        for start in worst_first:
+            if int(_covered(kept_BT[item : item + 1], config.block_size).sum()) <= allowed:
+                break
+            kept_BT[item, start] = False
+    return kept_BT

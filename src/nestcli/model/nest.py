@@ -1,0 +1,154 @@
+"""NEST: the whole way from waveforms to the loss.
+
+Axes: B batch, N samples (of audio) or selected tokens (of logits), D mel bins, T feature frames, S sub-sampled
+frames and tokens, M model width, C codes, G codebooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from nestcli.config import section
+from nestcli.errors import ConfigError
+from nestcli.model.conformer import ConformerEncoder, EncoderConfig
+from nestcli.model.decoder import DecoderConfig, MultiSoftmaxDecoder
+from nestcli.model.features import LogMelPreprocessor, PreprocessorConfig
+from nestcli.model.loss import LossConfig, MaskedTokenLoss, fitted
+from nestcli.model.masking import MaskingConfig, RandomBlockMasking
+from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
+
+
+class NestOutput(NamedTuple):
+    """What a forward pass gives; everything but the loss is detached."""
+
+    loss: Tensor  # scalar
+    correct: Tensor  # scalar: selected tokens (of all codebooks) whose most probable code is the target
+    selected: Tensor  # scalar: selected tokens, times codebooks
+    mask_BT: Tensor  # True where a frame was masked
+
+
+@dataclass(frozen=True)
+class NestConfig:
+    """The blocks of `model` that shape the network, checked and made to fit each other."""
+
+    preprocessor: PreprocessorConfig
+    masking: MaskingConfig
+    quantizer: QuantizerConfig
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    loss: LossConfig
+    mask_after_subsampling: bool
+
+    @classmethod
+    def from_config(cls, config: DictConfig) -> NestConfig:
+        """Read the configuration. Raises ConfigError naming the key that does not fit."""
+        position = config.model.mask_position
+        if position not in ("pre_conv", "post_conv"):
+            raise ConfigError(f"model.mask_position: {position!r}: use pre_conv or post_conv.")
+        blocks = cls(
+            preprocessor=section(PreprocessorConfig, config, "model.preprocessor"),
+            masking=section(MaskingConfig, config, "model.masking"),
+            quantizer=section(QuantizerConfig, config, "model.quantizer"),
+            encoder=section(EncoderConfig, config, "model.encoder"),
+            decoder=section(DecoderConfig, config, "model.decoder"),
+            loss=section(LossConfig, config, "model.loss"),
+            mask_after_subsampling=position == "post_conv",
+        )
+        blocks = blocks._moved_after_subsampling() if blocks.mask_after_subsampling else blocks
+        blocks._check()
+        return blocks
+
+    def _moved_after_subsampling(self) -> NestConfig:
+        """With post_conv, everything about masks and tokens counts sub-sampled frames instead of feature frames."""
+        factor, width = self.encoder.subsampling_factor, self.encoder.d_model
+        return replace(
+            self,
+            masking=replace(self.masking, feat_in=width, block_size=max(1, self.masking.block_size // factor)),
+            quantizer=replace(self.quantizer, feat_in=width, combine_time_steps=1),
+            loss=replace(self.loss, combine_time_steps=1),
+        )
+
+    def _check(self) -> None:
+        encoder_out = self.encoder.feat_out if self.encoder.feat_out > 0 else self.encoder.d_model
+        step = 1 if self.mask_after_subsampling else self.encoder.subsampling_factor
+        for key, value, wanted in (
+            ("encoder.feat_in", self.encoder.feat_in, self.preprocessor.features),
+            ("decoder.feat_in", self.decoder.feat_in, encoder_out),
+            ("decoder.num_classes", self.decoder.num_classes, self.quantizer.num_classes),
+            ("decoder.num_decoders", self.decoder.num_decoders, self.quantizer.num_books),
+            ("quantizer.combine_time_steps", self.quantizer.combine_time_steps, step),
+            ("loss.combine_time_steps", self.loss.combine_time_steps, step),
+        ):
+            if value != wanted:
+                raise ConfigError(f"model.{key} is {value}, but the other blocks make it {wanted}.")
+        if self.preprocessor.pad_to < 1 or self.preprocessor.pad_to % self.encoder.subsampling_factor:
+            raise ConfigError(
+                f"model.preprocessor.pad_to: {self.preprocessor.pad_to} must be a multiple of "
+                f"model.encoder.subsampling_factor={self.encoder.subsampling_factor}, so that tokens come out whole."
+            )
+
+
+class NestModel(nn.Module):
+    """The denoising masked-token predictor; parameter names, shapes and order are NeMo's own.
+
+    Source: arXiv:2408.13106; NeMo `EncDecDenoiseMaskedTokenPredModel`. From the same seed the initial weights are
+    NeMo's too: NeMo builds encoder and decoder twice, so their weights are drawn a second time here.
+    """
+
+    def __init__(self, config: NestConfig) -> None:
+        super().__init__()
+        self.mask_after_subsampling = config.mask_after_subsampling
+        encoder, decoder = ConformerEncoder(config.encoder), MultiSoftmaxDecoder(config.decoder)
+        quantizer = RandomProjectionQuantizer(config.quantizer)
+        mask_processor = RandomBlockMasking(config.masking)
+        encoder.reset_parameters()
+        decoder.reset_parameters()
+        self.preprocessor = LogMelPreprocessor(config.preprocessor)
+        self.encoder = encoder
+        self.quantizer = quantizer
+        self.mask_processor = mask_processor
+        self.decoder = decoder
+        self.loss = MaskedTokenLoss(config.loss)
+
+    def forward(self, clean_BN: Tensor, clean_len_B: Tensor, noisy_BN: Tensor, noisy_len_B: Tensor) -> NestOutput:
+        """Loss of predicting the tokens of the clean audio under the masked frames of the noisy audio.
+
+        Waveforms (B, N) at the configured rate, lengths (B,) in samples.
+        """
+        clean_BDT, clean_frames_B = self.preprocessor(clean_BN, clean_len_B)
+        noisy_BDT, noisy_frames_B = self.preprocessor(noisy_BN, noisy_len_B)
+        if self.mask_after_subsampling:
+            tokens_BSG = self._tokens_of_subsampled(clean_BDT, clean_frames_B)
+            encoded_BSM, mask_BT = self._encode_masking_subsampled(noisy_BDT, noisy_frames_B)
+        else:
+            tokens_BSG = self._with_book_axis(self.quantizer(clean_BDT))
+            masked_BDT, mask_BT = self.mask_processor(noisy_BDT, noisy_frames_B)
+            encoded_BSM, _ = self.encoder(masked_BDT, noisy_frames_B)
+        return self._predict(encoded_BSM, tokens_BSG, mask_BT)
+
+    def _predict(self, encoded_BSM: Tensor, tokens_BSG: Tensor, mask_BT: Tensor) -> NestOutput:
+        selected_BS = self.loss.select(mask_BT)
+        logits_NCG = self.decoder(encoded_BSM[selected_BS])
+        tokens_NG = fitted(tokens_BSG, selected_BS.size(1))[selected_BS]
+        correct = (logits_NCG.detach().argmax(1) == tokens_NG).sum()
+        selected = torch.tensor(tokens_NG.numel(), device=correct.device)
+        return NestOutput(self.loss(logits_NCG, tokens_NG), correct, selected, mask_BT)
+
+    @torch.no_grad()
+    def _tokens_of_subsampled(self, clean_BDT: Tensor, frames_B: Tensor) -> Tensor:
+        subsampled_BSM, _ = self.encoder.pre_encode(clean_BDT.transpose(1, 2), frames_B)
+        return self._with_book_axis(self.quantizer(subsampled_BSM.transpose(1, 2)))
+
+    def _encode_masking_subsampled(self, noisy_BDT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
+        subsampled_BSM, lengths_B = self.encoder.pre_encode(noisy_BDT.transpose(1, 2), frames_B)
+        masked_BMS, mask_BS = self.mask_processor(subsampled_BSM.transpose(1, 2), lengths_B)
+        encoded_BSM, _ = self.encoder.encode(masked_BMS.transpose(1, 2), lengths_B)
+        return encoded_BSM, mask_BS
+
+    def _with_book_axis(self, tokens: Tensor) -> Tensor:
+        return tokens if tokens.dim() == 3 else tokens[:, :, None]

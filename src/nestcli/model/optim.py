@@ -1,0 +1,90 @@
+"""Optimiser and learning rate: AdamW in one parameter group, Noam annealing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nestcli.config import section
+from nestcli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The `model.optim` block; `lr` is Noam annealing's factor."""
+
+    name: str
+    lr: float
+    betas: tuple[float, ...]
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        if self.name.lower() != "adamw":
+            raise ValueError(f"name: {self.name!r} is not supported, only adamw is.")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: {list(self.betas)} must be two numbers.")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The `model.optim.sched` block."""
+
+    name: str
+    d_model: int
+    min_lr: float
+    warmup_steps: int | None = None
+    warmup_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name != "NoamAnnealing":
+            raise ValueError(f"name: {self.name!r} is not supported, only NoamAnnealing is.")
+
+    def warmup(self, max_steps: int) -> int:
+        """Steps of the warm-up: `warmup_steps`, or `warmup_ratio` of all steps."""
+        if self.warmup_ratio is not None:
+            if max_steps < 1:
+                raise ConfigError("model.optim.sched.warmup_ratio needs trainer.max_steps. Set warmup_steps instead.")
+            return int(self.warmup_ratio * max_steps)
+        if not self.warmup_steps or self.warmup_steps < 1:
+            raise ConfigError("model.optim.sched: set warmup_steps (1 or more) or warmup_ratio.")
+        return self.warmup_steps
+
+
+class NoamAnnealing(LRScheduler):
+    """lr(s) = factor * d_model^-0.5 * min(s^-0.5, s * warmup^-1.5), at least `min_lr` after the warm-up.
+
+    Steps 0 and 1 have the same rate. Source: Attention Is All You Need (arXiv:1706.03762 section 5.3); NeMo
+    `NoamAnnealing`.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, d_model: int, warmup_steps: int, min_lr: float) -> None:
+        self.d_model, self.warmup_steps, self.min_lr = d_model, warmup_steps, min_lr
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        step = max(1, self.last_epoch)
+        share = self.d_model**-0.5 * min(step**-0.5, step * self.warmup_steps**-1.5)
+        floor = self.min_lr if step > self.warmup_steps else 0.0
+        return [max(factor * share, floor) for factor in self.base_lrs]
+
+
+def build_optimizer(model: nn.Module, config: DictConfig) -> AdamW:
+    """AdamW over every parameter in one group, as in NeMo: decay on biases and norms too, frozen ones listed."""
+    optim = section(OptimizerConfig, config, "model.optim")
+    parameters = list(model.parameters())
+    fused = all(parameter.is_cuda for parameter in parameters)
+    beta1, beta2 = optim.betas
+    return AdamW(parameters, lr=optim.lr, betas=(beta1, beta2), weight_decay=optim.weight_decay, fused=fused)
+
+
+def build_schedule(optimizer: Optimizer, config: DictConfig, max_steps: int) -> NoamAnnealing:
+    """Noam annealing over optimiser steps."""
+    sched = section(ScheduleConfig, config, "model.optim.sched")
+    return NoamAnnealing(
+        optimizer, d_model=sched.d_model, warmup_steps=sched.warmup(max_steps), min_lr=sched.min_lr
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +44,16 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.name != "NoamAnnealing":
             raise ValueError(f"name: {self.name!r} is not supported, only NoamAnnealing is.")
+        if (self.warmup_steps or 0) < 0:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} is not a number of steps.")
 
     def warmup(self, max_steps: int) -> int:
-        """Steps of the warm-up: `warmup_steps`, or `warmup_ratio` of all steps."""
+        """Steps of the warm-up: `warmup_steps`, or `warmup_ratio` of all steps; 0 without either."""
         if self.warmup_ratio is not None:
             if max_steps < 1:
                 raise ConfigError("model.optim.sched.warmup_ratio needs trainer.max_steps. Set warmup_steps instead.")
             return int(self.warmup_ratio * max_steps)
-        if not self.warmup_steps or self.warmup_steps < 1:
-            raise ConfigError("model.optim.sched: set warmup_steps (1 or more) or warmup_ratio.")
-        return self.warmup_steps
+        return self.warmup_steps or 0
 
 
 class NoamAnnealing(LRScheduler):
@@ -68,7 +69,8 @@ class NoamAnnealing(LRScheduler):
 
     def get_lr(self) -> list[float | torch.Tensor]:
         step = max(1, self.last_epoch)
-        share = self.d_model**-0.5 * min(step**-0.5, step * self.warmup_steps**-1.5)
+        rising = step * self.warmup_steps**-1.5 if self.warmup_steps else math.inf
+        share = self.d_model**-0.5 * min(step**-0.5, rising)
         floor = self.min_lr if step > self.warmup_steps else 0.0
         return [max(factor * share, floor) for factor in self.base_lrs]
 

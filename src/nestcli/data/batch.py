@@ -1,0 +1,68 @@
+"""What the loader hands to the model, and the gathering of items into it.
+
+Axes: B batch, N samples, zero-padded to the longest item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseBatch:
+    """Clean speech, what is to be mixed into it, and the mixture. Source: NeMo `AudioNoiseBatch`.
+
+    `sample_ids` are lines of the data set; `counts` is False for a batch that only keeps the ranks in step.
+    """
+
+    audio: Tensor  # (B, N) float32
+    audio_len: Tensor  # (B,) int64, samples
+    noise: Tensor  # (B, N)
+    noise_len: Tensor  # (B,)
+    noisy_audio: Tensor  # (B, N)
+    noisy_audio_len: Tensor  # (B,)
+    sample_ids: tuple[int, ...] = ()
+    counts: bool = True
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> NoiseBatch:
+        return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self._tensors().items()})
+
+    def pin_memory(self) -> NoiseBatch:
+        return replace(self, **{key: value.pin_memory() for key, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: value for key, value in values.items() if isinstance(value, Tensor)}
+
+
+Samples = npt.NDArray[np.float32]
+
+
+def collate(audios: Sequence[Samples], noises: Sequence[Samples], sample_ids: Sequence[int]) -> NoiseBatch:
+    """Zero-pad items to the longest; noise is cut or padded to the same width. Nothing is mixed yet."""
+    longest = max(len(audio) for audio in audios)
+    audio, noise = (_stacked(items, longest) for items in (audios, noises))
+    audio_len = torch.tensor([len(item) for item in audios])
+    return NoiseBatch(
+        audio=audio,
+        audio_len=audio_len,
+        noise=noise,
+        noise_len=torch.tensor([min(len(item), longest) for item in noises]),
+        noisy_audio=audio,
+        noisy_audio_len=audio_len,
+        sample_ids=tuple(sample_ids),
+    )
+
+
+def _stacked(items: Sequence[Samples], width: int) -> Tensor:
+    stacked = np.zeros((len(items), width), np.float32)
+    for row, item in zip(stacked, items, strict=True):
+        kept = item[:width]
+        row[: len(kept)] = kept
+    return torch.from_numpy(stacked)

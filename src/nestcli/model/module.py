@@ -1,0 +1,127 @@
+"""The LightningModule: one optimiser step and one validation of NEST."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nestcli.config import resolved
+from nestcli.model.nest import NestConfig, NestModel, NestOutput
+from nestcli.model.optim import build_optimizer, build_schedule
+
+CONFIG_KEY = "nest_config"
+_TRAIN, _VALIDATION = 0, 1
+
+
+class Batch(Protocol):
+    """What a loader hands over: waveforms (B, N) and their lengths (B,) in samples."""
+
+    audio: Tensor
+    audio_len: Tensor
+    noisy_audio: Tensor
+    noisy_audio_len: Tensor
+    counts: bool
+
+
+class NestModule(LightningModule):
+    """NEST for Lightning. In checkpoints the weights have NeMo's names, without a prefix of ours.
+
+    Dither, masks and dropout of a step are drawn from a generator seeded by (seed, phase, step, rank), so that a
+    resumed run continues with the same numbers and validation is the same at every call.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = int(config.get("seed") or 0)
+        torch.manual_seed(self.seed)
+        self.model = NestModel(NestConfig.from_config(config))
+        self._validation = torch.zeros(4, dtype=torch.float64)
+
+    def forward(self, batch: Batch) -> NestOutput:
+        output: NestOutput = self.model(batch.audio, batch.audio_len, batch.noisy_audio, batch.noisy_audio_len)
+        return output
+
+    # ---- training ----
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        self._seed_draws(_TRAIN, self.trainer.fit_loop.epoch_loop.total_batch_idx)
+        output = self(batch)
+        self.log("train_loss", output.loss.detach())
+        self.log("masked_accuracy", _share(output.correct, output.selected))
+        self.log("learning_rate", self.learning_rate)
+        self.log("global_step", float(self.trainer.global_step))
+        return {"loss": output.loss, "correct": output.correct, "selected": output.selected}
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the coming optimiser step."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, torch.optim.Optimizer | _HasGroups)
+        return float(optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.model, self.config)
+        schedule = build_schedule(optimizer, self.config, int(self.trainer.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---- validation: the mean over all selected tokens; batches without one do not count ----
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(4, dtype=torch.float64, device=_float64_device(self.device))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._seed_draws(_VALIDATION, batch_idx)
+        output = self(batch)
+        if not batch.counts:
+            return
+        if self.model.loss.config.nemo_exact:  # NeMo's mean over batches, whatever their size, NaN and all
+            row = [output.loss, output.correct / output.selected, 1.0, 1.0]
+        else:
+            row = [output.loss * output.selected, output.correct, output.selected, output.selected]
+        self._validation += torch.tensor([float(value) for value in row], dtype=torch.float64).to(self._validation)
+
+    def on_validation_epoch_end(self) -> None:
+        total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
+        loss, correct, loss_weight, weight = total.tolist() if isinstance(total, Tensor) else total
+        if loss_weight > 0:
+            self.log("val_loss", loss / loss_weight)
+            self.log("val_masked_accuracy", correct / weight)
+        else:
+            self.log("val_loss", float("nan"))
+
+    def _seed_draws(self, phase: int, step: int) -> None:
+        mixed = torch.Generator().manual_seed(self.seed)
+        key = torch.randint(2**31, (1,), generator=mixed).item()
+        torch.manual_seed((int(key) << 31) ^ (step << 12) ^ (self.global_rank << 1) ^ phase)
+
+    # ---- checkpoints: NeMo's names, and the configuration as plain data ----
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {_bare(name): value for name, value in checkpoint["state_dict"].items()}
+        checkpoint[CONFIG_KEY] = resolved(self.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state: Mapping[str, Tensor] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {f"model.{_bare(name)}": value for name, value in state.items()}
+
+
+class _HasGroups(Protocol):
+    param_groups: list[dict[str, Any]]
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return part.float() / whole.clamp_min(1)
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64

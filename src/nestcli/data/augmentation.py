@@ -238,8 +238,10 @@ def _tiled(sound: Tensor, width: int) -> Tensor:
 
 def _gain(speech: Tensor, sound: Tensor, ratio_db: float) -> float:
     """The factor that puts the mean energy of `sound` `ratio_db` below that of `speech`; 0 if it is silent."""
-    sound_energy = torch.sum(sound**2) / len(sound)
-    if not sound_energy > 0:
-        return 0.0
-    speech_energy = torch.sum(speech**2) / len(speech)
-    return math.sqrt(speech_energy / (10 ** (ratio_db / 10) * sound_energy))
+    sound_energy = _mean_energy(sound)
+    return math.sqrt(_mean_energy(speech) / (10 ** (ratio_db / 10) * sound_energy)) if sound_energy > 0 else 0.0
+
+
+def _mean_energy(sound: Tensor) -> float:
+    """In float64 and by NumPy, whose sum does not depend on the number of threads as PyTorch's does."""
+    return float(np.square(sound.numpy(), dtype=np.float64).mean())

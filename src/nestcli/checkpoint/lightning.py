@@ -1,0 +1,82 @@
+"""Lightning checkpoints: written whole or not at all, read without running anything that is in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from omegaconf import DictConfig
+
+from nestcli.config import config_from_dict
+from nestcli.errors import CheckpointError
+from nestcli.model.module import CONFIG_KEY
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a temporary file in the same folder, syncs it and renames it, so that a name is always a whole file."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise CheckpointError(
+                f"{target} cannot be written: {error.strerror or error}. Older checkpoints are untouched."
+            ) from None
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def load_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a .ckpt file: plain data and tensors only. Raises CheckpointError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint.") from None
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0][:200]}. "
+            "It is damaged, or holds more than tensors and plain data."
+        ) from None
+    if not isinstance(content, Mapping) or "state_dict" not in content:
+        raise CheckpointError(f"{path} is not a checkpoint of `nest pretrain`: it has no state_dict.")
+    return dict(content)
+
+
+def config_of_checkpoint(path: str | os.PathLike[str], overrides: list[str]) -> DictConfig:
+    """The configuration that a .ckpt of `nest pretrain` carries, overrides applied."""
+    content = load_lightning_checkpoint(path)
+    if not isinstance(content.get(CONFIG_KEY), Mapping):
+        raise CheckpointError(f"{path} carries no configuration: it was not written by `nest pretrain`.")
+    return config_from_dict(content[CONFIG_KEY], str(path), overrides)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest `*-last.ckpt` of an experiment, None if there is none."""
+    found = sorted(folder.glob("*-last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return found[-1] if found else None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

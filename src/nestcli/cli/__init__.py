@@ -1,0 +1,1 @@
+"""The `nest` command: one thin module a subcommand."""

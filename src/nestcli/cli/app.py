@@ -1,0 +1,71 @@
+"""The Typer application: registers the commands and turns errors into one message and an exit code.
+
+Nothing heavy is imported here: the command modules import torch, lightning and lhotse inside the functions that
+need them, so that help and shell completion stay fast.
+"""
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from nestcli import __version__
+from nestcli.cli import console, count_params, demo, prepare_data, pretrain
+from nestcli.errors import NestError
+
+app = typer.Typer(
+    name="nest",
+    help="Self-supervised speech pretraining with NEST: NVIDIA NeMo's model, without NeMo.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nest {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass  # --debug is taken from the words of the call in `main`, so that it may stand anywhere
+
+
+app.command("prepare-data")(prepare_data.prepare_data)
+app.command("pretrain")(pretrain.pretrain)
+app.command("count-params")(count_params.count_params)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point of the `nest` script."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app(prog_name="nest")
+    except NestError as error:
+        if debug:
+            traceback.print_exc()
+        console.error(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.error("stopped by Ctrl-C")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as in `nest ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        console.error(f"internal error, {type(error).__name__}: {error}\nThis is a bug in nest; --debug shows where.")
+        sys.exit(1)

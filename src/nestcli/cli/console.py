@@ -1,0 +1,131 @@
+"""Everything that the commands print: all of Rich lives here, and is imported when first needed.
+
+Results that a script may read go to stdout; messages, tables' company, progress bars and logs go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Advance(Protocol):
+    """Called with (items done, items in all) as work goes on."""
+
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+def stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def error(message: str) -> None:
+    """Print an error to stderr as it stands; no markup is interpreted in it."""
+    print(f"error: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Print a line for the person at the terminal to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit_json(document: Any) -> None:
+    """Print the one JSON document of a `--json` call to stdout."""
+    print(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False) -> None:
+    """Print a table; columns whose name starts with '>' are aligned to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for column in columns:
+        drawn.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    Console(stderr=to_stderr, highlight=False, markup=False).print(drawn)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Advance]:
+    """A progress bar on stderr; nothing is drawn where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr(), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(description, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+class TrainingDisplay:
+    """Shows a run: a live line on a terminal, a line of text now and then elsewhere (a log of a cluster's job)."""
+
+    def __init__(self, lines_every: float = 15.0) -> None:
+        self._lines_every = lines_every  # seconds
+        self._last_line = float("-inf")
+        self._bar: Any = None
+        self._task: Any = None
+
+    def step(self, report: Any) -> None:
+        if sys.stderr.isatty():
+            self._draw(report)
+        elif time.monotonic() - self._last_line >= self._lines_every or report.step == report.steps:
+            self._last_line = time.monotonic()
+            note(f"step {report.step}{f'/{report.steps}' if report.steps else ''}  {_numbers(report)}")
+
+    def validation(self, step: int, loss: float, accuracy: float) -> None:
+        line = f"step {step}  validation: loss {loss:.3f}, masked-token accuracy {accuracy:.1%}"
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False)
+        else:
+            note(line)
+
+    def finished(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, report: Any) -> None:
+        if self._bar is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[n]}"))
+            self._bar = Progress(*columns, console=stderr())
+            self._task = self._bar.add_task("", total=report.steps, n="")
+            self._bar.start()
+        self._bar.update(self._task, completed=report.step, n=_numbers(report))
+
+
+def _numbers(report: Any) -> str:
+    left = "" if report.seconds_left is None else f"  {clock(report.seconds_left)} left"
+    return (
+        f"loss {report.loss:.3f}  accuracy {report.accuracy:5.1%}  lr {report.learning_rate:.2e}  "
+        f"{report.audio_per_second:,.0f} s of audio/s{left}"
+    )
+
+
+def clock(seconds: float) -> str:
+    """A duration as 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"

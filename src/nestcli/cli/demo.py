@@ -1,0 +1,85 @@
+"""`nest demo`: the whole workflow on speech that it makes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nestcli.cli import console
+
+if TYPE_CHECKING:
+    from nestcli.demo.tour import Results
+
+
+def demo(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="Overrides of the demo preset.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")] = Path("nest_demo"),
+    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="Minutes of speech to make.")] = 12.0,
+) -> None:
+    """Make a small corpus of synthetic voices, prepare it, pretrain on it for a few minutes, draw the results."""
+    console.note("loading ...")
+
+    from nestcli.demo.tour import take_tour
+
+    with _guide() as guide:
+        results = take_tour(out, overrides or [], guide, minutes=minutes)
+    _show(results)
+
+
+class _TerminalGuide:
+    """Chapters as headings, a progress bar for each, the training display for the training."""
+
+    def __init__(self) -> None:
+        self._bar = ExitStack()
+        self._advance: console.Advance | None = None
+
+    def chapter(self, title: str) -> None:
+        self.close()
+        console.note(f"\n{title}")
+        self._advance = None
+
+    def progress(self, done: int, total: int) -> None:
+        if self._advance is None:
+            self._advance = self._bar.enter_context(console.progress("  "))
+        self._advance(done, total)
+
+    def display(self) -> console.TrainingDisplay:
+        return console.TrainingDisplay(lines_every=10.0)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def _guide() -> Iterator[_TerminalGuide]:
+    guide = _TerminalGuide()
+    try:
+        yield guide
+    finally:
+        guide.close()
+
+
+def _show(results: Results) -> None:
+    run = results.run
+    console.note(
+        f"\nThe loss fell from {results.guess_loss:.2f} (a guess) to {results.last_loss:.2f}; "
+        f"{results.last_accuracy:.1%} of the masked tokens are predicted right."
+    )
+    rows = [
+        ("loss curve", results.loss_curve),
+        ("what the model hears", results.spectrograms),
+        ("checkpoint", run.best or run.last),
+        ("newest checkpoint", run.last),
+        ("numbers of every step", run.metrics),
+        ("speech and noise", results.corpus.speech.parent),
+        ("manifests", Path(str(results.speech.manifests["train"])).parent),
+    ]
+    console.table("Results", ["what", "where"], rows, to_stderr=True)
+    console.note("Next, your own speech: nest prepare-data FOLDER --out data, then nest pretrain small ...")

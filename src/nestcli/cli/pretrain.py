@@ -1,0 +1,78 @@
+"""`nest pretrain`: train a NEST model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nestcli.cli import console
+
+if TYPE_CHECKING:
+    from nestcli.training.run import DryRun, RunPlan, RunResult
+
+
+def pretrain(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [key=value ...]",
+            help="A preset (small, medium, large, xlarge, xxlarge, demo) or a YAML file, then overrides such as "
+            "model.train_ds.manifest_filepath=train.json trainer.max_steps=1000.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check configuration, data and device, try one batch, train nothing.")
+    ] = False,
+) -> None:
+    """Pretrain a NEST encoder; continues the run that is found in the experiment's folder."""
+    from nestcli.config import load_config, split_words
+
+    name, overrides = split_words(words or [])
+    config = load_config(name, overrides)
+    console.note("loading ...")
+
+    from nestcli.training.run import Pretraining
+
+    run = Pretraining(config, console.TrainingDisplay())
+    if dry_run:
+        _show_dry_run(run.dry_run())
+        return
+    plan = run.plan
+    _show_plan(plan)
+    if plan.steps is not None and plan.resumes_at >= plan.steps:
+        console.note(f"This run is complete: {plan.resumes_at} of {plan.steps} steps. Raise trainer.max_steps to go on.")
+        return
+    _show_result(run.fit())
+
+
+def _show_plan(plan: RunPlan) -> None:
+    hours = f"{plan.train_seconds / 3600:.2f} h"
+    console.note(f"model      {plan.parameters:,} parameters on {plan.device}")
+    console.note(f"train      {plan.train_utterances:,} utterances, {hours}; {plan.noise_clips:,} noise files")
+    console.note(f"validation {plan.val_utterances:,} utterances, {plan.val_seconds / 3600:.2f} h")
+    console.note(f"folder     {plan.folder}")
+    if plan.resumes:
+        console.note(f"resumes    {plan.resumes.name} at step {plan.resumes_at:,}")
+
+
+def _show_dry_run(trial: DryRun) -> None:
+    _show_plan(trial.plan)
+    console.note(
+        f"one batch  {trial.batch_seconds:.1f} s of audio, {trial.masked_share:.0%} of the frames masked, "
+        f"loss {trial.loss:.3f}, gradient norm {trial.gradient_norm:.3g}"
+    )
+    if trial.peak_gpu_bytes is not None:
+        console.note(f"GPU memory {trial.peak_gpu_bytes / 2**30:.1f} GiB at most")
+    console.note("Everything is ready: leave out --dry-run to train.")
+
+
+def _show_result(result: RunResult) -> None:
+    console.note(f"\ntrained to step {result.step:,}")
+    if result.val_loss is not None:
+        console.note(f"validation loss {result.val_loss:.3f}, masked-token accuracy {result.val_accuracy:.1%}")
+    for label, path in (("best", result.best), ("last", result.last), ("metrics", result.metrics)):
+        if path is not None:
+            console.note(f"{label:8} {path}")
+    console.note(f"curves   tensorboard --logdir {result.folder}")

@@ -1,0 +1,93 @@
+"""What the structure of an audio file says about audio that is missing from it.
+
+libsndfile quietly reduces the declared length of WAV, AIFF, SPHERE and Ogg files to what is there, so half a
+WAV looks like a whole one of half the length. AU, W64, RF64 and SoX's formats are not looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import BinaryIO, Literal
+
+import soundfile as sf
+
+_CHUNK_SLACK = 64  # bytes: sizes that count the header too, or forget a padding byte, are common and harmless
+_UNKNOWN_SIZE = 0x7F00_0000  # SoX writes 0x7F000008 or 0x7FFFF000 into a pipe, ffmpeg 0xFFFFFFFF
+_MPEG_SLACK = 2 * 1152  # frames: encoder delay and padding may or may not be counted
+_MAX_TRAILING_TAG = 8192  # bytes behind the last frame of an MP3 that are no audio
+_MAX_CHUNKS = 1000  # before the samples; a file with more is not worth the time
+_MAX_OGG_PAGE = 1 << 16  # bytes
+
+
+def missing_audio(path: str, sound: sf.SoundFile, frames: int) -> str:
+    """Say what part of the audio is missing after `frames` were decoded to the end; empty if none is."""
+    with open(path, "rb") as file:  # noqa: PTH123  (Path is slower, and this runs for every file)
+        if sound.format in ("WAV", "WAVEX", "AIFF"):
+            return _chunk_shortfall(file)
+        if sound.format == "OGG":
+            return _ogg_shortfall(file)
+        if sound.format == "MP3":
+            return _mpeg_shortfall(file, sound, frames)
+        declared = _nist_frames(file) if sound.format == "NIST" else sound.frames
+    return "" if frames >= declared else _shorter(declared, frames, sound.samplerate)
+
+
+def _shorter(declared: int, frames: int, rate: int) -> str:
+    return f"the header declares {declared / rate:.2f} s, the file holds {frames / rate:.2f} s"
+
+
+def _chunk_shortfall(file: BinaryIO) -> str:
+    """Compare the declared size of a WAV's or AIFF's chunk of samples with the file's."""
+    size = os.fstat(file.fileno()).st_size
+    form = file.read(12)[:4]
+    wanted = b"SSND" if form == b"FORM" else b"data"
+    order: Literal["little", "big"] = "little" if form == b"RIFF" else "big"
+    for _ in range(_MAX_CHUNKS):
+        header = file.read(8)
+        declared = int.from_bytes(header[4:], order)
+        if header[:4] == wanted:
+            held = size - file.tell()
+            if declared >= _UNKNOWN_SIZE or declared <= held + _CHUNK_SLACK:
+                return ""
+            return f"the header declares {declared} bytes of audio, the file holds {held}"
+        file.seek(declared + declared % 2, os.SEEK_CUR)
+    return ""
+
+
+def _ogg_shortfall(file: BinaryIO) -> str:
+    """Look whether the last page is whole; a missing end flag proves nothing, live streams lack it."""
+    file.seek(max(0, os.fstat(file.fileno()).st_size - _MAX_OGG_PAGE))
+    tail = file.read(_MAX_OGG_PAGE)
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    segments = page[26] if len(page) > 26 else 255
+    if len(page) >= 27 + segments + sum(page[27 : 27 + segments]):
+        return ""
+    return "the last page of the Ogg stream is cut off"
+
+
+def _nist_frames(file: BinaryIO) -> int:
+    found = re.search(rb"\nsample_count -i (\d{1,18})\s", file.read(1024))
+    return int(found[1]) if found else 0
+
+
+def _mpeg_shortfall(file: BinaryIO, sound: sf.SoundFile, frames: int) -> str:
+    """Compare with the stated length; where none is, libsndfile estimates one, perhaps far too short."""
+    if _states_mpeg_length(file) and frames < sound.frames - _MPEG_SLACK:
+        return _shorter(sound.frames, frames, sound.samplerate)
+    size = os.fstat(file.fileno()).st_size
+    left = size - os.lseek(sound.name, 0, os.SEEK_CUR)
+    if left > max(_MAX_TRAILING_TAG, size // 20):
+        share = f"{left / size:.0%} of the file"
+        return (
+            f"its length is not or wrongly stated, so that {share} would not be read; convert it with ffmpeg"
+        )
+    return ""
+
+
+def _states_mpeg_length(file: BinaryIO) -> bool:
+    tag = file.read(10)
+    if tag[:3] == b"ID3":  # its size is stored in four times seven bits
+        file.seek(tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9], os.SEEK_CUR)
+    head = file.read(4096)
+    return any(name in head for name in (b"Xing", b"Info", b"VBRI"))

@@ -1,0 +1,156 @@
+"""The demo's pictures: how the training went, and what one batch looks like.
+
+Matplotlib is optional and slow to import, so only the functions name it, and only its object-oriented side: a
+`Figure` that nobody else holds, drawn by the Agg backend that `savefig` chooses for a PNG.
+
+Axes: F mel channels, T frames.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestcli.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+INK, GREY, PALE = "#22262b", "#8a9099", "#e3e6ea"
+BLUE, ORANGE = "#2f6db5", "#d9702b"  # told apart by colour-blind readers too
+DOTS_PER_INCH = 144
+
+
+def draw_loss_curve(
+    path: Path,
+    steps: npt.ArrayLike,
+    train_loss: npt.ArrayLike,
+    accuracy: npt.ArrayLike,
+    val_steps: npt.ArrayLike,
+    val_loss: npt.ArrayLike,
+    *,
+    chance_loss: float,
+) -> None:
+    """Write a PNG of the losses in nats and, below, of the accuracy on masked tokens (0 to 1).
+
+    `chance_loss`, that of guessing evenly among the classes, is drawn as a line. The validation may be empty.
+    Raises MissingDependencyError without matplotlib.
+    """
+    guess = f"guessing: ln({round(float(np.exp(chance_loss)))}) = {chance_loss:.2f}"
+    figure = _figure(8, 6)
+    losses, accuracies = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    _curve(losses, steps, train_loss, BLUE, "training")
+    losses.plot(
+        val_steps, val_loss, color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="validation"
+    )
+    losses.axhline(chance_loss, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label=guess)
+    losses.set_ylabel("masked-token loss (nats)", color=INK)
+    losses.legend(frameon=False, labelcolor=INK, fontsize=9)
+    _curve(accuracies, steps, 100 * np.asarray(accuracy, np.float64), BLUE, "training")
+    accuracies.set_ylabel("masked tokens right (%)", color=INK)
+    accuracies.set_xlabel("training step", color=INK)
+    accuracies.set_ylim(bottom=0)
+    for axes in (losses, accuracies):
+        _tidy(axes)
+        axes.grid(axis="y", color=PALE, linewidth=0.8)
+    figure.align_ylabels()
+    _save(figure, path)
+
+
+def draw_batch(
+    path: Path,
+    clean_FT: FloatArray,
+    noisy_FT: FloatArray,
+    masked_FT: FloatArray,
+    *,
+    hop_seconds: float,
+    title: str,
+) -> None:
+    """Write a PNG of one item's log-mel features: clean, with noise, and masked, one above the other.
+
+    The three arrays have one shape; `hop_seconds` is the time from frame to frame. Frames count as masked
+    where `masked_FT` differs from `noisy_FT`, and are left blank. Raises MissingDependencyError without
+    matplotlib.
+    """
+    masked_T = (np.abs(masked_FT - noisy_FT) > 1e-5).any(axis=0)
+    visible_FT = np.where(masked_T, np.nan, masked_FT)
+    panels = {
+        "clean · the targets are computed from this": clean_FT,
+        "noisy · after mixing": noisy_FT,
+        f"masked · what the encoder sees; blank: the {masked_T.mean():.0%} of frames replaced": visible_FT,
+    }
+    figure = _figure(10, 7)
+    rows = figure.subplots(3, 1, sharex=True, sharey=True)
+    lowest, highest = np.percentile(np.stack([clean_FT, noisy_FT]), [1, 99.7])
+    for axes, (name, features_FT) in zip(rows, panels.items(), strict=True):
+        image = _spectrogram(axes, features_FT, hop_seconds, lowest, highest)
+        axes.set_title(name, loc="left", fontsize=10, color=INK)
+    rows[-1].set_xlabel("time (s)")
+    figure.supylabel("mel channel", fontsize=10, color=INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    _colour_bar(figure, image, list(rows))
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        message = f'Pictures need matplotlib ({error}). Install it: pip install "nestcli[demo]"'
+        raise MissingDependencyError(message) from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+
+
+def _curve(axes: Axes, steps: npt.ArrayLike, values: npt.ArrayLike, colour: str, name: str) -> None:
+    """The values as they came, pale, under their running mean over a twentieth of the run."""
+    x, y = np.asarray(steps), np.asarray(values, np.float64)
+    axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
+    window = np.ones(max(1, len(y) // 20))
+    mean = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+    axes.plot(x, mean, color=colour, linewidth=2, label=name)
+
+
+def _spectrogram(
+    axes: Axes, features_FT: FloatArray, hop_seconds: float, lowest: float, highest: float
+) -> AxesImage:
+    """An image whose blanks (NaN) are pale, with time in seconds from left to right."""
+    n_channels, n_frames = features_FT.shape
+    image = axes.imshow(
+        features_FT,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, n_frames * hop_seconds, 0, n_channels),
+        cmap="magma",
+        vmin=lowest,
+        vmax=highest,
+    )
+    axes.set_facecolor(PALE)  # shows through where the image has no value
+    _tidy(axes)
+    return image
+
+
+def _colour_bar(figure: Figure, image: AxesImage, beside: list[Axes]) -> None:
+    bar = figure.colorbar(image, ax=beside, shrink=0.5, aspect=30, pad=0.01)
+    bar.set_label("log-mel energy", color=INK)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=GREY, labelsize=9)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=9)

@@ -1,0 +1,1 @@
+"""Running NEST: experiment folders, checkpoints, metrics, the Lightning trainer."""

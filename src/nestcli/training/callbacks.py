@@ -1,0 +1,209 @@
+"""What happens beside the steps: metrics.jsonl, the progress display, checkpoints with NeMo's names."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from nestcli.data.batch import NoiseBatch
+from nestcli.model.module import NestModule
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Where training stands after an optimiser step. Times and audio in seconds."""
+
+    step: int
+    steps: int | None  # in all; None if the end is given in epochs
+    epoch: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    audio_per_second: float
+    seconds_left: float | None
+
+
+class Reporter(Protocol):
+    """Shows a run to a person."""
+
+    def step(self, report: StepReport) -> None: ...
+
+    def validation(self, step: int, loss: float, accuracy: float) -> None: ...
+
+    def finished(self) -> None: ...
+
+
+@dataclass
+class _Totals:
+    """What a run has seen, resumes included."""
+
+    audio_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+class MetricsWriter(Callback):
+    """One line of metrics.jsonl for every logged step, and a report to the display for every step.
+
+    Lines carry step, epoch, train_loss, masked_accuracy, lr, audio_seconds and seconds (of training, in all), and
+    val_loss and val_masked_accuracy where validation ran at that step.
+    """
+
+    def __init__(self, path: Path, reporter: Reporter, sample_rate: int) -> None:
+        self.path, self.reporter, self.sample_rate = path, reporter, sample_rate
+        self.totals = _Totals()
+        self._micro: list[tuple[float, float, float]] = []  # loss, correct, selected of the batches of a step
+        self._used_lr = 0.0
+        self._clock = 0.0
+        self._started: tuple[float, float] | None = None  # seconds and audio seconds when this process began
+        self._first_step = 0
+        self._row: dict[str, Any] = {}
+
+    # ---- Lightning's hooks ----
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
+        self._started = (self.totals.seconds, self.totals.audio_seconds)
+        if trainer.is_global_zero:
+            _drop_lines_after(self.path, trainer.global_step)
+        self._clock = time.monotonic()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._used_lr = cast(NestModule, pl_module).learning_rate
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: NoiseBatch, batch_idx: int
+    ) -> None:
+        # The losses are averaged over the micro-batches of a step, undoing Lightning's division by their number.
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self._micro.append((float(loss), float(outputs["correct"]), float(outputs["selected"])))
+        self.totals.audio_seconds += float(batch.audio_len.sum()) / self.sample_rate * trainer.world_size
+        now = time.monotonic()
+        self.totals.seconds += now - self._clock
+        self._clock = now
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        report = self._report(trainer)
+        self._micro.clear()
+        self.reporter.step(report)
+        if report.step % trainer.log_every_n_steps == 0 or report.step == report.steps:
+            self._write(trainer, self._line(report))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = time.monotonic()  # validation is not training time
+        metrics = trainer.callback_metrics
+        if trainer.sanity_checking or "val_loss" not in metrics:
+            return
+        loss, accuracy = float(metrics["val_loss"]), float(metrics.get("val_masked_accuracy", math.nan))
+        self.reporter.validation(trainer.global_step, loss, accuracy)
+        self._write(trainer, {**self._row, "val_loss": loss, "val_masked_accuracy": accuracy})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.reporter.finished()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"audio_seconds": self.totals.audio_seconds, "seconds": self.totals.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.totals = _Totals(**state_dict)
+
+    # ---- lines ----
+
+    def _report(self, trainer: Trainer) -> StepReport:
+        step, steps = trainer.global_step, trainer.max_steps if trainer.max_steps > 0 else None
+        losses, correct, selected = zip(*self._micro, strict=True)
+        assert self._started is not None
+        seconds, audio = self.totals.seconds - self._started[0], self.totals.audio_seconds - self._started[1]
+        per_step = seconds / max(1, step - self._first_step)
+        report = StepReport(
+            step=step,
+            steps=steps,
+            epoch=trainer.fit_loop.epoch_loop.total_batch_idx // int(trainer.num_training_batches),
+            loss=sum(losses) / len(losses),
+            accuracy=sum(correct) / max(1.0, sum(selected)),
+            learning_rate=self._used_lr,
+            audio_per_second=audio / max(seconds, 1e-9),
+            seconds_left=None if steps is None else per_step * (steps - step),
+        )
+        self._row = self._line(report)
+        return report
+
+    def _line(self, report: StepReport) -> dict[str, Any]:
+        return {
+            "step": report.step,
+            "epoch": report.epoch,
+            "train_loss": report.loss,
+            "masked_accuracy": report.accuracy,
+            "lr": report.learning_rate,
+            "audio_seconds": round(self.totals.audio_seconds, 3),
+            "seconds": round(self.totals.seconds, 3),
+        }
+
+    def _write(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Append a line, or replace the last one where validation followed a logged step."""
+        if not trainer.is_global_zero:
+            return
+        if "val_loss" in row:
+            _drop_lines_after(self.path, row["step"] - 1)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Take out of metrics.jsonl what a killed run wrote after the checkpoint that is resumed."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut off
+
+
+class NestCheckpoint(ModelCheckpoint):
+    """Checkpoints named as NeMo names them: `NAME--val_loss=8.123-step=100.ckpt`, and the newest with `-last`.
+
+    The last one is also written at the end of training, where validation may not have come by.
+    """
+
+    def __init__(self, folder: Path, filename: str, *, monitor: str | None, **options: Any) -> None:
+        super().__init__(dirpath=folder, filename=filename, monitor=monitor, **options)
+        self.CHECKPOINT_NAME_LAST = f"{filename}-last"
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        if trainer.is_global_zero:  # Lightning leaves the one that a run was resumed from
+            for older in Path(str(self.dirpath)).glob("*-last.ckpt"):
+                if older != Path(self.last_model_path):
+                    older.unlink(missing_ok=True)
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
+        if self.monitor is not None:  # before the first validation the name still needs a number
+            candidates.setdefault(self.monitor, torch.tensor(math.inf))
+        return candidates

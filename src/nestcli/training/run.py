@@ -1,0 +1,308 @@
+"""One pretraining run: the folder, what it resumes from, the trainer, and the result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from nestcli.checkpoint.lightning import AtomicCheckpointIO, last_checkpoint, load_lightning_checkpoint
+from nestcli.config import resolved
+from nestcli.data.batch import NoiseBatch
+from nestcli.data.datamodule import NestDataModule
+from nestcli.errors import ConfigError, MissingDependencyError, NestError
+from nestcli.model.module import NestModule
+from nestcli.training.callbacks import MetricsWriter, NestCheckpoint, Reporter
+
+DEFAULT_EXP_DIR = "nest_experiments"
+_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+_OURS = ("enable_checkpointing", "logger", "enable_progress_bar")  # trainer keys that we answer ourselves
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is about to be trained, on what, where. Times in seconds."""
+
+    folder: Path
+    resumes: Path | None
+    resumes_at: int  # optimiser steps already done
+    device: str
+    parameters: int
+    train_utterances: int
+    train_seconds: float
+    noise_clips: int
+    val_utterances: int
+    val_seconds: float
+    steps: int | None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came out of a run; checkpoints are None where none was written."""
+
+    folder: Path
+    step: int
+    val_loss: float | None
+    val_accuracy: float | None
+    best: Path | None
+    last: Path | None
+    metrics: Path
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do, and one forward and backward pass of its first batch."""
+
+    plan: RunPlan
+    batch_seconds: float
+    loss: float
+    masked_share: float
+    gradient_norm: float
+    peak_gpu_bytes: int | None
+
+
+class Pretraining:
+    """A configured run: `plan` says what it will do, `fit` does it, `dry_run` tries one batch."""
+
+    def __init__(self, config: DictConfig, reporter: Reporter) -> None:
+        self.config, self.reporter = config, reporter
+        self.folder = experiment_folder(config)
+        self.data = NestDataModule(config)
+        self.module = NestModule(config)
+        self.resumes = self._checkpoint_to_resume()
+        self._resumes_at = int(load_lightning_checkpoint(self.resumes)["global_step"]) if self.resumes else 0
+
+    @property
+    def plan(self) -> RunPlan:
+        noise, val = self.data.train_noise, self.data.val_speech
+        steps = int(self.config.trainer.max_steps)
+        return RunPlan(
+            folder=self.folder,
+            resumes=self.resumes,
+            resumes_at=self._resumes_at,
+            device=_device_name(self.config),
+            parameters=sum(parameter.numel() for parameter in self.module.parameters()),
+            train_utterances=len(self.data.train_speech),
+            train_seconds=float(self.data.train_speech.durations.sum()),
+            noise_clips=len(noise.manifest) if noise else 0,
+            val_utterances=len(val) if val else 0,
+            val_seconds=float(val.durations.sum()) if val else 0.0,
+            steps=steps if steps > 0 else None,
+        )
+
+    def fit(self) -> RunResult:
+        """Train to the end; raises NestError for what the user can mend."""
+        _make_folder(self.folder)
+        OmegaConf.save(OmegaConf.create(resolved(self.config)), self.folder / "config.yaml")
+        checkpoints = self._checkpoint_callback()
+        metrics = MetricsWriter(self.folder / "metrics.jsonl", self.reporter, self.data.sample_rate)
+        with warnings.catch_warnings():
+            _quieten()
+            trainer = self._trainer([metrics, *([checkpoints] if checkpoints else [])])
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes, weights_only=True)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        return RunResult(
+            folder=self.folder,
+            step=trainer.global_step,
+            val_loss=values.get("val_loss"),
+            val_accuracy=values.get("val_masked_accuracy"),
+            best=_existing(checkpoints.best_model_path) if checkpoints else None,
+            last=_existing(checkpoints.last_model_path) if checkpoints else None,
+            metrics=metrics.path,
+        )
+
+    def dry_run(self) -> DryRun:
+        """Forward and backward pass of the first batch, without training and without writing anything."""
+        device = torch.device("cuda" if _accelerator(self.config) == "gpu" and torch.cuda.is_available() else "cpu")
+        self.data.config = OmegaConf.merge(self.config, {"model": {"train_ds": {"num_workers": 0}}})
+        _check_writable(self.folder)
+        batch = next(iter(self.data.train_dataloader()))
+        if isinstance(batch, NestError):
+            raise batch
+        assert isinstance(batch, NoiseBatch)
+        model = self.module.model.to(device).train()
+        on_device = batch.to(device)
+        output = model(on_device.audio, on_device.audio_len, on_device.noisy_audio, on_device.noisy_audio_len)
+        output.loss.backward()
+        gradients = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+        frames = int((batch.audio_len // model.preprocessor.config.hop_length).sum())
+        return DryRun(
+            plan=self.plan,
+            batch_seconds=float(batch.audio_len.sum()) / self.data.sample_rate,
+            loss=float(output.loss.detach()),
+            masked_share=float(output.mask_BT.sum()) / max(1, frames),
+            gradient_norm=float(torch.stack(gradients).norm()),
+            peak_gpu_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        )
+
+    # ---- parts ----
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        manager = self.config.exp_manager
+        if not manager.resume_if_exists:
+            return None
+        found = last_checkpoint(self.folder / "checkpoints")
+        if found is None and not manager.resume_ignore_no_checkpoint:
+            raise ConfigError(
+                f"exp_manager.resume_if_exists: there is no checkpoint in {self.folder / 'checkpoints'}. "
+                "Set exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
+            )
+        return found
+
+    def _checkpoint_callback(self) -> NestCheckpoint | None:
+        manager = self.config.exp_manager
+        if not manager.create_checkpoint_callback:
+            return None
+        options = dict(resolved(manager.checkpoint_callback_params))
+        options.pop("always_save_nemo", None)
+        monitor = options.pop("monitor") if self.data.val_speech else None
+        filename = options.pop("filename", None) or f"{manager.name}--{{{monitor}:.4f}}-{{epoch}}"
+        if monitor is None:  # nothing to compare by: keep the newest only
+            filename, options["save_top_k"] = f"{manager.name}--{{step}}", 1
+            options.setdefault("every_n_train_steps", _validation_interval(self.config.trainer))
+        options.setdefault("save_last", True)
+        return NestCheckpoint(self.folder / "checkpoints", filename, monitor=monitor, **options)
+
+    def _trainer(self, callbacks: list[Any]) -> Trainer:
+        settings = resolved(self.config.trainer)
+        batches = len(self.data.train_dataloader())
+        interval = settings["val_check_interval"]
+        if isinstance(interval, int) and interval > batches * settings.get("accumulate_grad_batches", 1):
+            settings["check_val_every_n_epoch"] = None  # count batches over epochs: an epoch is too short
+        options = {key: value for key, value in settings.items() if key not in _OURS}
+        precision = str(options["precision"])
+        options.update(
+            accelerator=_accelerator(self.config),
+            devices=_devices(self.config),
+            precision=_PRECISIONS.get(precision, precision),
+            strategy=options["strategy"] if _n_processes(self.config) > 1 else "auto",
+            sync_batchnorm=bool(options["sync_batchnorm"]) and _n_processes(self.config) > 1,
+        )
+        try:
+            return Trainer(
+                **options,
+                callbacks=callbacks,
+                logger=_loggers(self.config, self.folder),
+                plugins=[AtomicCheckpointIO()],
+                default_root_dir=self.folder,
+                enable_checkpointing=any(isinstance(callback, NestCheckpoint) for callback in callbacks),
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+            )
+        except (TypeError, ValueError, RuntimeError) as error:  # Lightning's own checks of its arguments
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def experiment_folder(config: DictConfig) -> Path:
+    """exp_manager's folder: exp_dir/name, without a version, as NeMo's when it may resume."""
+    manager = config.exp_manager
+    return Path(manager.exp_dir or DEFAULT_EXP_DIR) / str(manager.name)
+
+
+def _accelerator(config: DictConfig) -> str:
+    wanted = str(config.trainer.accelerator)
+    if wanted in ("auto", "gpu", "cuda"):
+        if torch.cuda.is_available():
+            return "gpu"
+        if wanted != "auto":
+            raise ConfigError(f"trainer.accelerator={wanted}: there is no usable GPU. Set trainer.accelerator=cpu.")
+        return "cpu"
+    if wanted not in ("cpu", "mps"):
+        raise ConfigError(f"trainer.accelerator: {wanted!r}: use auto, gpu, mps or cpu.")
+    return wanted
+
+
+def _devices(config: DictConfig) -> Any:
+    devices = config.trainer.devices
+    if _accelerator(config) != "gpu":
+        return 1 if devices in (-1, "-1", "auto") else devices
+    return OmegaConf.to_container(devices) if OmegaConf.is_config(devices) else devices
+
+
+def _n_processes(config: DictConfig) -> int:
+    devices = _devices(config)
+    if isinstance(devices, list):
+        count = len(devices)
+    else:
+        count = torch.cuda.device_count() if devices in (-1, "-1", "auto") else int(devices)
+    return count * int(config.trainer.num_nodes)
+
+
+def _device_name(config: DictConfig) -> str:
+    if _accelerator(config) == "gpu":
+        return f"{_n_processes(config)} x {torch.cuda.get_device_name(0)}"
+    return f"{_accelerator(config)}, {torch.get_num_threads()} threads"
+
+
+def _validation_interval(trainer: DictConfig) -> int | None:
+    interval = trainer.val_check_interval
+    return interval if isinstance(interval, int) else None
+
+
+def _loggers(config: DictConfig, folder: Path) -> list[Logger]:
+    manager = config.exp_manager
+    loggers: list[Logger] = []
+    if manager.create_tensorboard_logger:
+        loggers.append(TensorBoardLogger(save_dir=folder, name="", version="tensorboard"))
+    if manager.create_wandb_logger:
+        loggers.append(_wandb_logger(resolved(manager.wandb_logger_kwargs), folder))
+    return loggers
+
+
+def _wandb_logger(options: dict[str, Any], folder: Path) -> Logger:
+    from lightning.pytorch.loggers import WandbLogger
+
+    try:
+        return WandbLogger(save_dir=folder, **options)
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            'exp_manager.create_wandb_logger: W&B is not installed. Run pip install "nestcli[wandb]", '
+            "or set exp_manager.create_wandb_logger=false."
+        ) from None
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the experiment's folder {folder} cannot be made: {error.strerror}. Set exp_manager.exp_dir."
+        ) from None
+    _check_writable(folder)
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"the experiment's folder {folder} is not writable. Set exp_manager.exp_dir.")
+
+
+def _existing(path: str) -> Path | None:
+    return Path(path) if path and Path(path).is_file() else None
+
+
+def _quieten() -> None:
+    """Silence what Lightning says about loaders, samplers and loggers that are as they are on purpose."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*dataloader is not resumable.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*defined a `validation_step` but have no `val_dataloader`.*",
+        ".*Trying to infer the `batch_size`.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # Lightning's own use of what PyTorch has deprecated
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")

@@ -197,7 +197,7 @@ def test_durations_may_be_unknown_where_that_is_allowed(path):
 def test_a_file_that_changed_since_is_noticed(path):
     manifest = read_manifests(lines(path, row("/a.wav"), row("/b.wav")))
     path.write_text("x")
-    with pytest.raises(DataError, match="line 2.*change"):
+    with pytest.raises(DataError, match=r"line 2.*change"):
         manifest.entry(1)
 
 

@@ -93,20 +93,15 @@ def _show(summary: PrepareSummary, out: Path, *, pattern_given: bool) -> None:
 
 
 def _rows(summary: PrepareSummary) -> list[tuple[str, str]]:
-    durations = summary.durations
+    durations = " / ".join(f"{summary.durations[key]:.2f} s" for key in ("min", "median", "max"))
+    rates = ", ".join(f"{hz / 1000:g} ({count:,})" for hz, count in summary.sample_rates.items())
     rows = [
         ("accepted", f"{summary.accepted:,}"),
         ("  for training", f"{summary.utterances['train']:,}"),
         ("  for validation", f"{summary.utterances['val']:,}"),
         ("hours", f"{summary.hours:,.2f}"),
-        (
-            "shortest, median, longest",
-            " / ".join(f"{durations[key]:.2f} s" for key in ("min", "median", "max")),
-        ),
-        (
-            "sample rates",
-            ", ".join(f"{rate / 1000:g} kHz: {n:,}" for rate, n in summary.sample_rates.items()),
-        ),
+        ("shortest, median, longest", durations),
+        ("sample rates, kHz (files)", rates),
     ]
     if summary.speakers:
         rows.append(("speakers", f"{summary.speakers:,}"))
@@ -133,17 +128,11 @@ def _remarks(summary: PrepareSummary, out: Path, pattern_given: bool) -> list[st
 
 def _next_command(kind: str, manifests: dict[str, str | None], out: Path) -> str:
     """What to type next, with this run's paths as the user wrote them."""
-    keys = (
-        {"train": "model.train_ds.noise_manifest"}
-        if kind == "noise"
-        else {
-            "train": "model.train_ds.manifest_filepath",
-            "val": "model.validation_ds.manifest_filepath",
-        }
-    )
-    words = [f"{key}={out / f'{side}_manifest.json'}" for side, key in keys.items() if manifests[side]]
     if kind == "noise":
-        words.append("model.train_ds.manifest_filepath=SPEECH_MANIFEST")
+        keys = {"train": "model.train_ds.noise_manifest"}
+        others = ["model.train_ds.manifest_filepath=SPEECH_MANIFEST"]
     else:
-        words.append("model.train_ds.noise_manifest=null")
-    return shlex.join(["nest", "pretrain", "nest_fast-conformer", *words])
+        keys = {"train": "model.train_ds.manifest_filepath", "val": "model.validation_ds.manifest_filepath"}
+        others = ["model.train_ds.noise_manifest=null"]
+    words = [f"{key}={out / f'{side}_manifest.json'}" for side, key in keys.items() if manifests[side]]
+    return shlex.join(["nest", "pretrain", "nest_fast-conformer", *words, *others])

@@ -69,6 +69,8 @@ class Manifest:
     def select(self, indices: npt.ArrayLike) -> Manifest:
         """The lines at `indices` (or where a mask is true), in that order."""
         chosen = np.asarray(indices)
+        if not chosen.size:  # numpy makes an empty list one of floats
+            chosen = chosen.astype(np.intp)
         columns = ("durations", "offsets", "source_of", "positions", "sizes", "lines")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
@@ -173,7 +175,8 @@ class _Source:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.folder = str(Path(path).absolute().parent)
+        self.absolute = str(Path(path).absolute())  # workers may stand in another folder
+        self.folder = str(Path(self.absolute).parent)
         self.unpacked: npt.NDArray[np.uint8] | None = None
         self._descriptor: int | None = None
 
@@ -181,7 +184,7 @@ class _Source:
         if self.unpacked is not None:
             return self.unpacked[position : position + size].tobytes()
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._descriptor)
         return os.pread(
             self._descriptor, size, position

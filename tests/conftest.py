@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
+
+from nestcli.config import load_config
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED_AUDIO = Path(__file__).parents[2] / "shared" / "audio"
@@ -45,4 +49,54 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, wha
     difference = (ours.double() - theirs.double()).abs()
     assert difference.numel() == 0 or difference.max() <= tolerance, (
         f"{what}: largest difference {difference.max():.3g}, mean {difference.mean():.3g}, tolerance {tolerance:.3g}"
+    )
+
+
+def write_noise_wav(path: Path, seconds: float, seed: int, *, rate: int = 16000) -> None:
+    """A file of coloured noise with a syllable-like envelope: enough to train on, not speech."""
+    rng = np.random.default_rng(seed)
+    count = int(seconds * rate)
+    envelope = 0.6 + 0.4 * np.sin(2 * np.pi * 4 * np.arange(count) / rate)
+    samples = 0.1 * envelope * np.cumsum(rng.standard_normal(count)) / 30
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path, np.clip(samples - samples.mean(), -0.9, 0.9).astype(np.float32), rate, subtype="PCM_16")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Twelve short utterances in train.json, three in val.json, three noises in noise.json."""
+    folder = tmp_path_factory.mktemp("corpus")
+    manifests = {}
+    for name, count, first in (("train", 12, 0), ("val", 3, 100), ("noise", 3, 200)):
+        rows = []
+        for number in range(count):
+            seconds = 1.2 + 0.1 * (number % 5)
+            path = folder / name / f"{number}.wav"
+            write_noise_wav(path, seconds, first + number)
+            rows.append({"audio_filepath": str(path), "duration": seconds})
+        manifests[name] = folder / f"{name}.json"
+        manifests[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifests
+
+
+TINY_RUN = [
+    "model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=1", "model.num_classes=32",
+    "model.encoder.subsampling_conv_channels=8", "model.masking.block_size=16", "model.masking.mask_prob=0.05",
+    "model.train_ds.batch_size=4", "model.validation_ds.batch_size=2", "model.train_ds.num_workers=0",
+    "model.validation_ds.num_workers=0", "model.optim.sched.warmup_steps=5", "model.optim.lr=0.1",
+    "trainer.accelerator=cpu", "trainer.log_every_n_steps=1",
+]  # fmt: skip
+
+
+def tiny_config(corpus: dict[str, Path], *overrides: str):
+    """A run of a tiny model on the corpus."""
+    return load_config(
+        "small",
+        [
+            *TINY_RUN,
+            f"model.train_ds.manifest_filepath={corpus['train']}",
+            f"model.validation_ds.manifest_filepath={corpus['val']}",
+            f"model.train_ds.noise_manifest={corpus['noise']}",
+            *overrides,
+        ],
     )

@@ -47,8 +47,8 @@ _PLACES = {
 # Keys that are understood although NeMo's file does not carry them. docs/configuration.md describes each.
 _DATASET_KEYS = ("batch_augmentor.nemo_exact",)
 _TRAINER_KEYS = (
-    "deterministic", "detect_anomaly", "fast_dev_run", "gradient_clip_algorithm", "limit_train_batches",
-    "limit_val_batches", "max_time", "min_epochs", "min_steps", "overfit_batches",
+    "deterministic", "detect_anomaly", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches",
+    "max_time",
 )  # fmt: skip
 _CHECKPOINT_KEYS = ("every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose")
 EXTRA_KEYS = frozenset(

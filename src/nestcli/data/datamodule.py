@@ -124,29 +124,33 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
-    """Places (epoch, number) from where training stands: `consumed` tells how many batches were used so far.
+    """Places (epoch, number) of a whole run, from where training stands: `consumed` tells how many were used.
 
-    It runs on into the next epoch, since it is Lightning that decides where an epoch ends.
+    The run is one long sequence over all its epochs, because counts that start anew with each epoch are what
+    Lightning loses when it resumes.
     """
 
-    def __init__(self, batches_per_epoch: int, consumed: Callable[[], int]) -> None:
-        self.batches_per_epoch, self.consumed = batches_per_epoch, consumed
+    def __init__(self, batches_per_epoch: int, batches: int, consumed: Callable[[], int]) -> None:
+        self.batches_per_epoch, self.batches, self.consumed = batches_per_epoch, batches, consumed
 
     def __len__(self) -> int:
-        return self.batches_per_epoch
+        return self.batches
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        start = self.consumed()
-        for place in range(start, start + self.batches_per_epoch):
+        for place in range(self.consumed(), self.batches):
             yield divmod(place, self.batches_per_epoch)
 
 
 class NestDataModule(LightningDataModule):
-    """The loaders of `model.train_ds` and `model.validation_ds`."""
+    """The loaders of `model.train_ds` and `model.validation_ds`.
+
+    `batches` is the length of the training loader: one epoch, unless a run sets that of all its epochs.
+    """
 
     def __init__(self, config: DictConfig) -> None:
         super().__init__()
         self.config = config
+        self.batches: int | None = None
         self.seed = int(config.get("seed") or 0)
         self.train_speech = _speech_manifest(config, "model.train_ds")
         self.train_noise = _noise_pool(config, "model.train_ds")
@@ -158,25 +162,31 @@ class NestDataModule(LightningDataModule):
         self.val_noise = _noise_pool(config, "model.validation_ds") if self.val_speech else None
         self.sample_rate = int(config.model.sample_rate)
 
-    def train_dataloader(self) -> DataLoader[NoiseBatch | NestError]:
-        settings = self.config.model.train_ds
-        plan = self._plan(self.train_speech, settings)
+    def train_plan(self, ranks: int = 1, rank: int = 0) -> BatchPlan:
+        """The batches of a training epoch for one of `ranks` processes. Raises DataError if there are none."""
+        plan = self._plan(self.train_speech, self.config.model.train_ds, ranks, rank)
         if len(plan) == 0:
             raise DataError(
                 f"model.train_ds: {len(self.train_speech)} utterances do not fill one batch of "
-                f"{plan.batch_size} on each of {plan.ranks} devices. Lower model.train_ds.batch_size, "
+                f"{plan.batch_size} on each of {ranks} devices. Lower model.train_ds.batch_size, "
                 "or set model.train_ds.drop_last=false."
             )
+        return plan
+
+    def train_dataloader(self) -> DataLoader[NoiseBatch | NestError]:
+        settings = self.config.model.train_ds
+        plan = self.train_plan(*self._ranks())
         data = NoisySpeech(self.train_speech, self.train_noise, plan, settings)
-        return self._loader(data, ResumableSampler(len(plan), self._consumed), settings)
+        sampler = ResumableSampler(len(plan), self.batches or len(plan), self._consumed)
+        return self._loader(data, sampler, settings)
 
     def val_dataloader(self) -> DataLoader[NoiseBatch | NestError] | list[Any]:
         if self.val_speech is None:
             return []
         settings = self.config.model.validation_ds
-        plan = self._plan(self.val_speech, settings)
+        plan = self._plan(self.val_speech, settings, *self._ranks())
         data = NoisySpeech(self.val_speech, self.val_noise, plan, settings)
-        return self._loader(data, ResumableSampler(len(plan), lambda: 0), settings)
+        return self._loader(data, ResumableSampler(len(plan), len(plan), lambda: 0), settings)
 
     def on_before_batch_transfer(self, batch: NoiseBatch | NestError, dataloader_idx: int) -> NoiseBatch:
         if isinstance(batch, NestError):
@@ -187,15 +197,18 @@ class NestDataModule(LightningDataModule):
         """Training batches used so far in the run, those before a resume included."""
         return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready) if self.trainer else 0
 
-    def _plan(self, speech: Manifest, settings: DictConfig) -> BatchPlan:
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _plan(self, speech: Manifest, settings: DictConfig, ranks: int, rank: int) -> BatchPlan:
         return BatchPlan(
             n_items=len(speech),
             batch_size=int(settings.batch_size),
             shuffle=bool(settings.shuffle),
             drop_last=bool(settings.get("drop_last", False)),
             seed=self.seed,
-            ranks=self.trainer.world_size if self.trainer else 1,
-            rank=self.trainer.global_rank if self.trainer else 0,
+            ranks=ranks,
+            rank=rank,
         )
 
     def _loader(

@@ -237,7 +237,12 @@ def _utterances(synthesizer: Synthesizer, voice: Voice, rng: np.random.Generator
         pitch, rate = voice.pitch + rng.integers(-4, 5), round(voice.rate * rng.uniform(0.93, 1.07))
         tuned = replace(voice, pitch=int(pitch), rate=rate)
         said = _one_utterance(synthesizer, tuned, sentences, rng)
-        yield _at_level(said, rng.uniform(-28, -20))
+        yield _at_level(said, rng.uniform(-28, -20)) + _room(rng, len(said))
+
+
+def _room(rng: np.random.Generator, n_samples: int) -> FloatArray:
+    """The hiss of a quiet room. Without it pauses are digital silence, which dither turns into another sound."""
+    return _at_level(coloured(rng, n_samples, 0.5), rng.uniform(-62, -56))
 
 
 def _one_utterance(

@@ -58,8 +58,9 @@ class MetricsWriter(Callback):
     val_loss and val_masked_accuracy where validation ran at that step.
     """
 
-    def __init__(self, path: Path, reporter: Reporter, sample_rate: int) -> None:
+    def __init__(self, path: Path, reporter: Reporter, sample_rate: int, batches_per_epoch: int) -> None:
         self.path, self.reporter, self.sample_rate = path, reporter, sample_rate
+        self.batches_per_epoch = batches_per_epoch
         self.totals = _Totals()
         self._micro: list[tuple[float, float, float]] = []  # loss, correct, selected of the batches of a step
         self._used_lr = 0.0
@@ -130,7 +131,7 @@ class MetricsWriter(Callback):
         report = StepReport(
             step=step,
             steps=steps,
-            epoch=trainer.fit_loop.epoch_loop.total_batch_idx // int(trainer.num_training_batches),
+            epoch=trainer.fit_loop.epoch_loop.total_batch_idx // self.batches_per_epoch,
             loss=sum(losses) / len(losses),
             accuracy=sum(correct) / max(1.0, sum(selected)),
             learning_rate=self._used_lr,

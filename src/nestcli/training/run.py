@@ -24,7 +24,47 @@ from nestcli.training.callbacks import MetricsWriter, NestCheckpoint, Reporter
 
 DEFAULT_EXP_DIR = "nest_experiments"
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-_OURS = ("enable_checkpointing", "logger", "enable_progress_bar")  # trainer keys that we answer ourselves
+# Trainer keys that we answer ourselves, those that count epochs among them.
+_OURS = (
+    "enable_checkpointing", "logger", "enable_progress_bar", "max_epochs", "max_steps", "limit_train_batches",
+    "val_check_interval", "check_val_every_n_epoch",
+)  # fmt: skip
+_ENDLESS = 1 << 40  # steps of a run without an end
+
+
+@dataclass(frozen=True)
+class Length:
+    """A run in optimiser steps and loader batches (of each process), however the configuration states it.
+
+    Lightning is given one long epoch: what it counts anew with every epoch is wrong after a resume.
+    """
+
+    steps: int | None  # None: without end
+    accumulate: int
+    batches_per_epoch: int
+    validate_every: int  # batches
+
+    @property
+    def batches(self) -> int:
+        return (self.steps or _ENDLESS) * self.accumulate
+
+    @classmethod
+    def of(cls, trainer: DictConfig, batches_per_epoch: int) -> Length:
+        """From trainer.max_steps, max_epochs, val_check_interval and what else bears on them."""
+        limit = trainer.get("limit_train_batches")
+        if limit is not None:
+            limit = round(limit * batches_per_epoch) if isinstance(limit, float) else limit
+            batches_per_epoch = max(1, min(batches_per_epoch, limit))
+        accumulate = int(trainer.accumulate_grad_batches)
+        ends = []
+        if trainer.max_steps is not None and trainer.max_steps >= 0:
+            ends.append(int(trainer.max_steps))
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            ends.append(int(trainer.max_epochs) * batches_per_epoch // accumulate)
+        interval = trainer.val_check_interval
+        if isinstance(interval, float):
+            interval = max(1, round(interval * batches_per_epoch * int(trainer.check_val_every_n_epoch or 1)))
+        return cls(min(ends) if ends else None, accumulate, batches_per_epoch, int(interval))
 
 
 @dataclass(frozen=True)
@@ -76,6 +116,8 @@ class Pretraining:
         self.config, self.reporter = config, reporter
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config)
+        self.length = Length.of(config.trainer, len(self.data.train_plan(_n_processes(config))))
+        self.data.batches = self.length.batches
         self.module = NestModule(config)
         self.resumes = self._checkpoint_to_resume()
         self._resumes_at = int(load_lightning_checkpoint(self.resumes)["global_step"]) if self.resumes else 0
@@ -83,7 +125,6 @@ class Pretraining:
     @property
     def plan(self) -> RunPlan:
         noise, val = self.data.train_noise, self.data.val_speech
-        steps = int(self.config.trainer.max_steps)
         return RunPlan(
             folder=self.folder,
             resumes=self.resumes,
@@ -95,7 +136,7 @@ class Pretraining:
             noise_clips=len(noise.manifest) if noise else 0,
             val_utterances=len(val) if val else 0,
             val_seconds=float(val.durations.sum()) if val else 0.0,
-            steps=steps if steps > 0 else None,
+            steps=self.length.steps,
         )
 
     def fit(self) -> RunResult:
@@ -103,7 +144,7 @@ class Pretraining:
         _make_folder(self.folder)
         OmegaConf.save(OmegaConf.create(resolved(self.config)), self.folder / "config.yaml")
         checkpoints = self._checkpoint_callback()
-        metrics = MetricsWriter(self.folder / "metrics.jsonl", self.reporter, self.data.sample_rate)
+        metrics = MetricsWriter(self.folder / "metrics.jsonl", self.reporter, self.data.sample_rate, self.length.batches_per_epoch)
         with warnings.catch_warnings():
             _quieten()
             trainer = self._trainer([metrics, *([checkpoints] if checkpoints else [])])
@@ -165,20 +206,17 @@ class Pretraining:
             return None
         options = dict(resolved(manager.checkpoint_callback_params))
         options.pop("always_save_nemo", None)
-        monitor = options.pop("monitor") if self.data.val_speech else None
+        monitor = options.pop("monitor", "val_loss")
+        monitor = monitor if self.data.val_speech else None
         filename = options.pop("filename", None) or f"{manager.name}--{{{monitor}:.4f}}-{{epoch}}"
         if monitor is None:  # nothing to compare by: keep the newest only
             filename, options["save_top_k"] = f"{manager.name}--{{step}}", 1
-            options.setdefault("every_n_train_steps", _validation_interval(self.config.trainer))
+            options.setdefault("every_n_train_steps", max(1, self.length.validate_every // self.length.accumulate))
         options.setdefault("save_last", True)
         return NestCheckpoint(self.folder / "checkpoints", filename, monitor=monitor, **options)
 
     def _trainer(self, callbacks: list[Any]) -> Trainer:
         settings = resolved(self.config.trainer)
-        batches = len(self.data.train_dataloader())
-        interval = settings["val_check_interval"]
-        if isinstance(interval, int) and interval > batches * settings.get("accumulate_grad_batches", 1):
-            settings["check_val_every_n_epoch"] = None  # count batches over epochs: an epoch is too short
         options = {key: value for key, value in settings.items() if key not in _OURS}
         precision = str(options["precision"])
         options.update(
@@ -187,6 +225,10 @@ class Pretraining:
             precision=_PRECISIONS.get(precision, precision),
             strategy=options["strategy"] if _n_processes(self.config) > 1 else "auto",
             sync_batchnorm=bool(options["sync_batchnorm"]) and _n_processes(self.config) > 1,
+            max_epochs=-1,
+            max_steps=-1 if self.length.steps is None else self.length.steps,
+            val_check_interval=self.length.validate_every,
+            check_val_every_n_epoch=None,
         )
         try:
             return Trainer(
@@ -243,11 +285,6 @@ def _device_name(config: DictConfig) -> str:
     if _accelerator(config) == "gpu":
         return f"{_n_processes(config)} x {torch.cuda.get_device_name(0)}"
     return f"{_accelerator(config)}, {torch.get_num_threads()} threads"
-
-
-def _validation_interval(trainer: DictConfig) -> int | None:
-    interval = trainer.val_check_interval
-    return interval if isinstance(interval, int) else None
 
 
 def _loggers(config: DictConfig, folder: Path) -> list[Logger]:

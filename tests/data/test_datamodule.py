@@ -1,0 +1,182 @@
+"""The loader: the plan, the same batches from any number of processes, and the messages for bad data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, write_noise_wav
+
+from nestcli.data.batch import NoiseBatch, collate
+from nestcli.data.datamodule import BatchPlan, NestDataModule, ResumableSampler
+from nestcli.data.manifest import read_manifests
+from nestcli.data.noise import NoisePool
+from nestcli.errors import ConfigError, DataError, NestError
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_ranks_together_see_every_item_once(ranks: int, shuffle: bool) -> None:
+    plans = [BatchPlan(50, 4, shuffle, False, 1, ranks, rank) for rank in range(ranks)]
+    seen = [item for plan in plans for number in range(len(plan)) for item in plan.items(plan.order(3), number)]
+    assert sorted(seen) == list(range(50))
+    assert len({len(plan) for plan in plans}) == 1
+
+
+def test_dropping_the_last_batch_keeps_whole_ones_only() -> None:
+    plan = BatchPlan(50, 4, True, True, 1, 2, 1)
+    assert len(plan) == 6
+    assert all(len(plan.items(plan.order(0), number)) == 4 for number in range(len(plan)))
+
+
+def test_epochs_differ_and_repeat() -> None:
+    plan = BatchPlan(50, 4, True, True, 1)
+    assert not np.array_equal(plan.order(0), plan.order(1))
+    assert np.array_equal(plan.order(1), plan.order(1))
+
+
+def test_the_sampler_goes_on_where_training_stands() -> None:
+    assert list(ResumableSampler(4, 10, lambda: 6)) == [(1, 2), (1, 3), (2, 0), (2, 1)]
+
+
+def batches(corpus: dict[str, Path], *overrides: str) -> list[NoiseBatch]:
+    loaded = list(NestDataModule(tiny_config(corpus, *overrides)).train_dataloader())
+    assert all(isinstance(batch, NoiseBatch) for batch in loaded)
+    return loaded
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(corpus: dict[str, Path]) -> None:
+    threads = torch.get_num_threads()
+    alone = batches(corpus)
+    for ours, theirs in zip(batches(corpus, "model.train_ds.num_workers=2"), alone, strict=True):
+        for name in ("audio", "audio_len", "noise", "noise_len", "noisy_audio", "noisy_audio_len"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        assert ours.sample_ids == theirs.sample_ids
+    assert torch.get_num_threads() == threads
+
+
+def test_another_seed_gives_other_batches(corpus: dict[str, Path]) -> None:
+    assert batches(corpus, "seed=1")[0].sample_ids != batches(corpus, "seed=2")[0].sample_ids
+
+
+def test_lengths_are_those_of_the_files_and_noise_is_mixed_in(corpus: dict[str, Path]) -> None:
+    manifest = read_manifests(str(corpus["train"]))
+    loaded = batches(corpus, "model.train_ds.batch_augmentor.prob=1.0")
+    for batch in loaded:
+        for item, length in zip(batch.sample_ids, batch.audio_len, strict=True):
+            assert int(length) == int(manifest.durations[item] * 16000)
+        assert torch.equal(batch.noisy_audio_len, batch.audio_len)
+        assert (batch.noisy_audio != batch.audio).any(dim=1).all()
+    assert sorted(item for batch in loaded for item in batch.sample_ids) == list(range(12))
+
+
+def test_without_an_augmentor_noise_is_added_as_it_is(corpus: dict[str, Path]) -> None:
+    batch = batches(corpus, "model.train_ds.batch_augmentor=null")[0]
+    assert torch.equal(batch.noisy_audio, batch.audio + batch.noise)
+    clean = batches(corpus, "model.train_ds.batch_augmentor=null", "model.train_ds.noise_manifest=null")[0]
+    assert torch.equal(clean.noisy_audio, clean.audio)
+
+
+def test_a_clip_that_is_shorter_than_it_says_is_repeated_to_a_second(tmp_path: Path, corpus: dict[str, Path]) -> None:
+    write_noise_wav(tmp_path / "short.wav", 0.4, 1)
+    manifest = tmp_path / "m.json"
+    manifest.write_text(json.dumps({"audio_filepath": "short.wav", "duration": 1.5}) + "\n")
+    [batch] = batches(
+        corpus, f"model.train_ds.manifest_filepath={manifest}", "model.train_ds.batch_size=1",
+        "model.train_ds.noise_manifest=null",
+    )  # fmt: skip
+    assert batch.audio_len.tolist() == [16000]
+    assert torch.equal(batch.audio[0, :6400], batch.audio[0, 6400:12800])
+
+
+def test_collating_cuts_and_pads_noise_to_the_longest_speech() -> None:
+    ones = [np.ones(count, np.float32) for count in (5, 3)]
+    batch = collate(ones, [np.ones(9, np.float32), np.ones(2, np.float32)], [4, 7])
+    assert batch.audio.tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert batch.noise.tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+    assert batch.noise_len.tolist() == [5, 2]
+
+
+def test_noise_stays_inside_its_line_and_silence_becomes_white_noise(tmp_path: Path) -> None:
+    import random
+
+    import soundfile as sf
+
+    ramp = np.linspace(0.1, 0.9, 160000).astype(np.float32)
+    sf.write(tmp_path / "ramp.wav", ramp, 16000, subtype="FLOAT")
+    sf.write(tmp_path / "silent.wav", np.zeros(160000, np.float32), 16000)
+    line = {"audio_filepath": "ramp.wav", "duration": 2.0, "offset": 5.0}
+    (tmp_path / "ramp.json").write_text(json.dumps(line) + "\n")
+    pool = NoisePool(read_manifests(str(tmp_path / "ramp.json")), 16000)
+    for seed in range(20):
+        clip = pool.draw(8000, random.Random(seed))
+        assert len(clip) == 8000
+        assert ramp[80000] <= clip.min() <= clip.max() <= ramp[112000 - 1]
+    assert len(pool.draw(64000, random.Random(0))) == 32000
+    (tmp_path / "silent.json").write_text(json.dumps({"audio_filepath": "silent.wav", "duration": 10.0}) + "\n")
+    white = NoisePool(read_manifests(str(tmp_path / "silent.json")), 16000).draw(8000, random.Random(0))
+    assert -91 < 20 * np.log10(white.std()) < -45
+
+
+# ---- what a new user would meet
+
+
+def test_a_manifest_that_is_not_there(corpus: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json"):
+        NestDataModule(tiny_config(corpus, "model.train_ds.manifest_filepath=nowhere.json"))
+
+
+def test_an_empty_manifest(corpus: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text("")
+    with pytest.raises(DataError, match=r"empty\.json has no lines"):
+        NestDataModule(tiny_config(corpus, f"model.train_ds.manifest_filepath={tmp_path / 'empty.json'}"))
+
+
+def test_no_speech_long_enough(corpus: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=r"none of the 12 utterances lasts between 5 and 60 s \(theirs: 1.20 to 1.60"):
+        NestDataModule(tiny_config(corpus, "model.train_ds.min_duration=5"))
+
+
+def test_fewer_utterances_than_a_batch(corpus: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match="Lower model.train_ds.batch_size"):
+        NestDataModule(tiny_config(corpus, "model.train_ds.batch_size=13")).train_dataloader()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_audio_names_the_file_and_the_remedy(
+    corpus: dict[str, Path], tmp_path: Path, workers: int
+) -> None:
+    (tmp_path / "broken.wav").write_bytes(b"RIFF, but not really")
+    manifest = tmp_path / "m.json"
+    manifest.write_text(json.dumps({"audio_filepath": "broken.wav", "duration": 1.5}) + "\n")
+    data = NestDataModule(
+        tiny_config(corpus, f"model.train_ds.manifest_filepath={manifest}", "model.train_ds.batch_size=1",
+                    f"model.train_ds.num_workers={workers}")
+    )  # fmt: skip
+    [failed] = list(data.train_dataloader())
+    assert isinstance(failed, NestError)
+    with pytest.raises(DataError, match=r"broken\.wav.*nest prepare-data"):
+        data.on_before_batch_transfer(failed, 0)
+
+
+def test_noise_that_cannot_be_read(corpus: dict[str, Path], tmp_path: Path) -> None:
+    manifest = tmp_path / "n.json"
+    manifest.write_text(json.dumps({"audio_filepath": "gone.wav", "duration": 1.5}) + "\n")
+    data = NestDataModule(tiny_config(corpus, f"model.train_ds.noise_manifest={manifest}"))
+    failed = next(iter(data.train_dataloader()))
+    assert isinstance(failed, DataError)
+    assert "none of 20 noise files drawn can be read" in str(failed)
+
+
+@pytest.mark.parametrize("key", ["is_tarred", "is_concat", "trim_silence"])
+def test_what_cannot_be_read_yet_is_refused(corpus: dict[str, Path], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.train_ds.{key}"):
+        NestDataModule(tiny_config(corpus, f"model.train_ds.{key}=true"))
+
+
+def test_a_manifest_must_be_given() -> None:
+    from nestcli.config import load_config
+
+    with pytest.raises(ConfigError, match="model.train_ds.manifest_filepath is not set"):
+        NestDataModule(load_config("small"))

@@ -1,0 +1,200 @@
+"""Runs: the files they leave, exact resumes, and what NeMo's users look for in a checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from nestcli.checkpoint.lightning import (
+    AtomicCheckpointIO,
+    config_of_checkpoint,
+    last_checkpoint,
+    load_lightning_checkpoint,
+)
+from nestcli.config import load_config
+from nestcli.errors import CheckpointError, ConfigError
+from nestcli.model.nest import NestConfig, NestModel
+from nestcli.training.callbacks import StepReport
+from nestcli.training.run import Length, Pretraining, RunResult
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.validations: list[tuple[int, float, float]] = []
+        self.ended = False
+
+    def step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+    def validation(self, step: int, loss: float, accuracy: float) -> None:
+        self.validations.append((step, loss, accuracy))
+
+    def finished(self) -> None:
+        self.ended = True
+
+
+def train(corpus: dict[str, Path], folder: Path, *overrides: str) -> tuple[RunResult, Recorder]:
+    recorder = Recorder()
+    config = tiny_config(corpus, f"exp_manager.exp_dir={folder}", "exp_manager.name=run", *overrides)
+    return Pretraining(config, recorder).fit(), recorder
+
+
+def lines(result: RunResult) -> list[dict]:
+    return [json.loads(line) for line in result.metrics.read_text().splitlines()]
+
+
+def without_time(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_a_run_leaves_checkpoints_metrics_and_curves(corpus: dict[str, Path], tmp_path: Path) -> None:
+    result, recorder = train(corpus, tmp_path, "trainer.max_steps=7", "trainer.val_check_interval=3")
+    assert result.step == 7
+    assert [step for step, _, _ in recorder.validations] == [3, 6]
+    assert [report.step for report in recorder.steps] == list(range(1, 8))
+    assert recorder.ended
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert len(names) == 2
+    best, last = sorted(names, key=lambda name: "last" in name)
+    assert best.startswith("SSL-NEST-FastConformer--val_loss=")
+    assert last.endswith("-step=7-last.ckpt")
+    assert result.best and result.best.name == best
+    assert result.last and result.last.name == last
+    rows = lines(result)
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert all(row.keys() >= {"step", "train_loss", "lr", "audio_seconds", "seconds"} for row in rows)
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
+    assert rows[0]["lr"] == rows[1]["lr"] < rows[2]["lr"]
+    assert rows[-1]["audio_seconds"] > rows[0]["audio_seconds"] > 4
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_a_checkpoint_has_nemos_names_its_configuration_and_no_code(corpus: dict[str, Path], tmp_path: Path) -> None:
+    result, _ = train(corpus, tmp_path, "trainer.max_steps=2", "trainer.val_check_interval=2")
+    assert result.last is not None
+    content = load_lightning_checkpoint(result.last)
+    config = config_of_checkpoint(result.last, ["model.encoder.dropout=0.5"])
+    assert config.model.encoder.dropout == 0.5
+    model = NestModel(NestConfig.from_config(config))
+    model.load_state_dict(content["state_dict"], strict=True)
+    assert next(iter(content["state_dict"])) == "preprocessor.featurizer.window"
+    [group] = content["optimizer_states"][0]["param_groups"]
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_gives_the_same_losses_to_the_last_bit(
+    corpus: dict[str, Path], tmp_path: Path, accumulate: int
+) -> None:
+    common = ["trainer.val_check_interval=2", f"trainer.accumulate_grad_batches={accumulate}"]
+    whole, _ = train(corpus, tmp_path / "whole", "trainer.max_steps=9", *common)
+    for steps in (4, 5, 9):  # in the middle of the second epoch, after a validation, to the end
+        parts, _ = train(corpus, tmp_path / "parts", f"trainer.max_steps={steps}", *common)
+    assert without_time(lines(parts)) == without_time(lines(whole))
+    assert whole.last is not None
+    assert parts.last is not None
+    ours, theirs = (load_lightning_checkpoint(path)["state_dict"] for path in (parts.last, whole.last))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert len(list((tmp_path / "parts" / "run" / "checkpoints").glob("*-last.ckpt"))) == 1
+
+
+def test_metrics_of_a_killed_run_beyond_its_checkpoint_are_taken_back(corpus: dict[str, Path], tmp_path: Path) -> None:
+    result, _ = train(corpus, tmp_path, "trainer.max_steps=3", "trainer.val_check_interval=3")
+    rows = result.metrics.read_text()
+    result.metrics.write_text(rows + '{"step": 4, "train_loss": 1.0}\n{"step": 5, "tra')
+    again, _ = train(corpus, tmp_path, "trainer.max_steps=5", "trainer.val_check_interval=3")
+    assert [row["step"] for row in lines(again)] == [1, 2, 3, 4, 5]
+    assert again.metrics.read_text().startswith(rows)
+
+
+def test_a_short_epoch_does_not_keep_validation_from_coming(corpus: dict[str, Path], tmp_path: Path) -> None:
+    _, recorder = train(corpus, tmp_path, "trainer.max_steps=8", "trainer.val_check_interval=4")
+    assert [step for step, _, _ in recorder.validations] == [4, 8]  # an epoch has 3 batches
+
+
+def test_without_validation_the_newest_checkpoint_is_kept(corpus: dict[str, Path], tmp_path: Path) -> None:
+    result, _ = train(corpus, tmp_path, "trainer.max_steps=4", "model.validation_ds.manifest_filepath=null")
+    assert result.val_loss is None
+    assert result.last is not None
+    assert result.last.name == "run--step=4-last.ckpt"
+
+
+def test_validation_weights_batches_by_their_selected_tokens(corpus: dict[str, Path], tmp_path: Path) -> None:
+    common = ["trainer.max_steps=1", "trainer.val_check_interval=1"]
+    pairs, _ = train(corpus, tmp_path / "pairs", *common)
+    singles, _ = train(corpus, tmp_path / "singles", *common, "model.masking.mask_prob=0.0")
+    assert pairs.val_loss is not None
+    assert 1 < pairs.val_loss < 10
+    assert singles.val_loss is None or singles.val_loss != singles.val_loss  # nothing to predict: no mean
+
+
+def test_a_dry_run_tries_a_batch_and_writes_nothing(corpus: dict[str, Path], tmp_path: Path) -> None:
+    config = tiny_config(corpus, f"exp_manager.exp_dir={tmp_path / 'new'}", "model.train_ds.num_workers=1")
+    trial = Pretraining(config, Recorder()).dry_run()
+    assert trial.loss == pytest.approx(3.5, abs=1.0)
+    assert trial.gradient_norm > 0
+    assert 0 < trial.masked_share < 1
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.accelerator=tpu", "trainer.accelerator"),
+        ("trainer.precision=12", "trainer: "),
+        ("exp_manager.resume_ignore_no_checkpoint=false", "there is no checkpoint in"),
+        ("model.optim.name=sgd", "only adamw is"),
+        ("model.optim.sched.name=Cosine", "only NoamAnnealing is"),
+    ],
+)
+def test_settings_that_cannot_be_run(corpus: dict[str, Path], tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        train(corpus, tmp_path, "trainer.max_steps=1", override)
+    assert message in str(raised.value)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "x-last.ckpt"
+    broken.write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"x-last\.ckpt cannot be read as a checkpoint"):
+        load_lightning_checkpoint(broken)
+    torch.save({"weights": 1}, broken)
+    with pytest.raises(CheckpointError, match="no state_dict"):
+        load_lightning_checkpoint(broken)
+    torch.save({"state_dict": Recorder()}, broken)
+    with pytest.raises(CheckpointError, match="more than tensors and plain data"):
+        load_lightning_checkpoint(broken)
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run-last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 1}, path)
+
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nestcli.checkpoint.lightning.os.fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 2}, path)
+    assert load_lightning_checkpoint(path)["global_step"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run-last.ckpt"]
+    assert last_checkpoint(tmp_path) == path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], Length(500000, 1, 100, 2500)),
+        (["trainer.max_steps=-1", "trainer.max_epochs=3"], Length(300, 1, 100, 2500)),
+        (["trainer.max_epochs=3", "trainer.accumulate_grad_batches=8"], Length(37, 8, 100, 2500)),
+        (["trainer.max_steps=-1"], Length(None, 1, 100, 2500)),
+        (["trainer.val_check_interval=0.25"], Length(500000, 1, 100, 25)),
+        (["trainer.val_check_interval=1.0", "trainer.limit_train_batches=10"], Length(500000, 1, 10, 10)),
+    ],
+)
+def test_the_length_of_a_run(overrides: list[str], expected: Length) -> None:
+    assert Length.of(load_config("small", overrides).trainer, 100) == expected

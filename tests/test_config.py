@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from conftest import GOLDEN
 from omegaconf import OmegaConf
 
+from conftest import GOLDEN
 from nestcli.config import (
     PRESETS,
     TARGETS,
@@ -44,7 +44,11 @@ def test_parameter_counts_of_the_presets(preset: str) -> None:
     [
         ["model.num_books=4", "model.code_dim=8"],
         ["model.encoder.subsampling_factor=4", "model.encoder.subsampling_conv_channels=-1"],
-        ["model.decoder.use_bias=false", "model.encoder.ff_expansion_factor=2", "model.preprocessor.features=128"],
+        [
+            "model.decoder.use_bias=false",
+            "model.encoder.ff_expansion_factor=2",
+            "model.preprocessor.features=128",
+        ],
     ],
 )
 def test_counting_by_sizes_agrees_with_counting_weights(overrides: list[str]) -> None:
@@ -103,7 +107,10 @@ def test_overrides_that_are_wrong(words: list[str], message: str) -> None:
         (["model.encoder.n_layers=many"], "model.encoder.n_layers: 'many' is not of type int"),
         (["model.encoder.d_model=90"], "multiple of n_heads=4"),
         (["model.encoder.subsampling=striding"], "only 'dw_striding' is"),
-        (["model.quantizer.num_classes=5"], "model.decoder.num_classes is 8192, but the other blocks make it 5"),
+        (
+            ["model.quantizer.num_classes=5"],
+            "model.decoder.num_classes is 8192, but the other blocks make it 5",
+        ),
         (["model.mask_position=nowhere"], "pre_conv or post_conv"),
         (["model.preprocessor.pad_to=0"], "multiple of model.encoder.subsampling_factor"),
         (["model.masking.mask_prob=2"], "mask_prob: 2"),

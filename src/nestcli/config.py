@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,10 @@ _CLASSES = {
     "encoder": ("ConformerEncoder", [f"{_NEMO}.modules"]),
     "decoder": ("MultiSoftmaxDecoder", [f"{_NEMO}.modules", f"{_NEMO}.modules.ssl_modules"]),
     "loss": ("MultiMLMLoss", [f"{_NEMO}.losses"]),
-    "multi_speaker_noise": ("MultiSpeakerNoiseAugmentation", [f"{_NEMO}.modules.ssl_modules", f"{_NEMO}.modules"]),
+    "multi_speaker_noise": (
+        "MultiSpeakerNoiseAugmentation",
+        [f"{_NEMO}.modules.ssl_modules", f"{_NEMO}.modules"],
+    ),
     "speaker_noise": ("SpeakerNoiseAugmentation", [f"{_NEMO}.modules.ssl_modules", f"{_NEMO}.modules"]),
 }
 TARGETS = {
@@ -69,10 +73,17 @@ EXTRA_KEYS = frozenset(
 
 # A file that stands alone (no `base:`) may leave these out; anything else that it lacks is an error, because NeMo's
 # own defaults for it differ from the values in this configuration.
-_FILLED_FROM_BASE = ("name", "trainer", "exp_manager", "model.spec_augment", "model.train_ds", "model.validation_ds")
+_FILLED_FROM_BASE = (
+    "name",
+    "trainer",
+    "exp_manager",
+    "model.spec_augment",
+    "model.train_ds",
+    "model.validation_ds",
+)
 _NULL_IF_ABSENT = (
-    "model.train_ds.noise_manifest", "model.train_ds.batch_augmentor",
-    "model.validation_ds.noise_manifest", "model.validation_ds.batch_augmentor", "model.validation_ds.manifest_filepath",
+    "model.train_ds.noise_manifest", "model.train_ds.batch_augmentor", "model.validation_ds.noise_manifest",
+    "model.validation_ds.batch_augmentor", "model.validation_ds.manifest_filepath",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -281,6 +292,7 @@ def _check_known(leaves: Iterable[tuple[str, Any]], source: str, *, blocks_allow
         raise ConfigError(f"{source}: unknown key {key}.{hint}{add}")
 
 
+@functools.cache
 def _known_keys() -> frozenset[str]:
     base = _read_yaml(config_dir() / f"{BASE}.yaml")
     return frozenset(key for key, _ in _leaves(base)) | EXTRA_KEYS

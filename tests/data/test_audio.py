@@ -132,9 +132,7 @@ def test_offset_at_or_beyond_the_end_is_an_error(write, offset):
     assert "prepare-data" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "what", ["missing", "folder", "pipe", "html", "empty", "header only", "many channels"]
-)
+@pytest.mark.parametrize("what", ["missing", "folder", "pipe", "html", "empty", "header only", "many channels"])
 def test_what_cannot_be_read_is_a_data_error(tmp_path, write, what):
     path = tmp_path / "bad.wav"
     if what == "folder":

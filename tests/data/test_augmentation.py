@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Golden, assert_close
 
+from conftest import Golden, assert_close
 from nestcli.data.augmentation import (
     AugmentationConfig,
     _random_split,
@@ -35,10 +35,10 @@ def random_batch(seed: int = 0, lengths: tuple[int, ...] = (400, 300, 250), nois
 def test_nemo_exact_gives_the_recorded_batches(number: int) -> None:
     case = GOLDEN.metadata["cases"][number]
     given = GOLDEN.under(f"{number:02d}.in.")
-    defaults = dict(
-        prob=0.0, noise_ratio=0.0, min_r_speech=-5.0, max_r_speech=5.0, min_r_noise=-5.0, max_r_noise=20.0,
-        min_mix_rate=0.0, max_mix_rate=1.0,
-    )  # fmt: skip
+    defaults = {
+        "prob": 0.0, "noise_ratio": 0.0, "min_r_speech": -5.0, "max_r_speech": 5.0, "min_r_noise": -5.0, "max_r_noise": 20.0,
+        "min_mix_rate": 0.0, "max_mix_rate": 1.0,
+    }  # fmt: skip
     config = AugmentationConfig(**{**defaults, **case["arguments"]}, nemo_exact=True)
     batch = NoiseBatch(**given, noisy_audio=given["audio"], noisy_audio_len=given["audio_len"])
     mix = mix_speakers_and_noise if case["class"].startswith("Multi") else mix_one_speaker_or_noise

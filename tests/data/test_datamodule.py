@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, write_noise_wav
 
+from conftest import tiny_config, write_noise_wav
 from nestcli.data.batch import NoiseBatch, collate
 from nestcli.data.datamodule import BatchPlan, NestDataModule, ResumableSampler
 from nestcli.data.manifest import read_manifests
@@ -144,9 +144,7 @@ def test_fewer_utterances_than_a_batch(corpus: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_audio_names_the_file_and_the_remedy(
-    corpus: dict[str, Path], tmp_path: Path, workers: int
-) -> None:
+def test_unreadable_audio_names_the_file_and_the_remedy(corpus: dict[str, Path], tmp_path: Path, workers: int) -> None:
     (tmp_path / "broken.wav").write_bytes(b"RIFF, but not really")
     manifest = tmp_path / "m.json"
     manifest.write_text(json.dumps({"audio_filepath": "broken.wav", "duration": 1.5}) + "\n")

@@ -274,9 +274,7 @@ def test_cuts_that_lhotse_wrote_are_read(tmp_path):
     cuts = []
     for file in files:
         one = lhotse.Recording.from_file(file).to_cut()
-        supervision = lhotse.SupervisionSegment(
-            one.id, one.recording.id, 0, one.duration, speaker=file.parent.name
-        )
+        supervision = lhotse.SupervisionSegment(one.id, one.recording.id, 0, one.duration, speaker=file.parent.name)
         one.supervisions = [supervision]
         cuts.append(one.truncate(offset=0.5, duration=1.25))
     cuts[0] = cuts[0].resample(8000)
@@ -293,9 +291,7 @@ def test_cuts_that_lhotse_wrote_are_read(tmp_path):
 
 
 def test_rows_are_written_in_a_stable_order_and_read_back(path):
-    write_manifest(
-        path, [{"zeta": 1, "text": "hé 中", "duration": 1.5, "alpha": 2, "audio_filepath": "/a b.wav"}]
-    )
+    write_manifest(path, [{"zeta": 1, "text": "hé 中", "duration": 1.5, "alpha": 2, "audio_filepath": "/a b.wav"}])
     expected = '{"audio_filepath": "/a b.wav", "duration": 1.5, "text": "hé 中", "alpha": 2, "zeta": 1}\n'
     assert path.read_text(encoding="utf-8") == expected
     assert read_manifests(str(path)).entry(0).text == "hé 中"

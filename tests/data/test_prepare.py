@@ -184,20 +184,14 @@ def test_a_manifest_that_promises_more_than_the_file_has_is_noticed(corpus, tmp_
 def test_durations_never_go_beyond_the_file(tmp_path, out, rate, frames):
     path = tmp_path / "a.wav"
     sf.write(path, 0.1 * np.random.default_rng(0).standard_normal(frames), rate)
-    write_manifest(
-        tmp_path / "m.json", [{"audio_filepath": "a.wav", "offset": 1 / 7}, {"audio_filepath": "a.wav"}]
-    )
+    write_manifest(tmp_path / "m.json", [{"audio_filepath": "a.wav", "offset": 1 / 7}, {"audio_filepath": "a.wav"}])
     prepare([tmp_path / "m.json"], out, PrepareOptions(val_fraction=0))
     for row in rows(out / "train_manifest.json"):
         end = row.get("offset", 0) + row["duration"]
         assert frames / rate - 2.1e-6 < end <= frames / rate + 1e-12
         offset, duration = row.get("offset", 0.0), row["duration"]
         assert (
-            abs(
-                len(load_audio(path, sample_rate=rate, offset=offset, duration=duration))
-                - (end - offset) * rate
-            )
-            < 1
+            abs(len(load_audio(path, sample_rate=rate, offset=offset, duration=duration)) - (end - offset) * rate) < 1
         )
 
 
@@ -226,9 +220,7 @@ def test_no_speaker_stands_on_both_sides(corpus, out):
     for fraction in (0.01, 0.3, 0.6, 0.99):
         options = PrepareOptions(speaker_pattern=r"(spk\d)", split_by="speaker", val_fraction=fraction)
         prepare([corpus], out, options)
-        train, val = (
-            {row["speaker"] for row in rows(out / f"{name}_manifest.json")} for name in ("train", "val")
-        )
+        train, val = ({row["speaker"] for row in rows(out / f"{name}_manifest.json")} for name in ("train", "val"))
         assert train
         assert val
         assert not train & val
@@ -242,9 +234,7 @@ def test_segments_of_one_file_stay_on_one_side(corpus, tmp_path, out):
     ]
     write_manifest(tmp_path / "m.json", segments)
     prepare([tmp_path / "m.json"], out, PrepareOptions(val_fraction=0.4))
-    train, val = (
-        {row["audio_filepath"] for row in rows(out / f"{n}_manifest.json")} for n in ("train", "val")
-    )
+    train, val = ({row["audio_filepath"] for row in rows(out / f"{n}_manifest.json")} for n in ("train", "val"))
     assert len(train | val) == 20
     assert not train & val
 

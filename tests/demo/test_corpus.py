@@ -164,9 +164,7 @@ def test_every_sentence_fits_into_an_utterance(synthesizer: Synthesizer) -> None
     longest_pause = 0.4
     limit = corpus.LONGEST - corpus.SHORTEST - longest_pause  # then one more after a short one fits too
     slowest = [replace(voice, rate=round(0.93 * voice.rate)) for voice in corpus.VOICES]
-    speakers = {
-        min((v for v in slowest if v.language == lang), key=lambda v: v.rate) for lang in corpus.SENTENCES
-    }
+    speakers = {min((v for v in slowest if v.language == lang), key=lambda v: v.rate) for lang in corpus.SENTENCES}
     speakers.add(min(slowest, key=lambda voice: voice.rate))
     for voice in speakers:
         for sentence in corpus.SENTENCES.get(voice.language, corpus.ENGLISH).strip().splitlines():
@@ -223,9 +221,7 @@ def test_coloured_noise_falls_by_its_slope_an_octave(slope: float, decibels: flo
     assert np.diff(10 * np.log10(octaves)) == pytest.approx([decibels] * 3, abs=0.3)
 
 
-def test_progress_counts_seconds_up_to_the_length_asked_for(
-    made: CorpusSummary, heard: list[tuple[int, int]]
-) -> None:
+def test_progress_counts_seconds_up_to_the_length_asked_for(made: CorpusSummary, heard: list[tuple[int, int]]) -> None:
     assert len(heard) == made.utterances
     assert heard == sorted(heard)
     assert heard[-1] == (90, 90)

@@ -416,9 +416,7 @@ def record_masking(path):
                     feat_in=2, mask_prob=mask_prob, block_size=block_size, allow_overlap=allow_overlap
                 )
                 torch.manual_seed(seed)
-                _, mask = masking(
-                    input_feats=torch.zeros(len(lengths), 2, frames), input_lengths=torch.tensor(lengths)
-                )
+                _, mask = masking(input_feats=torch.zeros(len(lengths), 2, frames), input_lengths=torch.tensor(lengths))
                 masks[f"{len(cases):02d}"] = one_mask_a_frame(mask)
                 cases.append(
                     {
@@ -500,9 +498,7 @@ def record_augmentation(path):
         record |= {f"{seed:02d}.in.{name}": value.clone() for name, value in given.items()}
         random.seed(seed)
         mixed = cls(**arguments)(AudioNoiseBatch(**given))
-        cases.append(
-            {"class": cls.__name__, "seed": seed, "arguments": arguments, "next_draw": random.random()}
-        )
+        cases.append({"class": cls.__name__, "seed": seed, "arguments": arguments, "next_draw": random.random()})
         for name in ("noise", "noise_len", "noisy_audio", "noisy_audio_len"):
             record[f"{seed:02d}.out.{name}"] = getattr(mixed, name).clone()
     write_tensors(path, record, cases=cases)
@@ -530,10 +526,7 @@ def record_schedule(path):
         (list(range(60)), {"lr": 5.0, "d_model": 176, "warmup_steps": 20, "min_lr": 0.07}),
         (list(range(20)), {"lr": 5.0, "d_model": 176, "min_lr": 0.0}),
     ]
-    noam = [
-        {"settings": settings, "steps": steps, "lr": noam_rates(steps, **settings)}
-        for steps, settings in requests
-    ]
+    noam = [{"settings": settings, "steps": steps, "lr": noam_rates(steps, **settings)} for steps, settings in requests]
     write_json(path, {"noam": noam})
 
 
@@ -559,9 +552,7 @@ def parameter_counts(model):
         "total": sum(p.numel() for p in parameters),
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
-        "modules": {
-            name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()
-        },
+        "modules": {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()},
     }
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN, Golden, assert_close
 
+from conftest import GOLDEN, Golden, assert_close
 from nestcli.config import load_config
 from nestcli.model.masking import MaskingConfig, disjoint_blocks, overlapping_blocks
 from nestcli.model.nest import NestConfig, NestModel
@@ -180,7 +180,7 @@ def test_names_shapes_types_and_order_of_small() -> None:
         for name, value in model.state_dict().items()
         if not name.startswith("encoder.layers.") or name.startswith("encoder.layers.0.")
     ]
-    assert ours == [entry for entry in recorded["entries"]]
+    assert ours == recorded["entries"]
     assert len(model.encoder.layers) == recorded["layers"]
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close
 
+from conftest import assert_close
 from nestcli.config import load_config
 from nestcli.model.attention import relative_shift, sinusoidal_table
 from nestcli.model.conformer import EncoderConfig, outside_context

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from nestcli.checkpoint.lightning import (
     AtomicCheckpointIO,
     config_of_checkpoint,
@@ -61,8 +61,9 @@ def test_a_run_leaves_checkpoints_metrics_and_curves(corpus: dict[str, Path], tm
     best, last = sorted(names, key=lambda name: "last" in name)
     assert best.startswith("SSL-NEST-FastConformer--val_loss=")
     assert last.endswith("-step=7-last.ckpt")
-    assert result.best and result.best.name == best
-    assert result.last and result.last.name == last
+    assert result.best is not None
+    assert result.last is not None
+    assert (result.best.name, result.last.name) == (best, last)
     rows = lines(result)
     assert [row["step"] for row in rows] == list(range(1, 8))
     assert all(row.keys() >= {"step", "train_loss", "lr", "audio_seconds", "seconds"} for row in rows)

@@ -109,7 +109,12 @@ class TrainingDisplay:
         if self._bar is None:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[n]}"))
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[n]}"),
+            )
             self._bar = Progress(*columns, console=stderr())
             self._task = self._bar.add_task("", total=report.steps, n="")
             self._bar.start()

@@ -72,14 +72,16 @@ def _show(results: Results) -> None:
         f"\nThe loss fell from {results.guess_loss:.2f} (a guess) to {results.last_loss:.2f}; "
         f"{results.last_accuracy:.1%} of the masked tokens are predicted right."
     )
-    rows = [
+    for what, where in (
         ("loss curve", results.loss_curve),
         ("what the model hears", results.spectrograms),
-        ("checkpoint", run.best or run.last),
+        ("best checkpoint", run.best),
         ("newest checkpoint", run.last),
         ("numbers of every step", run.metrics),
         ("speech and noise", results.corpus.speech.parent),
         ("manifests", Path(str(results.speech.manifests["train"])).parent),
-    ]
-    console.table("Results", ["what", "where"], rows, to_stderr=True)
-    console.note("Next, your own speech: nest prepare-data FOLDER --out data, then nest pretrain small ...")
+    ):
+        console.note(f"  {what:21}  {where}")
+    console.note(
+        "\nNext, your own speech:\n  nest prepare-data FOLDER --out data && nest pretrain small ... (see README.md)"
+    )

@@ -21,9 +21,7 @@ def prepare_data(
         typer.Argument(metavar="INPUT...", help="Audio folders, audio files, manifests, Lhotse cuts."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the manifests.")],
-    kind: Annotated[
-        Literal["speech", "noise"], typer.Option("--kind", help="What the audio is used for.")
-    ] = "speech",
+    kind: Annotated[Literal["speech", "noise"], typer.Option("--kind", help="What the audio is used for.")] = "speech",
     val_fraction: Annotated[
         float | None,
         typer.Option("--val-fraction", help="Share for validation. Default: 0.05 of speech, 0 of noise."),
@@ -50,9 +48,7 @@ def prepare_data(
         int | None,
         typer.Option("--jobs", "-j", metavar="N", help="Files checked at once. Default: one a core."),
     ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")
-    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Check audio and write manifests for training.
@@ -79,9 +75,7 @@ def prepare_data(
     else:
         _show(summary, out, pattern_given=speaker_pattern is not None)
     if strict and summary.rejected:
-        raise RunFailedError(
-            f"{summary.rejected} inputs were rejected (--strict); see {out / 'rejected.jsonl'}"
-        )
+        raise RunFailedError(f"{summary.rejected} inputs were rejected (--strict); see {out / 'rejected.jsonl'}")
 
 
 def _show(summary: PrepareSummary, out: Path, *, pattern_given: bool) -> None:

@@ -23,7 +23,8 @@ def pretrain(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check configuration, data and device, try one batch, train nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check configuration, data and device, try one batch, train nothing."),
     ] = False,
 ) -> None:
     """Pretrain a NEST encoder; continues the run that is found in the experiment's folder."""
@@ -42,7 +43,9 @@ def pretrain(
     plan = run.plan
     _show_plan(plan)
     if plan.steps is not None and plan.resumes_at >= plan.steps:
-        console.note(f"This run is complete: {plan.resumes_at} of {plan.steps} steps. Raise trainer.max_steps to go on.")
+        console.note(
+            f"This run is complete: {plan.resumes_at} of {plan.steps} steps. Raise trainer.max_steps to go on."
+        )
         return
     _show_result(run.fit())
 

@@ -110,9 +110,7 @@ def inspect_audio(path: str | os.PathLike[str]) -> AudioReport:
 
 
 def _data_error(path: str | os.PathLike[str], why: str) -> DataError:
-    return DataError(
-        f"{os.fspath(path)}: {why}. Run `nest prepare-data`: it finds and leaves out such files."
-    )
+    return DataError(f"{os.fspath(path)}: {why}. Run `nest prepare-data`: it finds and leaves out such files.")
 
 
 def _words(error: sf.LibsndfileError) -> str:
@@ -303,9 +301,7 @@ def _inspect(path: str, sound: _Sound) -> AudioReport:
     return AudioReport(rate, sound.channels, frames, frames / rate, peak, rms_db, reason or None, detail)
 
 
-def _first_fault(
-    path: str, sound: _Sound, frames: int, peak: float, energy: float, rms_db: float
-) -> tuple[str, str]:
+def _first_fault(path: str, sound: _Sound, frames: int, peak: float, energy: float, rms_db: float) -> tuple[str, str]:
     if not math.isfinite(peak) or not math.isfinite(energy):
         return "not_finite", "some samples are not a number, infinite, or absurdly large"
     if missing := missing_audio(path, sound, frames):

@@ -85,16 +85,18 @@ def _assembled(batch: NoiseBatch, mixed: Sequence[Tensor | None], config: Augmen
         changed = torch.tensor([new is not None for new in mixed])
         noise_len = torch.where(changed, batch.audio_len, batch.noise_len)
         return replace(
-            batch, noise=noise, noise_len=noise_len, noisy_audio=batch.audio + noise, noisy_audio_len=noise_len
+            batch,
+            noise=noise,
+            noise_len=noise_len,
+            noisy_audio=batch.audio + noise,
+            noisy_audio_len=noise_len,
         )
     silence = torch.zeros_like(batch.audio[0])
     noise = torch.stack([silence if new is None else new for new in mixed])
     noisy = batch.audio + noise
     peaks = noisy.abs().amax(dim=1, keepdim=True)
     noisy = torch.where((peaks > 1) & (noise != 0).any(dim=1, keepdim=True), noisy / peaks, noisy)
-    return replace(
-        batch, noise=noise, noise_len=batch.audio_len, noisy_audio=noisy, noisy_audio_len=batch.audio_len
-    )
+    return replace(batch, noise=noise, noise_len=batch.audio_len, noisy_audio=noisy, noisy_audio_len=batch.audio_len)
 
 
 # ---- several segments and speakers -------------------------------------------------------------------------------
@@ -136,10 +138,10 @@ def _random_split(total: int, n_parts: int, rng: random.Random, *, always_draw: 
         return [total]
     version, state, gauss = rng.getstate()
     twister = np.random.RandomState()
-    twister.set_state(("MT19937", np.array(state[:-1], dtype=np.uint32), state[-1]))
+    twister.set_state(("MT19937", np.array(state[:-1], dtype=np.uint32), state[-1], 0, 0.0))
     choices = (twister.random_sample(total) * n_parts).astype(np.int64)
-    _, keys, position = twister.get_state(legacy=True)[:3]
-    rng.setstate((version, (*map(int, keys), int(position)), gauss))
+    after = twister.get_state(legacy=False)["state"]
+    rng.setstate((version, (*map(int, after["key"]), int(after["pos"])), gauss))
     parts, first, counts = np.unique(choices, return_index=True, return_counts=True)
     return [int(counts[i]) for i in np.argsort(first)] if len(parts) else []
 
@@ -162,7 +164,7 @@ def _chosen_source(
 def _noise_segments(item: int, batch: NoiseBatch, segment_lens: Sequence[int]) -> list[Tensor]:
     """Consecutive slices of the item's noise, repeated to the width of the batch."""
     repeated = _tiled(batch.noise[item, : batch.noise_len[item]], batch.audio.size(1))
-    return list(repeated[: sum(segment_lens)].split(list(segment_lens)))
+    return list(torch.split(repeated[: sum(segment_lens)], list(segment_lens)))
 
 
 def _speech_segments(

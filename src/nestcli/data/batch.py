@@ -5,8 +5,8 @@ Axes: B batch, N samples, zero-padded to the longest item.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +31,15 @@ class NoiseBatch:
     counts: bool = True
 
     def to(self, device: torch.device, non_blocking: bool = False) -> NoiseBatch:
-        return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self._tensors().items()})
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> NoiseBatch:
-        return replace(self, **{key: value.pin_memory() for key, value in self._tensors().items()})
+        return self._mapped(Tensor.pin_memory)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _mapped(self, move: Callable[[Tensor], Tensor]) -> NoiseBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return NoiseBatch(**{**values, **moved})
 
 
 Samples = npt.NDArray[np.float32]

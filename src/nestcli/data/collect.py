@@ -95,9 +95,7 @@ def _walk(root: str, out: str) -> Iterator[tuple[str, list[str]]]:
     """Folders and their visible files, sorted; links to folders are followed, each folder is entered once."""
 
     def stop(error: OSError) -> None:
-        raise DataError(
-            f"the folder {error.filename} cannot be read: {error.strerror}; change its permissions"
-        )
+        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}; change its permissions")
 
     entered: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=stop):

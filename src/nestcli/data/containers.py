@@ -79,9 +79,7 @@ def _mpeg_shortfall(file: BinaryIO, sound: sf.SoundFile, frames: int) -> str:
     left = size - os.lseek(sound.name, 0, os.SEEK_CUR)
     if left > max(_MAX_TRAILING_TAG, size // 20):
         share = f"{left / size:.0%} of the file"
-        return (
-            f"its length is not or wrongly stated, so that {share} would not be read; convert it with ffmpeg"
-        )
+        return f"its length is not or wrongly stated, so that {share} would not be read; convert it with ffmpeg"
     return ""
 
 

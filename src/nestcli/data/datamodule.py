@@ -254,7 +254,9 @@ def _speech_manifest(config: DictConfig, key: str) -> Manifest:
 
 def _noise_pool(config: DictConfig, key: str) -> NoisePool | None:
     paths = OmegaConf.select(config, f"{key}.noise_manifest")
-    return NoisePool(read_manifests(_paths(paths)), int(OmegaConf.select(config, f"{key}.sample_rate"))) if paths else None
+    return (
+        NoisePool(read_manifests(_paths(paths)), int(OmegaConf.select(config, f"{key}.sample_rate"))) if paths else None
+    )
 
 
 def _paths(value: Any) -> str | list[str]:

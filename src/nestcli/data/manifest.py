@@ -81,9 +81,7 @@ class Manifest:
             return _parse(source.read(int(self.positions[index]), int(self.sizes[index])))[0]
         except (OSError, ValueError) as error:
             where = f"{source.path}, line {self.lines[index]}"
-            raise DataError(
-                f"{where}: {error}. Did the file change since it was opened? Start again."
-            ) from None
+            raise DataError(f"{where}: {error}. Did the file change since it was opened? Start again.") from None
 
     def entry(self, index: int) -> Entry:
         """Read one line; a relative path is looked for beside its manifest first."""
@@ -186,9 +184,7 @@ class _Source:
         if self._descriptor is None:
             self._descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._descriptor)
-        return os.pread(
-            self._descriptor, size, position
-        )  # no file position that forks or threads could share
+        return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
@@ -254,9 +250,7 @@ def _keep(row: dict[str, Any], scan: _Scan) -> tuple[int, int]:
     kept = json.dumps(row, ensure_ascii=True).encode()
     start = len(scan.unpacked)
     if start + len(kept) > _MAX_UNPACKED:
-        raise DataError(
-            f"{scan.source.path} holds more than {_MAX_UNPACKED >> 30} GiB. Unpack it with gunzip."
-        )
+        raise DataError(f"{scan.source.path} holds more than {_MAX_UNPACKED >> 30} GiB. Unpack it with gunzip.")
     scan.unpacked += kept
     return start, len(kept)
 
@@ -297,9 +291,7 @@ def _seconds(row: dict[str, Any], key: str, default: float) -> float:
     if value is None:
         return default
     if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
-        raise ValueError(
-            f'"{key}" is {_short(value)}; it must be a number of seconds from 0 to {MAX_SECONDS:g}'
-        )
+        raise ValueError(f'"{key}" is {_short(value)}; it must be a number of seconds from 0 to {MAX_SECONDS:g}')
     return float(value)
 
 

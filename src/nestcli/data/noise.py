@@ -12,7 +12,10 @@ from nestcli.data.manifest import Manifest
 from nestcli.errors import DataError
 
 ATTEMPTS = 20
-WHITE_NOISE_DB = (-90, -46)  # level of what stands in for a silent clip: an integer of dBFS, the upper end excluded
+WHITE_NOISE_DB = (
+    -90,
+    -46,
+)  # level of what stands in for a silent clip: an integer of dBFS, the upper end excluded
 
 
 class NoisePool:

@@ -124,9 +124,7 @@ def _checked_fraction(options: PrepareOptions) -> float:
     """Check the options; the share of validation."""
     fraction = VAL_FRACTION[options.kind] if options.val_fraction is None else options.val_fraction
     if not 0 <= fraction < 1:
-        raise DataError(
-            f"a validation share of {fraction:g} is not possible; give 0 or more, and less than 1"
-        )
+        raise DataError(f"a validation share of {fraction:g} is not possible; give 0 or more, and less than 1")
     low, high = options.min_duration or 0.0, options.max_duration
     if not math.isfinite(low) or (high is not None and not low <= high):
         raise DataError(f"no duration lies between {low:g} s and {high} s; raise the maximum")
@@ -144,9 +142,7 @@ def _speaker_finder(pattern: str | None) -> Callable[[Item], str | None]:
     except re.error as error:
         raise DataError(f"the speaker pattern {pattern!r} is no regular expression: {error}") from None
     if not compiled.groups:
-        raise DataError(
-            f"the speaker pattern {pattern!r} has no group; put ( ) around the speaker's part of it"
-        )
+        raise DataError(f"the speaker pattern {pattern!r} has no group; put ( ) around the speaker's part of it")
     group = "speaker" if "speaker" in compiled.groupindex else 1
 
     def find(item: Item) -> str | None:
@@ -276,9 +272,7 @@ def _groups(accepted: Sequence[_Accepted], by: str) -> list[str | None]:
         return [each.item.key for each in accepted]
     speakers = [each.speaker for each in accepted]
     if not any(speakers):
-        raise DataError(
-            "no speakers are known to split by; give --speaker-pattern, or manifests with speakers"
-        )
+        raise DataError("no speakers are known to split by; give --speaker-pattern, or manifests with speakers")
     return speakers
 
 
@@ -291,9 +285,7 @@ def _write(folder: Path, accepted: Sequence[_Accepted], in_val: Sequence[bool]) 
     for name, side in (("train", False), ("val", True)):
         path = folder / f"{name}_manifest.json"
         if side in in_val:
-            write_manifest(
-                path, (_row(each) for each, is_val in zip(accepted, in_val, strict=True) if is_val is side)
-            )
+            write_manifest(path, (_row(each) for each, is_val in zip(accepted, in_val, strict=True) if is_val is side))
             written[name] = str(path.absolute())
         else:
             path.unlink(missing_ok=True)  # of an earlier run

@@ -23,6 +23,4 @@ def for_validation(groups: Sequence[str | None], fraction: float) -> list[bool]:
 
 def _share(group: str) -> float:
     """A number in [0, 1) that depends on nothing but the name."""
-    return (
-        int.from_bytes(blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") / 2**64
-    )
+    return int.from_bytes(blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") / 2**64

@@ -209,18 +209,14 @@ def make_corpus(
     )
 
 
-def _write_speech(
-    folder: Path, seconds: float, seed: int, progress: Callable[[int, int], None]
-) -> dict[Path, float]:
+def _write_speech(folder: Path, seconds: float, seed: int, progress: Callable[[int, int], None]) -> dict[Path, float]:
     """Every speaker's utterances up to `seconds` in all; the files' lengths in seconds."""
     synthesizer = Synthesizer()
     lengths: dict[Path, float] = {}
     done = 0.0
     for index, voice in enumerate(VOICES):
         share_ends = seconds * (index + 1) / len(VOICES)
-        for number, waveform in enumerate(
-            _utterances(synthesizer, voice, np.random.default_rng([seed, index]))
-        ):
+        for number, waveform in enumerate(_utterances(synthesizer, voice, np.random.default_rng([seed, index]))):
             path = folder / voice.name / f"{voice.name}_{number:03d}.flac"
             lengths[path] = _write(path, waveform)
             done += lengths[path]

@@ -47,9 +47,7 @@ def draw_loss_curve(
     figure = _figure(8, 6)
     losses, accuracies = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _curve(losses, steps, train_loss, BLUE, "training")
-    losses.plot(
-        val_steps, val_loss, color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="validation"
-    )
+    losses.plot(val_steps, val_loss, color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="validation")
     losses.axhline(chance_loss, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label=guess)
     losses.set_ylabel("masked-token loss (nats)", color=INK)
     losses.legend(frameon=False, labelcolor=INK, fontsize=9)
@@ -123,9 +121,7 @@ def _curve(axes: Axes, steps: npt.ArrayLike, values: npt.ArrayLike, colour: str,
     axes.plot(x, mean, color=colour, linewidth=2, label=name)
 
 
-def _spectrogram(
-    axes: Axes, features_FT: FloatArray, hop_seconds: float, lowest: float, highest: float
-) -> AxesImage:
+def _spectrogram(axes: Axes, features_FT: FloatArray, hop_seconds: float, lowest: float, highest: float) -> AxesImage:
     """An image whose blanks (NaN) are pale, with time in seconds from left to right."""
     n_channels, n_frames = features_FT.shape
     image = axes.imshow(

@@ -93,9 +93,7 @@ def _locate() -> tuple[Path, Path]:
 
         library, data = Path(espeakng_loader.get_library_path()), Path(espeakng_loader.get_data_path())
     except (ImportError, RuntimeError) as error:
-        raise MissingDependencyError(
-            f"Synthetic speech needs espeakng-loader ({error}). {_INSTALL}"
-        ) from error
+        raise MissingDependencyError(f"Synthetic speech needs espeakng-loader ({error}). {_INSTALL}") from error
     # Without its data espeak-ng would go on looking in $ESPEAK_DATA_PATH, $HOME and its builder's folders.
     for needed in (library, data / "phontab"):
         if not needed.is_file():

@@ -62,7 +62,7 @@ def take_tour(out: Path, overrides: list[str], guide: Guide, *, minutes: float =
     speech = prepare(
         [corpus.speech],
         out / "speech",
-        PrepareOptions(val_fraction=0.1, split_by="speaker", speaker_pattern=by_folder),
+        PrepareOptions(val_fraction=0.1, speaker_pattern=by_folder),
         guide.progress,
     )
     noise = prepare([corpus.noise], out / "noise", PrepareOptions(kind="noise"), guide.progress)
@@ -92,9 +92,7 @@ def _data_overrides(out: Path, speech: PrepareSummary, noise: PrepareSummary) ->
     ]
 
 
-def _results(
-    out: Path, config: DictConfig, corpus: CorpusSummary, speech: PrepareSummary, run: RunResult
-) -> Results:
+def _results(out: Path, config: DictConfig, corpus: CorpusSummary, speech: PrepareSummary, run: RunResult) -> Results:
     last = _lines(run.metrics)[-5:]
     return Results(
         corpus=corpus,

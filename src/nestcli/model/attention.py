@@ -82,6 +82,10 @@ class RelativeAttention(nn.Module):
         attended_BHSK = attend(content_BHSK, k_BHSK, v_BHSK, bias_BHSS, hidden_BSS[:, None])
         return self.linear_out(attended_BHSK.transpose(1, 2).flatten(2))
 
+    def share_position_biases(self, other: RelativeAttention) -> None:
+        """Use another layer's u and v (tied biases)."""
+        self.pos_bias_u, self.pos_bias_v = other.pos_bias_u, other.pos_bias_v
+
     def _heads(self, x_BSM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
             linear(x_BSM).unflatten(-1, (self.n_heads, -1)) for linear in (self.linear_q, self.linear_k, self.linear_v)
@@ -106,9 +110,11 @@ def relative_shift(scores_BHSR: Tensor) -> Tensor:
     Row i of the result starts one column further left than row i - 1. Reading the rows with a stride that is one
     shorter does that without a copy.
     """
-    B, H, S, R = scores_BHSR.shape
+    B, H, S, _ = scores_BHSR.shape
     scores_BHSR = scores_BHSR.contiguous()
     stride_B, stride_H, stride_S, stride_R = scores_BHSR.stride()
     return scores_BHSR.as_strided(
-        (B, H, S, S), (stride_B, stride_H, stride_S - stride_R, stride_R), scores_BHSR.storage_offset() + S - 1
+        (B, H, S, S),
+        (stride_B, stride_H, stride_S - stride_R, stride_R),
+        scores_BHSR.storage_offset() + S - 1,
     )

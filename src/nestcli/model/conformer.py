@@ -49,7 +49,11 @@ class EncoderConfig:
     conv_norm_ignore_padding: bool = False
 
     def __post_init__(self) -> None:
-        fixed = {"subsampling": "dw_striding", "causal_downsampling": False, "self_attention_model": "rel_pos"}
+        fixed = {
+            "subsampling": "dw_striding",
+            "causal_downsampling": False,
+            "self_attention_model": "rel_pos",
+        }
         for key, only in fixed.items():
             if getattr(self, key) != only:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
@@ -170,7 +174,11 @@ class ConformerLayer(nn.Module):
         self.conv = Convolution(config)
         self.norm_self_att = nn.LayerNorm(width)
         self.self_attn = RelativeAttention(
-            width, config.n_heads, dropout=config.dropout_att, use_bias=config.use_bias, use_sdpa=config.use_pytorch_sdpa
+            width,
+            config.n_heads,
+            dropout=config.dropout_att,
+            use_bias=config.use_bias,
+            use_sdpa=config.use_pytorch_sdpa,
         )
         self.norm_feed_forward2 = nn.LayerNorm(width)
         self.feed_forward2 = FeedForward(width, hidden, config.dropout, config.use_bias)
@@ -193,7 +201,10 @@ class ConformerEncoder(nn.Module):
         self.config = config
         channels = config.subsampling_conv_channels
         self.pre_encode = DepthwiseStridingSubsampling(
-            config.feat_in, config.d_model, config.d_model if channels == -1 else channels, config.subsampling_factor
+            config.feat_in,
+            config.d_model,
+            config.d_model if channels == -1 else channels,
+            config.subsampling_factor,
         )
         self.pos_enc = RelativePositions(
             config.d_model,
@@ -201,11 +212,10 @@ class ConformerEncoder(nn.Module):
             dropout=config.dropout_pre_encoder,
             dropout_table=config.dropout_emb,
         )
-        self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.n_layers))
-        if not config.untie_biases:
-            for layer in self.layers:
-                layer.self_attn.pos_bias_u = self.layers[0].self_attn.pos_bias_u
-                layer.self_attn.pos_bias_v = self.layers[0].self_attn.pos_bias_v
+        layers = [ConformerLayer(config) for _ in range(config.n_layers)]
+        for layer in layers if not config.untie_biases else []:
+            layer.self_attn.share_position_biases(layers[0].self_attn)
+        self.layers = nn.ModuleList(layers)
         if config.feat_out > 0 and config.feat_out != config.d_model:
             self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.feat_out)
         else:

@@ -33,17 +33,23 @@ class MultiSoftmaxDecoder(nn.Module):
         self.config = config
         channels = config.num_classes * config.num_decoders
         self.decoder_layers = nn.Sequential(nn.Conv1d(config.feat_in, channels, 1, bias=config.use_bias))
-        nn.init.xavier_uniform_(self.decoder_layers[0].weight)
+        nn.init.xavier_uniform_(self.layer.weight)
+
+    @property
+    def layer(self) -> nn.Conv1d:
+        """The one layer; its place in a list is NeMo's."""
+        layer = self.decoder_layers[0]
+        assert isinstance(layer, nn.Conv1d)
+        return layer
 
     def reset_parameters(self) -> None:
         """Draw the weights again: PyTorch's default, then Xavier's uniform for the matrix, as at construction."""
-        self.decoder_layers[0].reset_parameters()
-        nn.init.xavier_uniform_(self.decoder_layers[0].weight)
+        self.layer.reset_parameters()
+        nn.init.xavier_uniform_(self.layer.weight)
 
     def forward(self, frames_NM: Tensor) -> Tensor:
         """Logits (..., C, G) of frames (..., M)."""
-        layer = self.decoder_layers[0]
-        logits = F.linear(frames_NM, layer.weight.squeeze(-1), layer.bias)
+        logits = F.linear(frames_NM, self.layer.weight.squeeze(-1), self.layer.bias)
         return logits.unflatten(-1, (self.config.num_classes, self.config.num_decoders))
 
     def log_probs(self, encoded_BSM: Tensor) -> Tensor:

@@ -87,6 +87,4 @@ def build_optimizer(model: nn.Module, config: DictConfig) -> AdamW:
 def build_schedule(optimizer: Optimizer, config: DictConfig, max_steps: int) -> NoamAnnealing:
     """Noam annealing over optimiser steps."""
     sched = section(ScheduleConfig, config, "model.optim.sched")
-    return NoamAnnealing(
-        optimizer, d_model=sched.d_model, warmup_steps=sched.warmup(max_steps), min_lr=sched.min_lr
-    )
+    return NoamAnnealing(optimizer, d_model=sched.d_model, warmup_steps=sched.warmup(max_steps), min_lr=sched.min_lr)

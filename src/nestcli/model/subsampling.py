@@ -20,7 +20,11 @@ class DepthwiseStridingSubsampling(nn.Module):
         stages = factor.bit_length() - 1
         layers: list[nn.Module] = [_strided(1, channels), nn.ReLU()]
         for _ in range(stages - 1):
-            layers += [_strided(channels, channels, groups=channels), nn.Conv2d(channels, channels, 1), nn.ReLU()]
+            layers += [
+                _strided(channels, channels, groups=channels),
+                nn.Conv2d(channels, channels, 1),
+                nn.ReLU(),
+            ]
         conv = nn.Sequential(*layers)
         bins = feat_in
         for _ in range(stages):

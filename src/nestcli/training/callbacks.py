@@ -58,9 +58,11 @@ class MetricsWriter(Callback):
     val_loss and val_masked_accuracy where validation ran at that step.
     """
 
-    def __init__(self, path: Path, reporter: Reporter, sample_rate: int, batches_per_epoch: int) -> None:
+    def __init__(
+        self, path: Path, reporter: Reporter, sample_rate: int, *, batches_per_epoch: int, log_every: int
+    ) -> None:
         self.path, self.reporter, self.sample_rate = path, reporter, sample_rate
-        self.batches_per_epoch = batches_per_epoch
+        self.batches_per_epoch, self.log_every = batches_per_epoch, max(1, log_every)
         self.totals = _Totals()
         self._micro: list[tuple[float, float, float]] = []  # loss, correct, selected of the batches of a step
         self._used_lr = 0.0
@@ -96,7 +98,7 @@ class MetricsWriter(Callback):
         report = self._report(trainer)
         self._micro.clear()
         self.reporter.step(report)
-        if report.step % trainer.log_every_n_steps == 0 or report.step == report.steps:
+        if report.step % self.log_every == 0 or report.step == report.steps:
             self._write(trainer, self._line(report))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

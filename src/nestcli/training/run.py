@@ -144,10 +144,17 @@ class Pretraining:
         _make_folder(self.folder)
         OmegaConf.save(OmegaConf.create(resolved(self.config)), self.folder / "config.yaml")
         checkpoints = self._checkpoint_callback()
-        metrics = MetricsWriter(self.folder / "metrics.jsonl", self.reporter, self.data.sample_rate, self.length.batches_per_epoch)
+        metrics = MetricsWriter(
+            self.folder / "metrics.jsonl",
+            self.reporter,
+            self.data.sample_rate,
+            batches_per_epoch=self.length.batches_per_epoch,
+            log_every=int(self.config.trainer.log_every_n_steps),
+        )
+        trainer_callbacks = [metrics, *([checkpoints] if checkpoints else [])]
         with warnings.catch_warnings():
             _quieten()
-            trainer = self._trainer([metrics, *([checkpoints] if checkpoints else [])])
+            trainer = self._trainer(trainer_callbacks)
             trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
@@ -165,7 +172,7 @@ class Pretraining:
     def dry_run(self) -> DryRun:
         """Forward and backward pass of the first batch, without training and without writing anything."""
         device = torch.device("cuda" if _accelerator(self.config) == "gpu" and torch.cuda.is_available() else "cpu")
-        self.data.config = OmegaConf.merge(self.config, {"model": {"train_ds": {"num_workers": 0}}})
+        self.data.config.model.train_ds.num_workers = 0
         _check_writable(self.folder)
         batch = next(iter(self.data.train_dataloader()))
         if isinstance(batch, NestError):
@@ -224,6 +231,7 @@ class Pretraining:
             devices=_devices(self.config),
             precision=_PRECISIONS.get(precision, precision),
             strategy=options["strategy"] if _n_processes(self.config) > 1 else "auto",
+            limit_val_batches=options.get("limit_val_batches", 1.0) if self.data.val_speech else 0,
             sync_batchnorm=bool(options["sync_batchnorm"]) and _n_processes(self.config) > 1,
             max_epochs=-1,
             max_steps=-1 if self.length.steps is None else self.length.steps,

@@ -185,6 +185,9 @@ def test_words_of_a_command() -> None:
     assert split_words([]) == ("nest_fast-conformer", [])
     assert split_words(["a=1"]) == ("nest_fast-conformer", ["a=1"])
     assert split_words(["small", "a=1"]) == ("small", ["a=1"])
+    checkpoint = "runs/NEST--val_loss=8.1-step=9.ckpt"
+    assert split_words([checkpoint, "a=1"]) == (checkpoint, ["a=1"])
+    assert split_words([checkpoint[5:]]) == (checkpoint[5:], [])
     with pytest.raises(ConfigError, match="'large' is neither"):
         split_words(["small", "large"])
 

@@ -122,13 +122,19 @@ def config_from_dict(content: Mapping[str, Any], source: str, overrides: Iterabl
 
 
 def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Split a command's words into the configuration's name (first word without `=`) and its overrides."""
-    if not words or "=" in words[0]:
+    """Split a command's words into the configuration's name, if one comes first, and its overrides."""
+    if not words or _is_override(words[0]):
         return BASE, list(words)
     for word in words[1:]:
-        if "=" not in word:
+        if not _is_override(word):
             raise ConfigError(f"{word!r} is neither an option nor key=value. One configuration, then overrides.")
     return words[0], list(words[1:])
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word is key=value; the names of checkpoints have a `=` too, as in NAME--val_loss=8.1-step=9.ckpt."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in key and "--" not in key
 
 
 def require(config: DictConfig, key: str, why: str) -> Any:

@@ -36,9 +36,9 @@ def test_nemo_exact_gives_the_recorded_batches(number: int) -> None:
     case = GOLDEN.metadata["cases"][number]
     given = GOLDEN.under(f"{number:02d}.in.")
     defaults = {
-        "prob": 0.0, "noise_ratio": 0.0, "min_r_speech": -5.0, "max_r_speech": 5.0, "min_r_noise": -5.0, "max_r_noise": 20.0,
-        "min_mix_rate": 0.0, "max_mix_rate": 1.0,
-    }  # fmt: skip
+        **{"prob": 0.0, "noise_ratio": 0.0, "min_mix_rate": 0.0, "max_mix_rate": 1.0},
+        **{"min_r_speech": -5.0, "max_r_speech": 5.0, "min_r_noise": -5.0, "max_r_noise": 20.0},
+    }
     config = AugmentationConfig(**{**defaults, **case["arguments"]}, nemo_exact=True)
     batch = NoiseBatch(**given, noisy_audio=given["audio"], noisy_audio_len=given["audio_len"])
     mix = mix_speakers_and_noise if case["class"].startswith("Multi") else mix_one_speaker_or_noise

@@ -139,7 +139,7 @@ def test_no_speech_long_enough(corpus: dict[str, Path]) -> None:
 
 
 def test_fewer_utterances_than_a_batch(corpus: dict[str, Path]) -> None:
-    with pytest.raises(DataError, match="Lower model.train_ds.batch_size"):
+    with pytest.raises(DataError, match=r"Lower model\.train_ds\.batch_size"):
         NestDataModule(tiny_config(corpus, "model.train_ds.batch_size=13")).train_dataloader()
 
 
@@ -176,5 +176,5 @@ def test_what_cannot_be_read_yet_is_refused(corpus: dict[str, Path], key: str) -
 def test_a_manifest_must_be_given() -> None:
     from nestcli.config import load_config
 
-    with pytest.raises(ConfigError, match="model.train_ds.manifest_filepath is not set"):
+    with pytest.raises(ConfigError, match=r"model\.train_ds\.manifest_filepath is not set"):
         NestDataModule(load_config("small"))

@@ -173,6 +173,12 @@ class NestDataModule(LightningDataModule):
             )
         return plan
 
+    def train_batch(self, epoch: int, number: int) -> NoiseBatch:
+        """One batch of training, made in this process. Raises NestError."""
+        settings = self.config.model.train_ds
+        data = NoisySpeech(self.train_speech, self.train_noise, self.train_plan(), settings)
+        return _raised(data[epoch, number])
+
     def train_dataloader(self) -> DataLoader[NoiseBatch | NestError]:
         settings = self.config.model.train_ds
         plan = self.train_plan(*self._ranks())
@@ -189,9 +195,7 @@ class NestDataModule(LightningDataModule):
         return self._loader(data, ResumableSampler(len(plan), len(plan), lambda: 0), settings)
 
     def on_before_batch_transfer(self, batch: NoiseBatch | NestError, dataloader_idx: int) -> NoiseBatch:
-        if isinstance(batch, NestError):
-            raise batch
-        return batch
+        return _raised(batch)
 
     def _consumed(self) -> int:
         """Training batches used so far in the run, those before a resume included."""
@@ -224,6 +228,12 @@ class NestDataModule(LightningDataModule):
             pin_memory=bool(settings.pin_memory) and on_gpu,
             persistent_workers=workers > 0,
         )
+
+
+def _raised(batch: NoiseBatch | NestError) -> NoiseBatch:
+    if isinstance(batch, NestError):
+        raise batch
+    return batch
 
 
 def available_cores() -> int:

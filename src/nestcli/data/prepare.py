@@ -100,10 +100,10 @@ def prepare(
     """
     fraction = _checked_fraction(options)
     find_speaker = _speaker_finder(options.speaker_pattern)
-    folder = _make_folder(Path(out))
-    collection = collect(inputs, folder)
+    collection = collect(inputs, Path(out))
     if not collection.items:
         raise DataError(_nothing_found(inputs, collection))
+    folder = _make_folder(Path(out))
     reports = _check(collection.items, options.jobs, progress)
     accepted, rejected = _judge(collection.items, reports, options, find_speaker)
     write_manifest(folder / "rejected.jsonl", (_rejected_row(each) for each in rejected))

@@ -16,9 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, last_checkpoint, load_lightning_checkpoint
 from nestcli.config import resolved
-from nestcli.data.batch import NoiseBatch
 from nestcli.data.datamodule import NestDataModule
-from nestcli.errors import ConfigError, MissingDependencyError, NestError
+from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.model.module import NestModule
 from nestcli.training.callbacks import MetricsWriter, NestCheckpoint, Reporter
 
@@ -172,12 +171,8 @@ class Pretraining:
     def dry_run(self) -> DryRun:
         """Forward and backward pass of the first batch, without training and without writing anything."""
         device = torch.device("cuda" if _accelerator(self.config) == "gpu" and torch.cuda.is_available() else "cpu")
-        self.data.config.model.train_ds.num_workers = 0
         _check_writable(self.folder)
-        batch = next(iter(self.data.train_dataloader()))
-        if isinstance(batch, NestError):
-            raise batch
-        assert isinstance(batch, NoiseBatch)
+        batch = self.data.train_batch(0, 0)
         model = self.module.model.to(device).train()
         on_device = batch.to(device)
         output = model(on_device.audio, on_device.audio_len, on_device.noisy_audio, on_device.noisy_audio_len)

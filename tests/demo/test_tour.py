@@ -1,0 +1,60 @@
+"""The demo, shortened: the same way, fewer steps and less speech."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("espeakng_loader")
+pytest.importorskip("matplotlib")
+
+from nestcli.demo.tour import take_tour
+from nestcli.errors import RunFailedError
+from nestcli.training.callbacks import Reporter, StepReport
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.chapters: list[str] = []
+
+    def chapter(self, title: str) -> None:
+        self.chapters.append(title)
+
+    def progress(self, done: int, total: int) -> None:
+        assert 0 <= done <= total
+
+    def display(self) -> Reporter:
+        return self
+
+    def step(self, report: StepReport) -> None: ...
+
+    def validation(self, step: int, loss: float, accuracy: float) -> None: ...
+
+    def finished(self) -> None: ...
+
+
+SHORT = [
+    "trainer.max_steps=25", "trainer.val_check_interval=10", "model.optim.sched.warmup_steps=10",
+    "model.encoder.n_layers=1", "model.encoder.d_model=32", "model.train_ds.batch_size=4", "trainer.accelerator=cpu",
+    "model.encoder.subsampling_conv_channels=16", "model.optim.lr=0.15",
+]  # fmt: skip
+
+
+def test_the_tour_learns_and_draws(tmp_path: Path) -> None:
+    guide = Silent()
+    results = take_tour(tmp_path, SHORT, guide, minutes=1.5)
+    assert len(guide.chapters) == 4
+    assert results.last_loss < 0.93 * results.guess_loss
+    for picture in (results.loss_curve, results.spectrograms):
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    rows = [json.loads(line) for line in results.run.metrics.read_text().splitlines()]
+    assert rows[-1]["step"] == 25
+    assert results.run.last is not None
+    assert results.run.last.is_file()
+    again = take_tour(tmp_path, SHORT, guide, minutes=1.5)  # the same words again: nothing is trained twice
+    assert again.run.step == 25
+
+
+def test_a_loss_that_does_not_fall_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError, match="It should have fallen"):
+        take_tour(tmp_path, [*SHORT, "trainer.max_steps=2", "model.optim.lr=1e-6"], Silent(), minutes=1.5)

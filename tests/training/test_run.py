@@ -17,7 +17,8 @@ from nestcli.config import load_config
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.nest import NestConfig, NestModel
 from nestcli.training.callbacks import StepReport
-from nestcli.training.run import Length, Pretraining, RunResult
+from nestcli.training.run import Pretraining, RunResult
+from nestcli.training.settings import Length
 
 
 class Recorder:

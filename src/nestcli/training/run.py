@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -11,59 +10,25 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, last_checkpoint, load_lightning_checkpoint
 from nestcli.config import resolved
 from nestcli.data.datamodule import NestDataModule
-from nestcli.errors import ConfigError, MissingDependencyError
+from nestcli.errors import ConfigError
 from nestcli.model.module import NestModule
 from nestcli.training.callbacks import MetricsWriter, NestCheckpoint, Reporter
+from nestcli.training.settings import (
+    Length,
+    accelerator,
+    device_name,
+    make_loggers,
+    n_processes,
+    quieten,
+    trainer_options,
+)
 
 DEFAULT_EXP_DIR = "nest_experiments"
-_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-# Trainer keys that we answer ourselves, those that count epochs among them.
-_OURS = (
-    "enable_checkpointing", "logger", "enable_progress_bar", "max_epochs", "max_steps", "limit_train_batches",
-    "val_check_interval", "check_val_every_n_epoch",
-)  # fmt: skip
-_ENDLESS = 1 << 40  # steps of a run without an end
-
-
-@dataclass(frozen=True)
-class Length:
-    """A run in optimiser steps and loader batches (of each process), however the configuration states it.
-
-    Lightning is given one long epoch: what it counts anew with every epoch is wrong after a resume.
-    """
-
-    steps: int | None  # None: without end
-    accumulate: int
-    batches_per_epoch: int
-    validate_every: int  # batches
-
-    @property
-    def batches(self) -> int:
-        return (self.steps or _ENDLESS) * self.accumulate
-
-    @classmethod
-    def of(cls, trainer: DictConfig, batches_per_epoch: int) -> Length:
-        """From trainer.max_steps, max_epochs, val_check_interval and what else bears on them."""
-        limit = trainer.get("limit_train_batches")
-        if limit is not None:
-            limit = round(limit * batches_per_epoch) if isinstance(limit, float) else limit
-            batches_per_epoch = max(1, min(batches_per_epoch, limit))
-        accumulate = int(trainer.accumulate_grad_batches)
-        ends = []
-        if trainer.max_steps is not None and trainer.max_steps >= 0:
-            ends.append(int(trainer.max_steps))
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            ends.append(int(trainer.max_epochs) * batches_per_epoch // accumulate)
-        interval = trainer.val_check_interval
-        if isinstance(interval, float):
-            interval = max(1, round(interval * batches_per_epoch * int(trainer.check_val_every_n_epoch or 1)))
-        return cls(min(ends) if ends else None, accumulate, batches_per_epoch, int(interval))
 
 
 @dataclass(frozen=True)
@@ -115,7 +80,7 @@ class Pretraining:
         self.config, self.reporter = config, reporter
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config)
-        self.length = Length.of(config.trainer, len(self.data.train_plan(_n_processes(config))))
+        self.length = Length.of(config.trainer, len(self.data.train_plan(n_processes(config))))
         self.data.batches = self.length.batches
         self.module = NestModule(config)
         self.resumes = self._checkpoint_to_resume()
@@ -128,7 +93,7 @@ class Pretraining:
             folder=self.folder,
             resumes=self.resumes,
             resumes_at=self._resumes_at,
-            device=_device_name(self.config),
+            device=device_name(self.config),
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
             train_utterances=len(self.data.train_speech),
             train_seconds=float(self.data.train_speech.durations.sum()),
@@ -152,7 +117,7 @@ class Pretraining:
         )
         trainer_callbacks = [metrics, *([checkpoints] if checkpoints else [])]
         with warnings.catch_warnings():
-            _quieten()
+            quieten()
             trainer = self._trainer(trainer_callbacks)
             trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes, weights_only=True)
         if trainer.interrupted:
@@ -170,7 +135,7 @@ class Pretraining:
 
     def dry_run(self) -> DryRun:
         """Forward and backward pass of the first batch, without training and without writing anything."""
-        device = torch.device("cuda" if _accelerator(self.config) == "gpu" and torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if accelerator(self.config) == "gpu" and torch.cuda.is_available() else "cpu")
         _check_writable(self.folder)
         batch = self.data.train_batch(0, 0)
         model = self.module.model.to(device).train()
@@ -218,32 +183,14 @@ class Pretraining:
         return NestCheckpoint(self.folder / "checkpoints", filename, monitor=monitor, **options)
 
     def _trainer(self, callbacks: list[Any]) -> Trainer:
-        settings = resolved(self.config.trainer)
-        options = {key: value for key, value in settings.items() if key not in _OURS}
-        precision = str(options["precision"])
-        options.update(
-            accelerator=_accelerator(self.config),
-            devices=_devices(self.config),
-            precision=_PRECISIONS.get(precision, precision),
-            strategy=options["strategy"] if _n_processes(self.config) > 1 else "auto",
-            limit_val_batches=options.get("limit_val_batches", 1.0) if self.data.val_speech else 0,
-            sync_batchnorm=bool(options["sync_batchnorm"]) and _n_processes(self.config) > 1,
-            max_epochs=-1,
-            max_steps=-1 if self.length.steps is None else self.length.steps,
-            val_check_interval=self.length.validate_every,
-            check_val_every_n_epoch=None,
-        )
         try:
             return Trainer(
-                **options,
+                **trainer_options(self.config, self.length, validates=self.data.val_speech is not None),
                 callbacks=callbacks,
-                logger=_loggers(self.config, self.folder),
+                logger=make_loggers(self.config, self.folder),
                 plugins=[AtomicCheckpointIO()],
                 default_root_dir=self.folder,
                 enable_checkpointing=any(isinstance(callback, NestCheckpoint) for callback in callbacks),
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
             )
         except (TypeError, ValueError, RuntimeError) as error:  # Lightning's own checks of its arguments
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
@@ -253,63 +200,6 @@ def experiment_folder(config: DictConfig) -> Path:
     """exp_manager's folder: exp_dir/name, without a version, as NeMo's when it may resume."""
     manager = config.exp_manager
     return Path(manager.exp_dir or DEFAULT_EXP_DIR) / str(manager.name)
-
-
-def _accelerator(config: DictConfig) -> str:
-    wanted = str(config.trainer.accelerator)
-    if wanted in ("auto", "gpu", "cuda"):
-        if torch.cuda.is_available():
-            return "gpu"
-        if wanted != "auto":
-            raise ConfigError(f"trainer.accelerator={wanted}: there is no usable GPU. Set trainer.accelerator=cpu.")
-        return "cpu"
-    if wanted not in ("cpu", "mps"):
-        raise ConfigError(f"trainer.accelerator: {wanted!r}: use auto, gpu, mps or cpu.")
-    return wanted
-
-
-def _devices(config: DictConfig) -> Any:
-    devices = config.trainer.devices
-    if _accelerator(config) != "gpu":
-        return 1 if devices in (-1, "-1", "auto") else devices
-    return OmegaConf.to_container(devices) if OmegaConf.is_config(devices) else devices
-
-
-def _n_processes(config: DictConfig) -> int:
-    devices = _devices(config)
-    if isinstance(devices, list):
-        count = len(devices)
-    else:
-        count = torch.cuda.device_count() if devices in (-1, "-1", "auto") else int(devices)
-    return count * int(config.trainer.num_nodes)
-
-
-def _device_name(config: DictConfig) -> str:
-    if _accelerator(config) == "gpu":
-        return f"{_n_processes(config)} x {torch.cuda.get_device_name(0)}"
-    return f"{_accelerator(config)}, {torch.get_num_threads()} threads"
-
-
-def _loggers(config: DictConfig, folder: Path) -> list[Logger]:
-    manager = config.exp_manager
-    loggers: list[Logger] = []
-    if manager.create_tensorboard_logger:
-        loggers.append(TensorBoardLogger(save_dir=folder, name="", version="tensorboard"))
-    if manager.create_wandb_logger:
-        loggers.append(_wandb_logger(resolved(manager.wandb_logger_kwargs), folder))
-    return loggers
-
-
-def _wandb_logger(options: dict[str, Any], folder: Path) -> Logger:
-    from lightning.pytorch.loggers import WandbLogger
-
-    try:
-        return WandbLogger(save_dir=folder, **options)
-    except ModuleNotFoundError:
-        raise MissingDependencyError(
-            'exp_manager.create_wandb_logger: W&B is not installed. Run pip install "nestcli[wandb]", '
-            "or set exp_manager.create_wandb_logger=false."
-        ) from None
 
 
 def _make_folder(folder: Path) -> None:
@@ -330,19 +220,3 @@ def _check_writable(folder: Path) -> None:
 
 def _existing(path: str) -> Path | None:
     return Path(path) if path and Path(path).is_file() else None
-
-
-def _quieten() -> None:
-    """Silence what Lightning says about loaders, samplers and loggers that are as they are on purpose."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*dataloader is not resumable.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*number of training batches.*smaller than the logging interval.*",
-        ".*defined a `validation_step` but have no `val_dataloader`.*",
-        ".*Trying to infer the `batch_size`.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    # Lightning's own use of what PyTorch has deprecated
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")

@@ -1,0 +1,158 @@
+"""What the trainer block means on this machine: the run's length, devices, loggers, and Lightning's arguments."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from nestcli.config import resolved
+from nestcli.errors import ConfigError, MissingDependencyError
+
+_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+# Trainer keys that we answer ourselves, those that count epochs among them.
+_OURS = (
+    "enable_checkpointing", "logger", "enable_progress_bar", "max_epochs", "max_steps", "limit_train_batches",
+    "val_check_interval", "check_val_every_n_epoch",
+)  # fmt: skip
+_ENDLESS = 1 << 40  # steps of a run without an end
+
+
+@dataclass(frozen=True)
+class Length:
+    """A run in optimiser steps and loader batches (of each process), however the configuration states it.
+
+    Lightning is given one long epoch: what it counts anew with every epoch is wrong after a resume.
+    """
+
+    steps: int | None  # None: without end
+    accumulate: int
+    batches_per_epoch: int
+    validate_every: int  # batches
+
+    @property
+    def batches(self) -> int:
+        return (_ENDLESS if self.steps is None else self.steps) * self.accumulate
+
+    @classmethod
+    def of(cls, trainer: DictConfig, batches_per_epoch: int) -> Length:
+        """From trainer.max_steps, max_epochs, val_check_interval and what else bears on them."""
+        limit = trainer.get("limit_train_batches")
+        if limit is not None:
+            limit = round(limit * batches_per_epoch) if isinstance(limit, float) else limit
+            batches_per_epoch = max(1, min(batches_per_epoch, limit))
+        accumulate = int(trainer.accumulate_grad_batches)
+        ends = []
+        if trainer.max_steps is not None and trainer.max_steps >= 0:
+            ends.append(int(trainer.max_steps))
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            ends.append(int(trainer.max_epochs) * batches_per_epoch // accumulate)
+        interval = trainer.val_check_interval
+        if isinstance(interval, float):
+            interval = max(1, round(interval * batches_per_epoch * int(trainer.check_val_every_n_epoch or 1)))
+        return cls(min(ends) if ends else None, accumulate, batches_per_epoch, int(interval))
+
+
+def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> dict[str, Any]:
+    """Arguments of Lightning's Trainer."""
+    options = {key: value for key, value in resolved(config.trainer).items() if key not in _OURS}
+    precision, processes = str(options["precision"]), n_processes(config)
+    options.update(
+        accelerator=accelerator(config),
+        devices=_devices(config),
+        precision=_PRECISIONS.get(precision, precision),
+        strategy=options["strategy"] if processes > 1 else "auto",
+        sync_batchnorm=bool(options["sync_batchnorm"]) and processes > 1,
+        limit_val_batches=options.get("limit_val_batches", 1.0) if validates else 0,
+        max_epochs=-1,
+        max_steps=-1 if length.steps is None else length.steps,
+        val_check_interval=length.validate_every,
+        check_val_every_n_epoch=None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    return options
+
+
+def accelerator(config: DictConfig) -> str:
+    """gpu, mps or cpu. Raises ConfigError if it is not to be had."""
+    wanted = str(config.trainer.accelerator)
+    if wanted in ("auto", "gpu", "cuda"):
+        if torch.cuda.is_available():
+            return "gpu"
+        if wanted != "auto":
+            raise ConfigError(f"trainer.accelerator={wanted}: there is no usable GPU. Set trainer.accelerator=cpu.")
+        return "cpu"
+    if wanted not in ("cpu", "mps"):
+        raise ConfigError(f"trainer.accelerator: {wanted!r}: use auto, gpu, mps or cpu.")
+    return wanted
+
+
+def _devices(config: DictConfig) -> Any:
+    devices = config.trainer.devices
+    if accelerator(config) != "gpu":
+        return 1 if devices in (-1, "-1", "auto") else devices
+    return OmegaConf.to_container(devices) if OmegaConf.is_config(devices) else devices
+
+
+def n_processes(config: DictConfig) -> int:
+    """Processes of the run over all nodes."""
+    devices = _devices(config)
+    if isinstance(devices, list):
+        count = len(devices)
+    else:
+        count = torch.cuda.device_count() if devices in (-1, "-1", "auto") else int(devices)
+    return count * int(config.trainer.num_nodes)
+
+
+def device_name(config: DictConfig) -> str:
+    """The devices, for a person."""
+    if accelerator(config) == "gpu":
+        return f"{n_processes(config)} x {torch.cuda.get_device_name(0)}"
+    return f"{accelerator(config)}, {torch.get_num_threads()} threads"
+
+
+def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
+    """TensorBoard and W&B, as exp_manager asks."""
+    manager = config.exp_manager
+    loggers: list[Logger] = []
+    if manager.create_tensorboard_logger:
+        loggers.append(TensorBoardLogger(save_dir=folder, name="", version="tensorboard"))
+    if manager.create_wandb_logger:
+        loggers.append(_wandb_logger(resolved(manager.wandb_logger_kwargs), folder))
+    return loggers
+
+
+def _wandb_logger(options: dict[str, Any], folder: Path) -> Logger:
+    from lightning.pytorch.loggers import WandbLogger
+
+    try:
+        return WandbLogger(save_dir=folder, **options)
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            'exp_manager.create_wandb_logger: W&B is not installed. Run pip install "nestcli[wandb]", '
+            "or set exp_manager.create_wandb_logger=false."
+        ) from None
+
+
+def quieten() -> None:
+    """Silence what Lightning says about loaders, samplers and loggers that are as they are on purpose."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*dataloader is not resumable.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*defined a `validation_step` but have no `val_dataloader`.*",
+        ".*Trying to infer the `batch_size`.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # Lightning's own use of what PyTorch has deprecated
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")

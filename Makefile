@@ -17,7 +17,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "nest needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade -c constraints.txt pip
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
 	@touch $(INSTALLED)
 

@@ -6,6 +6,7 @@ Results that a script may read go to stdout; messages, tables' company, progress
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,8 +35,15 @@ def error(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print a line for the person at the terminal to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a line for the person at the terminal to stderr; of several processes of a run only the first does."""
+    if is_first_process():
+        print(message, file=sys.stderr, flush=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0 of a distributed run, or no such run at all."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(rank == "0" for rank in ranks)
 
 
 def emit_json(document: Any) -> None:
@@ -87,6 +95,8 @@ class TrainingDisplay:
         self._task: Any = None
 
     def step(self, report: Any) -> None:
+        if not is_first_process():
+            return
         if sys.stderr.isatty():
             self._draw(report)
         elif time.monotonic() - self._last_line >= self._lines_every or report.step == report.steps:

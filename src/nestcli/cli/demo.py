@@ -70,7 +70,7 @@ def _show(results: Results) -> None:
     run = results.run
     console.note(
         f"\nThe loss fell from {results.guess_loss:.2f} (a guess) to {results.last_loss:.2f}; "
-        f"{results.last_accuracy:.1%} of the masked tokens are predicted right."
+        f"{results.last_accuracy:.1%} of the masked tokens are predicted right (a guess: {results.guess_accuracy:.1%})."
     )
     for what, where in (
         ("loss curve", results.loss_curve),

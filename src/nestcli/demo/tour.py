@@ -43,6 +43,7 @@ class Results:
     speech: PrepareSummary
     run: RunResult
     guess_loss: float  # of a uniform guess: the logarithm of the number of codes
+    guess_accuracy: float
     last_loss: float  # mean over the last lines of metrics.jsonl
     last_accuracy: float
     loss_curve: Path
@@ -98,6 +99,7 @@ def _results(out: Path, config: DictConfig, corpus: CorpusSummary, speech: Prepa
         speech=speech,
         run=run,
         guess_loss=math.log(config.model.num_classes),
+        guess_accuracy=1 / config.model.num_classes,
         last_loss=float(np.mean([line["train_loss"] for line in last])),
         last_accuracy=float(np.mean([line["masked_accuracy"] for line in last])),
         loss_curve=out / "loss.png",

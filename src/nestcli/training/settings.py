@@ -68,7 +68,7 @@ def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> d
         devices=_devices(config),
         precision=_PRECISIONS.get(precision, precision),
         strategy=options["strategy"] if processes > 1 else "auto",
-        sync_batchnorm=bool(options["sync_batchnorm"]) and processes > 1,
+        sync_batchnorm=bool(options["sync_batchnorm"]) and processes > 1 and accelerator(config) == "gpu",
         limit_val_batches=options.get("limit_val_batches", 1.0) if validates else 0,
         max_epochs=-1,
         max_steps=-1 if length.steps is None else length.steps,

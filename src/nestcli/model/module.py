@@ -91,10 +91,10 @@ class NestModule(LightningModule):
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         loss, correct, loss_weight, weight = total.tolist() if isinstance(total, Tensor) else total
         if loss_weight > 0:
-            self.log("val_loss", loss / loss_weight)
-            self.log("val_masked_accuracy", correct / weight)
+            self.log("val_loss", loss / loss_weight, sync_dist=True)  # the same on every rank already
+            self.log("val_masked_accuracy", correct / weight, sync_dist=True)
         else:
-            self.log("val_loss", float("nan"))
+            self.log("val_loss", float("nan"), sync_dist=True)
 
     def _seed_draws(self, phase: int, step: int) -> None:
         mixed = torch.Generator().manual_seed(self.seed)

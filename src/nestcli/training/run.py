@@ -128,8 +128,8 @@ class Pretraining:
             step=trainer.global_step,
             val_loss=values.get("val_loss"),
             val_accuracy=values.get("val_masked_accuracy"),
-            best=_existing(checkpoints.best_model_path) if checkpoints else None,
-            last=_existing(checkpoints.last_model_path) if checkpoints else None,
+            best=self._written(checkpoints.best_model_path) if checkpoints else None,
+            last=self._written(checkpoints.last_model_path) if checkpoints else None,
             metrics=metrics.path,
         )
 
@@ -182,6 +182,10 @@ class Pretraining:
         options.setdefault("save_last", True)
         return NestCheckpoint(self.folder / "checkpoints", filename, monitor=monitor, **options)
 
+    def _written(self, path: str) -> Path | None:
+        written = self.folder / "checkpoints" / Path(path).name
+        return written if path and written.is_file() else None
+
     def _trainer(self, callbacks: list[Any]) -> Trainer:
         try:
             return Trainer(
@@ -216,7 +220,3 @@ def _check_writable(folder: Path) -> None:
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"the experiment's folder {folder} is not writable. Set exp_manager.exp_dir.")
-
-
-def _existing(path: str) -> Path | None:
-    return Path(path) if path and Path(path).is_file() else None

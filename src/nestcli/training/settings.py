@@ -144,7 +144,8 @@ def _wandb_logger(options: dict[str, Any], folder: Path) -> Logger:
 
 def quieten() -> None:
     """Silence what Lightning says about loaders, samplers and loggers that are as they are on purpose."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
         ".*dataloader is not resumable.*",

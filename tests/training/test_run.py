@@ -14,6 +14,7 @@ from nestcli.checkpoint.lightning import (
     load_lightning_checkpoint,
 )
 from nestcli.config import load_config
+from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.nest import NestConfig, NestModel
 from nestcli.training.callbacks import StepReport
@@ -157,6 +158,24 @@ def test_settings_that_cannot_be_run(corpus: dict[str, Path], tmp_path: Path, ov
     with pytest.raises(ConfigError) as raised:
         train(corpus, tmp_path, "trainer.max_steps=1", override)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed", "bf16-true"])
+def test_tokens_do_not_depend_on_the_precision(corpus: dict[str, Path], tmp_path: Path, precision: str) -> None:
+    setting = f"trainer.precision={precision}"
+    result, _ = train(corpus, tmp_path, "trainer.max_steps=2", "trainer.val_check_interval=1", setting)
+    full, _ = train(corpus, tmp_path / "full", "trainer.max_steps=2", "trainer.val_check_interval=1")
+    assert result.val_loss == pytest.approx(full.val_loss, rel=0.02)
+    assert result.val_loss != full.val_loss
+    seen = []
+    for name in (setting, "trainer.precision=32"):
+        module = Pretraining(tiny_config(corpus, name), Recorder()).module
+        batch = NestDataModule(tiny_config(corpus)).train_batch(0, 0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled="true" not in name and "32" not in name):
+            features, _ = module.model.eval().preprocessor(batch.audio, batch.audio_len)
+            seen.append(module.model.quantizer(features))
+        assert features.dtype == torch.float32
+    assert torch.equal(*seen)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:

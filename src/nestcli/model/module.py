@@ -42,6 +42,8 @@ class NestModule(LightningModule):
         self.seed = int(config.get("seed") or 0)
         torch.manual_seed(self.seed)
         self.model = NestModel(NestConfig.from_config(config))
+        if str(config.trainer.precision) == "bf16-true":
+            self.model.use_half(torch.bfloat16)
         self._validation = torch.zeros(4, dtype=torch.float64)
 
     def forward(self, batch: Batch) -> NestOutput:

@@ -115,6 +115,15 @@ class NestModel(nn.Module):
         self.decoder = decoder
         self.loss = MaskedTokenLoss(config.loss)
 
+    def use_half(self, dtype: torch.dtype) -> None:
+        """Keep the trained weights in a shorter type; features and tokens stay in fp32."""
+        self.encoder.to(dtype)
+        self.decoder.to(dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.decoder.layer.weight.dtype
+
     def forward(self, clean_BN: Tensor, clean_len_B: Tensor, noisy_BN: Tensor, noisy_len_B: Tensor) -> NestOutput:
         """Loss of predicting the tokens of the clean audio under the masked frames of the noisy audio.
 
@@ -128,7 +137,7 @@ class NestModel(nn.Module):
         else:
             tokens_BSG = self._with_book_axis(self.quantizer(clean_BDT))
             masked_BDT, mask_BT = self.mask_processor(noisy_BDT, noisy_frames_B)
-            encoded_BSM, _ = self.encoder(masked_BDT, noisy_frames_B)
+            encoded_BSM, _ = self.encoder(masked_BDT.to(self._dtype), noisy_frames_B)
         return self._predict(encoded_BSM, tokens_BSG, mask_BT)
 
     def _predict(self, encoded_BSM: Tensor, tokens_BSG: Tensor, mask_BT: Tensor) -> NestOutput:
@@ -141,11 +150,11 @@ class NestModel(nn.Module):
 
     @torch.no_grad()
     def _tokens_of_subsampled(self, clean_BDT: Tensor, frames_B: Tensor) -> Tensor:
-        subsampled_BSM, _ = self.encoder.pre_encode(clean_BDT.transpose(1, 2), frames_B)
+        subsampled_BSM, _ = self.encoder.pre_encode(clean_BDT.transpose(1, 2).to(self._dtype), frames_B)
         return self._with_book_axis(self.quantizer(subsampled_BSM.transpose(1, 2)))
 
     def _encode_masking_subsampled(self, noisy_BDT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        subsampled_BSM, lengths_B = self.encoder.pre_encode(noisy_BDT.transpose(1, 2), frames_B)
+        subsampled_BSM, lengths_B = self.encoder.pre_encode(noisy_BDT.transpose(1, 2).to(self._dtype), frames_B)
         masked_BMS, mask_BS = self.mask_processor(subsampled_BSM.transpose(1, 2), lengths_B)
         encoded_BSM, _ = self.encoder.encode(masked_BMS.transpose(1, 2), lengths_B)
         return encoded_BSM, mask_BS

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from nestcli.config import resolved
 from nestcli.errors import ConfigError, MissingDependencyError
 
-_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+# bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
+_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "bf16-true": "32-true"}
 # Trainer keys that we answer ourselves, those that count epochs among them.
 _OURS = (
     "enable_checkpointing", "logger", "enable_progress_bar", "max_epochs", "max_steps", "limit_train_batches",

@@ -17,12 +17,13 @@ from nestcli.config import (
 )
 from nestcli.errors import ConfigError
 from nestcli.model.count import count_parameters, nemo_count
+from nestcli.parity.nemo import FACTS
 
 STRUCTURE = json.loads((GOLDEN / "structure.json").read_text())
 
 
 def test_every_key_of_nemos_file_with_its_value() -> None:
-    theirs = json.loads((GOLDEN / "config.json").read_text())
+    theirs = json.loads((FACTS / "config.json").read_text())
     ours = OmegaConf.to_container(load_config(), resolve=False)
     assert ours == theirs
 
@@ -167,6 +168,18 @@ def test_files_that_are_no_configuration(tmp_path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"broken\.yaml"):
         load_config(str(path))
+
+
+def test_dotted_keys_in_a_file_are_refused(tmp_path) -> None:
+    path = tmp_path / "dotted.yaml"
+    path.write_text("base: small\nmodel.encoder.n_layers: 4\n")
+    with pytest.raises(ConfigError, match="a key in a file has no dots"):
+        load_config(str(path))
+
+
+def test_a_key_of_ones_own_stays_readable_in_a_checkpoint() -> None:
+    config = load_config("small", ["+my.note=1"])
+    assert config_from_dict(resolved(config), "run.ckpt").my.note == 1
 
 
 def test_configurations_inside_checkpoints_call_no_resolver() -> None:

@@ -110,11 +110,10 @@ def load_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> Dict
 
 def config_from_dict(content: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> DictConfig:
     """A configuration that came inside a checkpoint: the same checks, and no resolvers such as `${oc.env:...}`."""
-    for path, value in _leaves(content):
+    for path, value in leaves(content):
         if isinstance(value, str) and "${" in value and ":" in value:
             raise ConfigError(f"{source}: its configuration calls a resolver at {path}: {value!r}. Refused.")
-    config = OmegaConf.create(dict(content))
-    _check_known(_leaves(content), source)
+    config = OmegaConf.create(dict(content))  # keys of its own (+key=value) are let pass: the run knew them
     for word in overrides:
         _apply_override(config, word)
     _check(config, source)
@@ -162,6 +161,19 @@ def section(cls: type[T], config: DictConfig, key: str) -> T:
         raise ConfigError(f"{key}.{error}") from None
 
 
+def seed_of(config: DictConfig) -> int:
+    """The `seed` key, 0 by default. Raises ConfigError."""
+    seed = config.get("seed")
+    if seed is not None and (not isinstance(seed, int) or seed < 0):
+        raise ConfigError(f"seed: {seed!r} is not a number from 0 on.")
+    return seed or 0
+
+
+def raw_config(preset: str) -> dict[str, Any]:
+    """The file of a preset as it stands: no base under it, interpolations unresolved."""
+    return _read_yaml(config_dir() / f"{preset}.yaml")
+
+
 def resolved(config: DictConfig) -> dict[str, Any]:
     """The configuration as plain dictionaries, interpolations resolved."""
     return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
@@ -190,12 +202,12 @@ def _load_file(path: Path) -> DictConfig:
     base_name = own.pop("base", None)
     if path.resolve() == (config_dir() / f"{BASE}.yaml").resolve():
         return OmegaConf.create(own)
-    base = _read_yaml(config_dir() / f"{BASE}.yaml")
+    base = raw_config(BASE)
     if base_name is None:
         return OmegaConf.create(_completed(own, base, path))
     if base_name not in PRESETS:
         raise ConfigError(f"{path}: base: {base_name!r} is not a preset. Known: {', '.join(PRESETS)}.")
-    _check_known(_leaves(own), str(path))
+    _check_known(leaves(own), str(path))
     merged = OmegaConf.merge(_load_named(base_name), own)
     assert isinstance(merged, DictConfig)
     return merged
@@ -208,19 +220,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as a configuration: {_one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, this is a {type(content).__name__}.")
+    for key in _own_keys(content):
+        if "." in key:
+            raise ConfigError(f"{path}: {key}: a key in a file has no dots. Write its parts as nested blocks.")
     return typing.cast("dict[str, Any]", content)
+
+
+def _own_keys(content: Mapping[Any, Any]) -> Iterator[str]:
+    for key, value in content.items():
+        yield str(key)
+        if isinstance(value, Mapping):
+            yield from _own_keys(value)
 
 
 def _completed(own: dict[str, Any], base: dict[str, Any], path: Path) -> dict[str, Any]:
     """A file that stands alone, with what it may leave out filled in."""
-    _check_known(_leaves(own), str(path))
-    config, given = OmegaConf.create(own), dict(_leaves(own))
+    _check_known(leaves(own), str(path))
+    config, given = OmegaConf.create(own), dict(leaves(own))
     for key in _NULL_IF_ABSENT:
         if not any(known == key or known.startswith(f"{key}.") for known in given):
             OmegaConf.update(config, key, None)
             given[key] = None
     missing = []
-    for key, value in _leaves(base):
+    for key, value in leaves(base):
         if key in given or any(key.startswith(f"{known}.") for known, content in given.items() if content is None):
             continue
         if any(key == prefix or key.startswith(f"{prefix}.") for prefix in _FILLED_FROM_BASE):
@@ -246,7 +268,7 @@ def _apply_override(config: DictConfig, word: str) -> None:
         raise ConfigError(f"{word!r} is not an override. Write key=value, such as model.encoder.n_layers=4.")
     value = _parse_value(text, word)
     if not adds:
-        for path in [leaf for leaf, _ in _leaves({key: value})] if isinstance(value, dict) else [key]:
+        for path in [leaf for leaf, _ in leaves({key: value})] if isinstance(value, dict) else [key]:
             _check_known([(path, value)], "the command line", blocks_allowed=True)
     try:
         OmegaConf.update(config, key, value, merge=isinstance(value, dict), force_add=True)
@@ -275,7 +297,7 @@ def _check(config: DictConfig, source: str) -> None:
         content = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{source}: an interpolation cannot be resolved: {_one_line(error)}") from None
-    for key, value in _leaves(typing.cast("dict[str, Any]", content)):
+    for key, value in leaves(typing.cast("dict[str, Any]", content)):
         place, _, name = key.rpartition(".")
         if name != "_target_":
             continue
@@ -294,22 +316,23 @@ def _check_known(leaves: Iterable[tuple[str, Any]], source: str, *, blocks_allow
             continue
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]}?" if close else ""
-        add = f" To add a new key, write +{key}=..." if source == "the command line" else ""
+        added = f" To add a new key, write +{key}=..."
+        add = added if source == "the command line" else " Remove it; keys of your own go into +key=value words."
         raise ConfigError(f"{source}: unknown key {key}.{hint}{add}")
 
 
 @functools.cache
 def _known_keys() -> frozenset[str]:
-    base = _read_yaml(config_dir() / f"{BASE}.yaml")
-    return frozenset(key for key, _ in _leaves(base)) | EXTRA_KEYS
+    base = raw_config(BASE)
+    return frozenset(key for key, _ in leaves(base)) | EXTRA_KEYS
 
 
-def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of everything that is not itself a filled block."""
     for key, value in content.items():
         path = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, path)
+            yield from leaves(value, path)
         else:
             yield path, value
 
@@ -317,6 +340,8 @@ def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = tuple(value)
+    if isinstance(value, tuple) and (elements := _element_hint(hint)) is not None:
+        return tuple(_coerce(element, elements, where) for element in value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     options = arguments if origin in (typing.Union, types.UnionType) else (hint,)
     for option in options:
@@ -327,6 +352,14 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return value
     names = " or ".join("null" if option is types.NoneType else getattr(option, "__name__", "?") for option in options)
     raise ConfigError(f"{where}: {value!r} is not of type {names}.")
+
+
+def _element_hint(hint: Any) -> Any:
+    """The type of the elements if a type is, or may be, a tuple of any length."""
+    for option in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+        if typing.get_origin(option) is tuple:
+            return typing.get_args(option)[0]
+    return None
 
 
 def _one_line(error: BaseException) -> str:

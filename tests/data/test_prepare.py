@@ -126,6 +126,19 @@ def test_bad_files_are_left_out_with_their_reason(corpus, out):
     assert all(row["detail"] for row in rows(out / "rejected.jsonl"))
 
 
+def test_a_folder_and_its_manifest_name_the_same_audio(corpus, out, tmp_path):
+    prepare([corpus], tmp_path / "first", PrepareOptions(val_fraction=0))
+    summary = prepare([tmp_path / "first" / "train_manifest.json", corpus], out, PrepareOptions())
+    assert (summary.accepted, summary.rejections) == (20, {"duplicate_path": 20})
+
+
+def test_nothing_of_an_earlier_run_stays_when_nothing_can_be_used(corpus, out):
+    prepare([corpus], out, PrepareOptions())
+    with pytest.raises(DataError, match="nothing can be used"):
+        prepare([corpus], out, PrepareOptions(min_duration=1000))
+    assert sorted(path.name for path in out.iterdir()) == ["rejected.jsonl"]
+
+
 def test_what_is_there_twice_is_taken_once(corpus, out):
     (corpus / "spk0" / "link.wav").symlink_to(corpus / "spk1" / "0.wav")
     summary = prepare([corpus, corpus / "spk2" / "0.wav", corpus / "spk3"], out, PrepareOptions())

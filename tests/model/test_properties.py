@@ -191,3 +191,12 @@ def test_tokens_against_the_nearest_code_by_distance() -> None:
     distances = (unit[:, :, :, None] - quantizer.codebooks).norm(dim=-1)
     assert torch.equal(quantizer(features), distances.argmin(-1))
     assert quantizer(features[:, :, :0]).shape == (3, 0, 2)
+
+
+def test_no_buffer_depends_on_the_length() -> None:
+    """Distributed training copies rank 0's buffers to the others, whose batches have other lengths."""
+    model = tiny_model()
+    shapes = {name: value.shape for name, value in model.named_buffers()}
+    model(*speech_like([2.0, 1.5]), *speech_like([2.0, 1.5]))
+    model(*speech_like([3.1, 1.0]), *speech_like([3.1, 1.0]))
+    assert {name: value.shape for name, value in model.named_buffers()} == shapes

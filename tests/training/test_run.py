@@ -15,7 +15,7 @@ from nestcli.checkpoint.lightning import (
 )
 from nestcli.config import load_config
 from nestcli.data.datamodule import NestDataModule
-from nestcli.errors import CheckpointError, ConfigError
+from nestcli.errors import CheckpointError, ConfigError, DataError
 from nestcli.model.nest import NestConfig, NestModel
 from nestcli.training.callbacks import StepReport
 from nestcli.training.run import Pretraining, RunResult
@@ -148,7 +148,24 @@ def test_a_dry_run_tries_a_batch_and_writes_nothing(corpus: dict[str, Path], tmp
     ("override", "message"),
     [
         ("trainer.accelerator=tpu", "trainer.accelerator"),
-        ("trainer.precision=12", "trainer: "),
+        ("trainer.precision=12", "trainer.precision: 12 is not one of"),
+        ("trainer.precision=16-true", "trainer.precision: '16-true' is not one of"),
+        ("trainer.devices=null", "trainer.devices: None is not of type"),
+        ("trainer.devices=0,1", "a list such as [0,1]"),
+        ("trainer.max_steps=10k", "trainer.max_steps: '10k' is not of type"),
+        ("trainer.val_check_interval=0", "trainer.val_check_interval: 0 must be above 0"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches: 0 must be at least 1"),
+        ("trainer.gradient_clip_algorithm=foo", "trainer: "),
+        ("exp_manager.checkpoint_callback_params.mode=foo", "checkpoint_callback_params: "),
+        ("exp_manager.checkpoint_callback_params.monitor=val_los", "'val_los' is not logged"),
+        ("model.train_ds.batch_size=abc", "model.train_ds.batch_size: 'abc' is not of type int"),
+        ("model.train_ds.max_duration=long", "model.train_ds.max_duration: 'long' is not of type"),
+        ("model.validation_ds.batch_augmentor.prob=7", "model.validation_ds.batch_augmentor.prob: 7.0 is not between"),
+        ("model.quantizer.feat_in=64", "model.quantizer.feat_in is 64, but the other blocks make it 80"),
+        ("model.encoder.n_layers=0", "n_layers: 0 must be at least 1"),
+        ("model.encoder.att_context_size=[a,b]", "att_context_size: 'a' is not of type int"),
+        ("model.optim.betas=[0.9,x]", "betas: 'x' is not of type float"),
+        ("seed=abc", "seed: 'abc' is not a number"),
         ("exp_manager.resume_ignore_no_checkpoint=false", "there is no checkpoint in"),
         ("model.optim.name=sgd", "only adamw is"),
         ("model.optim.sched.name=Cosine", "only NoamAnnealing is"),
@@ -157,6 +174,9 @@ def test_a_dry_run_tries_a_batch_and_writes_nothing(corpus: dict[str, Path], tmp
 def test_settings_that_cannot_be_run(corpus: dict[str, Path], tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         train(corpus, tmp_path, "trainer.max_steps=1", override)
+    if "resume_ignore" not in override:
+        with pytest.raises(ConfigError):
+            Pretraining(tiny_config(corpus, f"exp_manager.exp_dir={tmp_path}", override), Recorder()).dry_run()
     assert message in str(raised.value)
 
 
@@ -219,3 +239,54 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatc
 )
 def test_the_length_of_a_run(overrides: list[str], expected: Length) -> None:
     assert Length.of(load_config("small", overrides).trainer, 100) == expected
+
+
+def test_another_model_does_not_go_on_with_this_run(corpus: dict[str, Path], tmp_path: Path) -> None:
+    first, _ = train(corpus, tmp_path, "trainer.max_steps=1")
+    before = (first.folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"model\.encoder\.d_model is 16 there and 32 here.*exp_manager\.name"):
+        train(corpus, tmp_path, "trainer.max_steps=2", "model.encoder.d_model=32")
+    assert (first.folder / "config.yaml").read_text() == before
+
+
+def test_a_run_is_not_overwritten_by_a_new_one(corpus: dict[str, Path], tmp_path: Path) -> None:
+    first, _ = train(corpus, tmp_path, "trainer.max_steps=1")
+    with pytest.raises(ConfigError, match=r"holds a run already.*exp_manager\.name"):
+        train(corpus, tmp_path, "trainer.max_steps=1", "exp_manager.resume_if_exists=false")
+    assert first.last is not None
+    assert first.last.is_file()
+
+
+def test_a_damaged_checkpoint_says_what_to_do(corpus: dict[str, Path], tmp_path: Path) -> None:
+    first, _ = train(corpus, tmp_path, "trainer.max_steps=1")
+    assert first.last is not None
+    first.last.write_bytes(first.last.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="Delete or rename it"):
+        train(corpus, tmp_path, "trainer.max_steps=2")
+
+
+def test_validation_within_the_first_accumulation(corpus: dict[str, Path], tmp_path: Path) -> None:
+    result, recorder = train(
+        corpus, tmp_path, "trainer.max_steps=2", "trainer.accumulate_grad_batches=4", "trainer.val_check_interval=2"
+    )
+    assert [step for step, _, _ in recorder.validations] == [0, 1, 1, 2]
+    assert [row["step"] for row in lines(result)] == [0, 1, 2]
+
+
+def test_an_end_before_the_first_step_is_refused(corpus: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fewer than the trainer\.accumulate_grad_batches=8"):
+        train(corpus, tmp_path, "trainer.max_epochs=1", "trainer.accumulate_grad_batches=8")
+
+
+def test_the_display_ends_when_training_fails(corpus: dict[str, Path], tmp_path: Path) -> None:
+    manifest = tmp_path / "train.json"
+    rows = corpus["train"].read_text().splitlines()
+    gone = json.dumps({"audio_filepath": str(tmp_path / "gone.wav"), "duration": 1.5})
+    manifest.write_text("\n".join([*rows, gone]) + "\n")
+    recorder = Recorder()
+    config = tiny_config(
+        corpus, f"exp_manager.exp_dir={tmp_path}", f"model.train_ds.manifest_filepath={manifest}", "trainer.max_steps=9"
+    )
+    with pytest.raises(DataError):
+        Pretraining(config, recorder).fit()
+    assert recorder.ended

@@ -44,10 +44,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 temporary.unlink(missing_ok=True)
 
 
-def load_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a .ckpt file: plain data and tensors only. Raises CheckpointError."""
+def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
+    """The content of a .ckpt file: plain data and tensors only. With `mmap` tensors stay on disk until they are used.
+
+    Raises CheckpointError.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint.") from None
     except (

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Advance(Protocol):
-    """Called with (items done, items in all) as work goes on."""
+    """Called with (items done, items in all) as work goes on, and what is being done where that has a name."""
 
-    def __call__(self, done: int, total: int) -> None: ...
+    def __call__(self, done: int, total: int, doing: str = "") -> None: ...
 
 
 def stderr() -> Console:
@@ -44,6 +44,11 @@ def is_first_process() -> bool:
     """Whether this is rank 0 of a distributed run, or no such run at all."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return all(rank == "0" for rank in ranks)
+
+
+def line(text: str) -> None:
+    """Print a line of a command's answer to stdout."""
+    print(text)
 
 
 def emit_json(document: Any) -> None:
@@ -79,8 +84,8 @@ def progress(description: str) -> Iterator[Advance]:
     with Progress(*columns, console=stderr(), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(description, total=None)
 
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def advance(done: int, total: int, doing: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{description} {doing}".rstrip())
 
         yield advance
 

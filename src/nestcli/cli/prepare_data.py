@@ -124,9 +124,11 @@ def _next_command(kind: str, manifests: dict[str, str | None], out: Path) -> str
     """What to type next, with this run's paths as the user wrote them."""
     if kind == "noise":
         keys = {"train": "model.train_ds.noise_manifest"}
-        others = ["model.train_ds.manifest_filepath=SPEECH_MANIFEST"]
+        others = ["model.train_ds.manifest_filepath=SPEECH_MANIFEST", "model.validation_ds.manifest_filepath=null"]
     else:
         keys = {"train": "model.train_ds.manifest_filepath", "val": "model.validation_ds.manifest_filepath"}
         others = ["model.train_ds.noise_manifest=null"]
+        if not manifests["val"]:
+            others.append("model.validation_ds.manifest_filepath=null")
     words = [f"{key}={out / f'{side}_manifest.json'}" for side, key in keys.items() if manifests[side]]
     return shlex.join(["nest", "pretrain", "nest_fast-conformer", *words, *others])

@@ -47,7 +47,11 @@ def pretrain(
             f"This run is complete: {plan.resumes_at} of {plan.steps} steps. Raise trainer.max_steps to go on."
         )
         return
-    _show_result(run.fit())
+    try:
+        _show_result(run.fit())
+    except KeyboardInterrupt:
+        console.note("\nstopped by Ctrl-C; the same command goes on from the newest checkpoint, if there is one")
+        raise typer.Exit(130) from None
 
 
 def _show_plan(plan: RunPlan) -> None:

@@ -6,10 +6,10 @@ loader processes, and after a resume.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,21 +18,43 @@ from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nestcli.config import TARGETS, require, section
+from nestcli.config import TARGETS, require, section, seed_of
 from nestcli.data.audio import load_audio
 from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
 from nestcli.data.batch import NoiseBatch, Samples, collate
+from nestcli.data.cores import available_cores
 from nestcli.data.manifest import Manifest, read_manifests
 from nestcli.data.noise import NoisePool
 from nestcli.errors import ConfigError, DataError, NestError
 
 MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
 _MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
+_DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
 _UNSUPPORTED = {
     "is_tarred": "tarred data cannot be read yet: give a manifest of loose files",
     "is_concat": "several weighted data sets cannot be read yet: give their manifests as one list",
     "trim_silence": "silence is not trimmed here: trim the files beforehand",
 }
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What `model.train_ds` and `model.validation_ds` say beside their manifests. Durations in seconds."""
+
+    sample_rate: int
+    batch_size: int
+    shuffle: bool
+    num_workers: int
+    pin_memory: bool
+    max_duration: float | None
+    min_duration: float | None
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: {self.batch_size} is not a number of utterances, give at least 1.")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers: {self.num_workers} is not a number of processes.")
 
 
 @dataclass(frozen=True)
@@ -71,10 +93,12 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
     An error that a user can mend is returned, not raised: a loader process would bury it in its own traceback.
     """
 
-    def __init__(self, speech: Manifest, noise: NoisePool | None, plan: BatchPlan, settings: DictConfig) -> None:
+    def __init__(
+        self, speech: Manifest, noise: NoisePool | None, plan: BatchPlan, config: DictConfig, key: str
+    ) -> None:
         self.speech, self.noise, self.plan = speech, noise, plan
-        self.sample_rate = int(settings.sample_rate)
-        self.mix, self.augmentation = _mixer(settings)
+        self.sample_rate = section(DatasetConfig, config, key).sample_rate
+        self.mix, self.augmentation = _mixer(config, key)
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
@@ -151,20 +175,18 @@ class NestDataModule(LightningDataModule):
         super().__init__()
         self.config = config
         self.batches: int | None = None
-        self.seed = int(config.get("seed") or 0)
+        self.seed = seed_of(config)
         self.train_speech = _speech_manifest(config, "model.train_ds")
         self.train_noise = _noise_pool(config, "model.train_ds")
         self.val_speech: Manifest | None = None
-        if OmegaConf.is_missing(config.model.validation_ds, "manifest_filepath") or (
-            config.model.validation_ds.manifest_filepath is not None
-        ):
+        if _wants_validation(config):
             self.val_speech = _speech_manifest(config, "model.validation_ds")
         self.val_noise = _noise_pool(config, "model.validation_ds") if self.val_speech else None
         self.sample_rate = int(config.model.sample_rate)
 
     def train_plan(self, ranks: int = 1, rank: int = 0) -> BatchPlan:
         """The batches of a training epoch for one of `ranks` processes. Raises DataError if there are none."""
-        plan = self._plan(self.train_speech, self.config.model.train_ds, ranks, rank)
+        plan = self._plan(self.train_speech, section(DatasetConfig, self.config, "model.train_ds"), ranks, rank)
         if len(plan) == 0:
             raise DataError(
                 f"model.train_ds: {len(self.train_speech)} utterances do not fill one batch of "
@@ -175,23 +197,28 @@ class NestDataModule(LightningDataModule):
 
     def train_batch(self, epoch: int, number: int) -> NoiseBatch:
         """One batch of training, made in this process. Raises NestError."""
-        settings = self.config.model.train_ds
-        data = NoisySpeech(self.train_speech, self.train_noise, self.train_plan(), settings)
+        data = NoisySpeech(self.train_speech, self.train_noise, self.train_plan(), self.config, "model.train_ds")
         return _raised(data[epoch, number])
 
+    def check_validation_batch(self) -> None:
+        """Make the first batch of validation, if there is any. Raises NestError."""
+        if self.val_speech is not None:
+            plan = self._plan(self.val_speech, section(DatasetConfig, self.config, "model.validation_ds"), 1, 0)
+            _raised(NoisySpeech(self.val_speech, self.val_noise, plan, self.config, "model.validation_ds")[0, 0])
+
     def train_dataloader(self) -> DataLoader[NoiseBatch | NestError]:
-        settings = self.config.model.train_ds
+        settings = section(DatasetConfig, self.config, "model.train_ds")
         plan = self.train_plan(*self._ranks())
-        data = NoisySpeech(self.train_speech, self.train_noise, plan, settings)
+        data = NoisySpeech(self.train_speech, self.train_noise, plan, self.config, "model.train_ds")
         sampler = ResumableSampler(len(plan), self.batches or len(plan), self._consumed)
         return self._loader(data, sampler, settings)
 
     def val_dataloader(self) -> DataLoader[NoiseBatch | NestError] | list[Any]:
         if self.val_speech is None:
             return []
-        settings = self.config.model.validation_ds
+        settings = section(DatasetConfig, self.config, "model.validation_ds")
         plan = self._plan(self.val_speech, settings, *self._ranks())
-        data = NoisySpeech(self.val_speech, self.val_noise, plan, settings)
+        data = NoisySpeech(self.val_speech, self.val_noise, plan, self.config, "model.validation_ds")
         return self._loader(data, ResumableSampler(len(plan), len(plan), lambda: 0), settings)
 
     def on_before_batch_transfer(self, batch: NoiseBatch | NestError, dataloader_idx: int) -> NoiseBatch:
@@ -204,28 +231,28 @@ class NestDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
-    def _plan(self, speech: Manifest, settings: DictConfig, ranks: int, rank: int) -> BatchPlan:
+    def _plan(self, speech: Manifest, settings: DatasetConfig, ranks: int, rank: int) -> BatchPlan:
         return BatchPlan(
             n_items=len(speech),
-            batch_size=int(settings.batch_size),
-            shuffle=bool(settings.shuffle),
-            drop_last=bool(settings.get("drop_last", False)),
+            batch_size=settings.batch_size,
+            shuffle=settings.shuffle,
+            drop_last=settings.drop_last,
             seed=self.seed,
             ranks=ranks,
             rank=rank,
         )
 
     def _loader(
-        self, data: NoisySpeech, sampler: ResumableSampler, settings: DictConfig
+        self, data: NoisySpeech, sampler: ResumableSampler, settings: DatasetConfig
     ) -> DataLoader[NoiseBatch | NestError]:
-        workers = min(int(settings.num_workers), available_cores())
+        workers = min(settings.num_workers, available_cores())
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
             data,
             sampler=cast("Sampler[int]", sampler),  # places, not numbers: the data set takes them as they are
             batch_size=None,
             num_workers=workers,
-            pin_memory=bool(settings.pin_memory) and on_gpu,
+            pin_memory=settings.pin_memory and on_gpu,
             persistent_workers=workers > 0,
         )
 
@@ -236,22 +263,24 @@ def _raised(batch: NoiseBatch | NestError) -> NoiseBatch:
     return batch
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _wants_validation(config: DictConfig) -> bool:
+    block = config.model.validation_ds
+    if block is None:
+        return False
+    return OmegaConf.is_missing(block, "manifest_filepath") or block.manifest_filepath is not None
 
 
 def _speech_manifest(config: DictConfig, key: str) -> Manifest:
-    settings = OmegaConf.select(config, key)
+    settings = section(DatasetConfig, config, key)
     for option, why in _UNSUPPORTED.items():
-        if settings.get(option):
+        if OmegaConf.select(config, key).get(option):
             raise ConfigError(f"{key}.{option}: {why}.")
-    if int(settings.batch_size) < 1:
-        raise ConfigError(f"{key}.batch_size: {settings.batch_size} is not a number of utterances.")
-    paths = require(config, f"{key}.manifest_filepath", "the manifest of the speech, as `nest prepare-data` writes it")
+    none = "; null means no validation" if key == "model.validation_ds" else ""
+    why = f"the manifest of the speech, as `nest prepare-data` writes it{none}"
+    paths = require(config, f"{key}.manifest_filepath", why)
     speech = read_manifests(_paths(paths))
-    longest = np.inf if settings.max_duration is None else float(settings.max_duration)
-    shortest = 0.0 if settings.min_duration is None else float(settings.min_duration)
+    longest = np.inf if settings.max_duration is None else settings.max_duration
+    shortest = 0.0 if settings.min_duration is None else settings.min_duration
     kept = speech.select((speech.durations >= shortest) & (speech.durations <= longest))
     if len(kept) == 0:
         raise DataError(
@@ -270,11 +299,14 @@ def _noise_pool(config: DictConfig, key: str) -> NoisePool | None:
 
 
 def _paths(value: Any) -> str | list[str]:
-    return value if isinstance(value, str) else [str(path) for path in value]
+    paths = [str(Path(path).expanduser()) for path in ([value] if isinstance(value, str) else value)]
+    return paths[0] if isinstance(value, str) else paths
 
 
-def _mixer(settings: DictConfig) -> tuple[Any, AugmentationConfig | None]:
-    if settings.get("batch_augmentor") is None:
+def _mixer(config: DictConfig, key: str) -> tuple[Any, AugmentationConfig | None]:
+    block = OmegaConf.select(config, f"{key}.batch_augmentor")
+    if block is None:
         return None, None
-    kind = TARGETS[settings.batch_augmentor["_target_"]]
-    return _MIXERS[kind], section(AugmentationConfig, settings, "batch_augmentor")
+    if "_target_" not in block:
+        raise ConfigError(f"{key}.batch_augmentor._target_ is missing: name the augmentation, e.g. {_DEFAULT_MIXER}.")
+    return _MIXERS[TARGETS[block["_target_"]]], section(AugmentationConfig, config, f"{key}.batch_augmentor")

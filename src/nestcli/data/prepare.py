@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from nestcli.data.audio import AudioReport, inspect_audio
 from nestcli.data.collect import Collection, Item, collect
+from nestcli.data.cores import available_cores
 from nestcli.data.manifest import write_atomically, write_manifest
 from nestcli.data.split import for_validation
 from nestcli.errors import DataError
@@ -108,6 +109,8 @@ def prepare(
     accepted, rejected = _judge(collection.items, reports, options, find_speaker)
     write_manifest(folder / "rejected.jsonl", (_rejected_row(each) for each in rejected))
     if not accepted:
+        for stale in ("train_manifest.json", "val_manifest.json", "summary.json"):
+            (folder / stale).unlink(missing_ok=True)  # of an earlier run, that rejected.jsonl no longer belongs to
         raise DataError(_nothing_accepted(rejected, folder))
     in_val = for_validation(_groups(accepted, options.split_by), fraction)
     manifests = _write(folder, accepted, in_val)
@@ -181,7 +184,7 @@ def _check(items: Sequence[Item], jobs: int | None, progress: Progress) -> dict[
     """Decode every file once, however many utterances are in it."""
     paths = list(dict.fromkeys(item.path for item in items))
     reports: dict[str, AudioReport] = {}
-    for report in _in_order(inspect_audio, paths, jobs or len(os.sched_getaffinity(0))):
+    for report in _in_order(inspect_audio, paths, jobs or available_cores()):
         reports[paths[len(reports)]] = report
         if len(reports) % 16 == 0 or len(reports) == len(paths):
             progress(len(reports), len(paths))
@@ -214,12 +217,8 @@ def _judge(
     seen: set[tuple[str, float, float]] = set()
     for item in items:
         report = reports[item.path]
-        identity = (
-            os.path.realpath(item.path),
-            item.offset,
-            -1.0 if math.isnan(item.duration) else item.duration,
-        )
         offset, duration = _segment(item, report)
+        identity = (os.path.realpath(item.path), offset, duration)  # whichever input named it, stated length or not
         if fault := _fault(item, report, duration, options, identity in seen):
             rejected.append(_Rejected(item, *fault))
         else:
@@ -239,6 +238,8 @@ def _fault(
     if report.reason is not None:
         return report.reason, report.detail
     stated_end = item.offset + (0.0 if math.isnan(item.duration) else item.duration)
+    if not math.isnan(item.duration) and item.duration <= 0:
+        return "bad_duration", f"its manifest gives it {item.duration:g} s"
     if duration <= 0 or stated_end > report.duration + _STATED_SLACK:
         return "truncated", f"{item.where()} goes beyond the file's {report.duration:.2f} s"
     if options.min_duration is not None and duration < options.min_duration:

@@ -89,6 +89,8 @@ def _data_overrides(out: Path, speech: PrepareSummary, noise: PrepareSummary) ->
         f"model.validation_ds.noise_manifest={noise.manifests['train']}",
         f"exp_manager.exp_dir={out}",
         "exp_manager.name=run",
+        "trainer.accelerator=cpu",  # the same everywhere, and never several processes making one corpus
+        "trainer.devices=1",
     ]
 
 

@@ -21,15 +21,14 @@ class RelativePositions(nn.Module):
     state dict. Scales the frames by sqrt(M) if asked to, then applies dropout to them.
     """
 
-    table_RM: Tensor
-
     def __init__(self, d_model: int, *, scale_input: bool, dropout: float, dropout_table: float) -> None:
         super().__init__()
         self.d_model = d_model
         self.scale = math.sqrt(d_model) if scale_input else 1.0
         self.dropout = nn.Dropout(dropout)
         self.dropout_table = nn.Dropout(dropout_table)
-        self.register_buffer("table_RM", torch.empty(0, d_model), persistent=False)
+        # No buffer: distributed training would copy rank 0's table over tables of other lengths.
+        self.table_RM = torch.empty(0, d_model)
 
     def forward(self, frames_BSM: Tensor) -> tuple[Tensor, Tensor]:
         """The frames, scaled and with dropout, and the rows of the table for their length (R, M)."""

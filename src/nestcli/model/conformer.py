@@ -57,6 +57,9 @@ class EncoderConfig:
         for key, only in fixed.items():
             if getattr(self, key) != only:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
+        for key in ("n_layers", "n_heads", "d_model"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1.")
         if self.subsampling_factor < 2 or self.subsampling_factor & (self.subsampling_factor - 1):
             raise ValueError(f"subsampling_factor: {self.subsampling_factor} is not a power of 2 from 2 on.")
         if self.d_model % self.n_heads or self.d_model % 2:

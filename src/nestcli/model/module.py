@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nestcli.config import resolved
+from nestcli.config import resolved, seed_of
 from nestcli.model.nest import NestConfig, NestModel, NestOutput
 from nestcli.model.optim import build_optimizer, build_schedule
 
@@ -39,7 +39,7 @@ class NestModule(LightningModule):
     def __init__(self, config: DictConfig) -> None:
         super().__init__()
         self.config = config
-        self.seed = int(config.get("seed") or 0)
+        self.seed = seed_of(config)
         torch.manual_seed(self.seed)
         self.model = NestModel(NestConfig.from_config(config))
         if str(config.trainer.precision) == "bf16-true":
@@ -76,7 +76,7 @@ class NestModule(LightningModule):
     # ---- validation: the mean over all selected tokens; batches without one do not count ----
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = torch.zeros(4, dtype=torch.float64, device=_float64_device(self.device))
+        self._validation = torch.zeros(4, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._seed_draws(_VALIDATION, batch_idx)
@@ -124,7 +124,3 @@ def _bare(name: str) -> str:
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     return part.float() / whole.clamp_min(1)
-
-
-def _float64_device(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64

@@ -76,8 +76,11 @@ class NestConfig:
     def _check(self) -> None:
         encoder_out = self.encoder.feat_out if self.encoder.feat_out > 0 else self.encoder.d_model
         step = 1 if self.mask_after_subsampling else self.encoder.subsampling_factor
+        masked_width = self.encoder.d_model if self.mask_after_subsampling else self.preprocessor.features
         for key, value, wanted in (
             ("encoder.feat_in", self.encoder.feat_in, self.preprocessor.features),
+            ("quantizer.feat_in", self.quantizer.feat_in, masked_width),
+            ("masking.feat_in", self.masking.feat_in, masked_width),
             ("decoder.feat_in", self.decoder.feat_in, encoder_out),
             ("decoder.num_classes", self.decoder.num_classes, self.quantizer.num_classes),
             ("decoder.num_decoders", self.decoder.num_decoders, self.quantizer.num_books),

@@ -79,7 +79,8 @@ def build_optimizer(model: nn.Module, config: DictConfig) -> AdamW:
     """AdamW over every parameter in one group, as in NeMo: decay on biases and norms too, frozen ones listed."""
     optim = section(OptimizerConfig, config, "model.optim")
     parameters = list(model.parameters())
-    fused = all(parameter.is_cuda for parameter in parameters)
+    clips_scaled = bool(config.trainer.gradient_clip_val) and "mixed" in str(config.trainer.precision)
+    fused = all(parameter.is_cuda for parameter in parameters) and not clips_scaled  # Lightning refuses both together
     beta1, beta2 = optim.betas
     return AdamW(parameters, lr=optim.lr, betas=(beta1, beta2), weight_decay=optim.weight_decay, fused=fused)
 

@@ -111,9 +111,14 @@ class MetricsWriter(Callback):
             return
         loss, accuracy = float(metrics["val_loss"]), float(metrics.get("val_masked_accuracy", math.nan))
         self.reporter.validation(trainer.global_step, loss, accuracy)
-        self._write(trainer, {**self._row, "val_loss": loss, "val_masked_accuracy": accuracy})
+        self._write(
+            trainer, {"step": trainer.global_step, **self._row, "val_loss": loss, "val_masked_accuracy": accuracy}
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.reporter.finished()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.reporter.finished()
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,7 +166,7 @@ class MetricsWriter(Callback):
         if "val_loss" in row:
             _drop_lines_after(self.path, row["step"] - 1)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
@@ -174,6 +179,11 @@ def _drop_lines_after(path: Path, step: int) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _step_of(line: str) -> float:
@@ -190,7 +200,7 @@ class NestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: Path, filename: str, *, monitor: str | None, **options: Any) -> None:
-        super().__init__(dirpath=folder, filename=filename, monitor=monitor, **options)
+        super().__init__(dirpath=folder, filename=filename, monitor=monitor, enable_version_counter=False, **options)
         self.CHECKPOINT_NAME_LAST = f"{filename}-last"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

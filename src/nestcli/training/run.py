@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, last_checkpoint, load_lightning_checkpoint
-from nestcli.config import resolved
+from nestcli.config import leaves, resolved, section
 from nestcli.data.datamodule import NestDataModule
-from nestcli.errors import ConfigError
-from nestcli.model.module import NestModule
+from nestcli.data.manifest import write_atomically
+from nestcli.errors import CheckpointError, ConfigError, RunFailedError
+from nestcli.model.module import CONFIG_KEY, NestModule
+from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.callbacks import MetricsWriter, NestCheckpoint, Reporter
 from nestcli.training.settings import (
     Length,
+    TrainerConfig,
     accelerator,
     device_name,
     make_loggers,
@@ -29,6 +36,7 @@ from nestcli.training.settings import (
 )
 
 DEFAULT_EXP_DIR = "nest_experiments"
+_MONITORS = ("val_loss", "val_masked_accuracy", "train_loss", "masked_accuracy")
 
 
 @dataclass(frozen=True)
@@ -78,13 +86,14 @@ class Pretraining:
 
     def __init__(self, config: DictConfig, reporter: Reporter) -> None:
         self.config, self.reporter = config, reporter
+        section(TrainerConfig, config, "trainer")
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config)
         self.length = Length.of(config.trainer, len(self.data.train_plan(n_processes(config))))
         self.data.batches = self.length.batches
         self.module = NestModule(config)
         self.resumes = self._checkpoint_to_resume()
-        self._resumes_at = int(load_lightning_checkpoint(self.resumes)["global_step"]) if self.resumes else 0
+        self._resumes_at = self._checked_step(self.resumes) if self.resumes else 0
 
     @property
     def plan(self) -> RunPlan:
@@ -106,7 +115,8 @@ class Pretraining:
     def fit(self) -> RunResult:
         """Train to the end; raises NestError for what the user can mend."""
         _make_folder(self.folder)
-        OmegaConf.save(OmegaConf.create(resolved(self.config)), self.folder / "config.yaml")
+        if not getattr(rank_zero_only, "rank", 0):
+            write_atomically(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
         checkpoints = self._checkpoint_callback()
         metrics = MetricsWriter(
             self.folder / "metrics.jsonl",
@@ -116,12 +126,13 @@ class Pretraining:
             log_every=int(self.config.trainer.log_every_n_steps),
         )
         trainer_callbacks = [metrics, *([checkpoints] if checkpoints else [])]
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _memory_explained():
             quieten()
             trainer = self._trainer(trainer_callbacks)
-            trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+            try:
+                trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes, weights_only=True)
+            except SystemExit:  # Lightning's answer to Ctrl-C
+                raise KeyboardInterrupt from None
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         return RunResult(
             folder=self.folder,
@@ -134,18 +145,27 @@ class Pretraining:
         )
 
     def dry_run(self) -> DryRun:
-        """Forward and backward pass of the first batch, without training and without writing anything."""
-        device = torch.device("cuda" if accelerator(self.config) == "gpu" and torch.cuda.is_available() else "cpu")
+        """One optimiser step on the first batch, and a look at all that a run needs; nothing is written."""
+        device = torch.device("cuda" if accelerator(self.config) == "gpu" else "cpu")
         _check_writable(self.folder)
-        batch = self.data.train_batch(0, 0)
-        model = self.module.model.to(device).train()
-        on_device = batch.to(device)
-        output = model(on_device.audio, on_device.audio_len, on_device.noisy_audio, on_device.noisy_audio_len)
-        output.loss.backward()
-        gradients = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+        batch, plan = self.data.train_batch(0, 0), self.plan
+        self.data.check_validation_batch()
+        checkpoints = self._checkpoint_callback()
+        with warnings.catch_warnings(), _memory_explained():
+            quieten()
+            trainer = self._trainer([checkpoints] if checkpoints else [])
+            model = self.module.model.to(device).train()
+            optimizer = build_optimizer(model, self.config)
+            build_schedule(optimizer, self.config, self.length.steps or -1)
+            on_device = batch.to(device)
+            with trainer.precision_plugin.forward_context():
+                output = model(on_device.audio, on_device.audio_len, on_device.noisy_audio, on_device.noisy_audio_len)
+            output.loss.backward()
+            gradients = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+            optimizer.step()
         frames = int((batch.audio_len // model.preprocessor.config.hop_length).sum())
         return DryRun(
-            plan=self.plan,
+            plan=plan,
             batch_seconds=float(batch.audio_len.sum()) / self.data.sample_rate,
             loss=float(output.loss.detach()),
             masked_share=float(output.mask_BT.sum()) / max(1, frames),
@@ -157,15 +177,39 @@ class Pretraining:
 
     def _checkpoint_to_resume(self) -> Path | None:
         manager = self.config.exp_manager
-        if not manager.resume_if_exists:
-            return None
         found = last_checkpoint(self.folder / "checkpoints")
+        if not manager.resume_if_exists:
+            if found is not None:
+                raise ConfigError(
+                    f"{self.folder} holds a run already, and exp_manager.resume_if_exists is false. A new one would "
+                    "overwrite it. Set another exp_manager.name, or exp_manager.resume_if_exists=true to go on with it."
+                )
+            return None
         if found is None and not manager.resume_ignore_no_checkpoint:
             raise ConfigError(
                 f"exp_manager.resume_if_exists: there is no checkpoint in {self.folder / 'checkpoints'}. "
                 "Set exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
             )
         return found
+
+    def _checked_step(self, path: Path) -> int:
+        """The optimiser steps behind a checkpoint; ConfigError if it is of another model."""
+        try:
+            content = load_lightning_checkpoint(path, mmap=True)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} Delete or rename it: the same command then goes on from an older -last checkpoint, or starts "
+                "from the beginning."
+            ) from None
+        ours, stored = self.module.model.state_dict(), content["state_dict"]
+        for name in [*ours, *stored]:
+            shapes = [tuple(state[name].shape) if name in state else None for state in (ours, stored)]
+            if shapes[0] != shapes[1]:
+                raise ConfigError(
+                    f"the run in {self.folder} is of another model: {_first_change(content, self.config) or name}. "
+                    "Set another exp_manager.name for this one."
+                )
+        return int(content["global_step"])
 
     def _checkpoint_callback(self) -> NestCheckpoint | None:
         manager = self.config.exp_manager
@@ -174,13 +218,21 @@ class Pretraining:
         options = dict(resolved(manager.checkpoint_callback_params))
         options.pop("always_save_nemo", None)
         monitor = options.pop("monitor", "val_loss")
+        if monitor not in _MONITORS:
+            raise ConfigError(
+                f"exp_manager.checkpoint_callback_params.monitor: {monitor!r} is not logged. "
+                f"Use one of {', '.join(_MONITORS)}."
+            )
         monitor = monitor if self.data.val_speech else None
         filename = options.pop("filename", None) or f"{manager.name}--{{{monitor}:.4f}}-{{epoch}}"
         if monitor is None:  # nothing to compare by: keep the newest only
             filename, options["save_top_k"] = f"{manager.name}--{{step}}", 1
             options.setdefault("every_n_train_steps", max(1, self.length.validate_every // self.length.accumulate))
         options.setdefault("save_last", True)
-        return NestCheckpoint(self.folder / "checkpoints", filename, monitor=monitor, **options)
+        try:
+            return NestCheckpoint(self.folder / "checkpoints", filename, monitor=monitor, **options)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise ConfigError(f"exp_manager.checkpoint_callback_params: {' '.join(str(error).split())}") from None
 
     def _written(self, path: str) -> Path | None:
         written = self.folder / "checkpoints" / Path(path).name
@@ -196,14 +248,38 @@ class Pretraining:
                 default_root_dir=self.folder,
                 enable_checkpointing=any(isinstance(callback, NestCheckpoint) for callback in callbacks),
             )
-        except (TypeError, ValueError, RuntimeError) as error:  # Lightning's own checks of its arguments
+        except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:  # Lightning's own checks
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
 
 
 def experiment_folder(config: DictConfig) -> Path:
     """exp_manager's folder: exp_dir/name, without a version, as NeMo's when it may resume."""
     manager = config.exp_manager
-    return Path(manager.exp_dir or DEFAULT_EXP_DIR) / str(manager.name)
+    return Path(manager.exp_dir or DEFAULT_EXP_DIR).expanduser() / str(manager.name)
+
+
+def _first_change(content: Mapping[str, Any], config: DictConfig) -> str | None:
+    """The first setting of the model that differs from the one that a checkpoint carries."""
+    if not isinstance(content.get(CONFIG_KEY), Mapping):
+        return None
+    stored = dict(leaves(content[CONFIG_KEY]["model"]))
+    for key, value in leaves(resolved(config)["model"]):
+        if key.startswith(("encoder.", "quantizer.", "decoder.", "masking.")) and stored.get(key) != value:
+            return f"model.{key} is {stored.get(key)} there and {value} here"
+    return None
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """A GPU that is too small for the run is no bug."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunFailedError(
+            f"the GPU's memory is full: {str(error).splitlines()[0]} Lower model.train_ds.batch_size (and raise "
+            "trainer.accumulate_grad_batches by as much) or model.train_ds.max_duration, or set "
+            "trainer.precision=bf16-mixed."
+        ) from None
 
 
 def _make_folder(folder: Path) -> None:

@@ -15,14 +15,55 @@ from omegaconf import DictConfig, OmegaConf
 from nestcli.config import resolved
 from nestcli.errors import ConfigError, MissingDependencyError
 
-# bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
-_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "bf16-true": "32-true"}
+# As Lightning names them. bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
+_PRECISIONS = {
+    "32": "32-true",
+    "32-true": "32-true",
+    "16": "16-mixed",
+    "16-mixed": "16-mixed",
+    "bf16": "bf16-mixed",
+    "bf16-mixed": "bf16-mixed",
+    "bf16-true": "32-true",
+}
 # Trainer keys that we answer ourselves, those that count epochs among them.
 _OURS = (
     "enable_checkpointing", "logger", "enable_progress_bar", "max_epochs", "max_steps", "limit_train_batches",
     "val_check_interval", "check_val_every_n_epoch",
 )  # fmt: skip
 _ENDLESS = 1 << 40  # steps of a run without an end
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The keys of the `trainer` block that we read ourselves, checked; Lightning checks the others."""
+
+    devices: int | str | tuple[int, ...]
+    num_nodes: int
+    max_epochs: int | None
+    max_steps: int | None
+    val_check_interval: int | float
+    check_val_every_n_epoch: int | None
+    accelerator: str
+    strategy: str
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    precision: int | str
+    log_every_n_steps: int
+    sync_batchnorm: bool
+    limit_train_batches: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if str(self.precision) not in _PRECISIONS:
+            raise ValueError(f"precision: {self.precision!r} is not one of {', '.join(_PRECISIONS)}.")
+        if isinstance(self.devices, str) and self.devices not in ("auto", "-1"):
+            raise ValueError(f"devices: {self.devices!r}: give a number, -1 for all, or a list such as [0,1].")
+        if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
+            raise ValueError(f"devices: {self.devices} is not a number of devices, give at least 1, or -1 for all.")
+        for key in ("num_nodes", "accumulate_grad_batches"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1.")
+        if self.val_check_interval <= 0:
+            raise ValueError(f"val_check_interval: {self.val_check_interval} must be above 0; batches, or a share.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +94,13 @@ class Length:
         if trainer.max_steps is not None and trainer.max_steps >= 0:
             ends.append(int(trainer.max_steps))
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            ends.append(int(trainer.max_epochs) * batches_per_epoch // accumulate)
+            batches = int(trainer.max_epochs) * batches_per_epoch
+            if 0 < batches < accumulate:
+                raise ConfigError(
+                    f"trainer.max_epochs={trainer.max_epochs} are {batches} batches, fewer than the "
+                    f"trainer.accumulate_grad_batches={accumulate} of one step. Raise the one or lower the other."
+                )
+            ends.append(batches // accumulate)
         interval = trainer.val_check_interval
         if isinstance(interval, float):
             interval = max(1, round(interval * batches_per_epoch * int(trainer.check_val_every_n_epoch or 1)))
@@ -63,11 +110,11 @@ class Length:
 def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> dict[str, Any]:
     """Arguments of Lightning's Trainer."""
     options = {key: value for key, value in resolved(config.trainer).items() if key not in _OURS}
-    precision, processes = str(options["precision"]), n_processes(config)
+    processes = n_processes(config)
     options.update(
         accelerator=accelerator(config),
         devices=_devices(config),
-        precision=_PRECISIONS.get(precision, precision),
+        precision=_PRECISIONS[str(options["precision"])],
         strategy=options["strategy"] if processes > 1 else "auto",
         sync_batchnorm=bool(options["sync_batchnorm"]) and processes > 1 and accelerator(config) == "gpu",
         limit_val_batches=options.get("limit_val_batches", 1.0) if validates else 0,
@@ -83,7 +130,7 @@ def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> d
 
 
 def accelerator(config: DictConfig) -> str:
-    """gpu, mps or cpu. Raises ConfigError if it is not to be had."""
+    """gpu or cpu. Raises ConfigError if it is not to be had."""
     wanted = str(config.trainer.accelerator)
     if wanted in ("auto", "gpu", "cuda"):
         if torch.cuda.is_available():
@@ -91,16 +138,19 @@ def accelerator(config: DictConfig) -> str:
         if wanted != "auto":
             raise ConfigError(f"trainer.accelerator={wanted}: there is no usable GPU. Set trainer.accelerator=cpu.")
         return "cpu"
-    if wanted not in ("cpu", "mps"):
-        raise ConfigError(f"trainer.accelerator: {wanted!r}: use auto, gpu, mps or cpu.")
+    if wanted != "cpu":
+        raise ConfigError(f"trainer.accelerator: {wanted!r}: use auto, gpu or cpu.")
     return wanted
 
 
 def _devices(config: DictConfig) -> Any:
     devices = config.trainer.devices
-    if accelerator(config) != "gpu":
-        return 1 if devices in (-1, "-1", "auto") else devices
-    return OmegaConf.to_container(devices) if OmegaConf.is_config(devices) else devices
+    devices = OmegaConf.to_container(devices) if OmegaConf.is_config(devices) else devices
+    if accelerator(config) == "gpu":
+        return devices
+    if isinstance(devices, list):
+        return len(devices)
+    return 1 if devices in (-1, "-1", "auto") else devices
 
 
 def n_processes(config: DictConfig) -> int:

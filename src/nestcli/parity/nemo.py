@@ -1,0 +1,244 @@
+"""Ways to ask NeMo: in this process, in another environment's, or in a recording of it.
+
+Each answers the operations of `worker.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nestcli.errors import MissingDependencyError, NestError, RunFailedError
+from nestcli.parity import worker
+
+FACTS = Path(__file__).parent / "facts"
+INSTALL = 'pip install "nemo_toolkit[asr]==3.0.0" torch==2.13.0'
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What NeMo gave for one request."""
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+
+class NemoRaisedError(Exception):
+    """NeMo refused or failed at a request."""
+
+
+class NotRecordedError(Exception):
+    """The recording has no answer to a request; a live NeMo would."""
+
+
+class Nemo(Protocol):
+    """NeMo, wherever it runs."""
+
+    version: str
+    live: bool
+
+    def ask(
+        self, operation: str, parameters: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> Answer: ...
+
+    def close(self) -> None: ...
+
+
+def find_nemo(python: str | None) -> Nemo:
+    """A live NeMo: in the environment of `python` if one is named, else in this process. Raises NestError."""
+    if python is None and importlib.util.find_spec("nemo") is None:
+        python = os.environ.get("NEST_NEMO_PYTHON") or None
+    if python is not None:
+        return BridgedNemo(python)
+    if importlib.util.find_spec("nemo") is None:
+        raise MissingDependencyError(
+            "--nemo: NeMo is not installed in this environment. Name the Python of one that has it: "
+            f"--nemo-python PATH or NEST_NEMO_PYTHON=PATH. To make one: python3 -m venv nemo && nemo/bin/{INSTALL}"
+        )
+    return ImportedNemo()
+
+
+class ImportedNemo:
+    """NeMo in this process."""
+
+    live = True
+
+    def __init__(self) -> None:
+        self.version = str(self.ask("hello").facts["nemo"])
+
+    def ask(
+        self, operation: str, parameters: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> Answer:
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                return Answer(*worker.answer(operation, dict(parameters or {}), dict(tensors or {})))
+            except Exception as error:
+                raise NemoRaisedError(f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        worker.forget()
+
+
+class BridgedNemo:
+    """NeMo in a process of another environment's Python; tensors go over in safetensors files."""
+
+    live = True
+
+    def __init__(self, python: str) -> None:
+        self.python = _executable(python)
+        self._folder = Path(tempfile.mkdtemp(prefix="nest-compare-"))
+        self._log = self._folder / "nemo.log"
+        self._requests = 0
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603  # the user names this program
+                [self.python, worker.__file__, str(self._folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        try:
+            self.version = str(self.ask("hello").facts["nemo"])
+        except (NemoRaisedError, NestError) as error:
+            self.close()
+            raise MissingDependencyError(
+                f"--nemo-python {python}: NeMo cannot be used there: {error}. Install it there: {INSTALL}"
+            ) from None
+
+    def ask(
+        self, operation: str, parameters: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> Answer:
+        self._requests += 1
+        given = self._folder / f"request-{self._requests}.safetensors"
+        if tensors:
+            save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, given)
+        request = {"operation": operation, "parameters": parameters or {}, "tensors": str(given) if tensors else None}
+        reply = self._exchanged(json.dumps(request))
+        given.unlink(missing_ok=True)
+        if "error" in reply:
+            raise NemoRaisedError(reply["error"])
+        found: dict[str, Tensor] = {}
+        if reply["tensors"]:
+            found = load_file(reply["tensors"])
+            Path(reply["tensors"]).unlink()
+        return Answer(reply["facts"], found)
+
+    def _exchanged(self, request: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(request + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+            reply: dict[str, Any] = json.loads(line)
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise RunFailedError(self._last_words()) from None
+        return reply
+
+    def _last_words(self) -> str:
+        try:
+            ended = f"ended with {self._process.wait(timeout=10)}"
+        except subprocess.TimeoutExpired:
+            ended = "sent something that is no answer"
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
+        return f"the NeMo process ({self.python}) {ended}; its last words: {' / '.join(lines) or 'none'}"
+
+    def close(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _executable(python: str) -> str:
+    found = shutil.which(python)
+    if found is None:
+        raise NestError(f"--nemo-python {python}: there is no such program. Give the path of a Python that has NeMo.")
+    return found
+
+
+# ---- recordings --------------------------------------------------------------------------------------------------
+
+
+class RecordedNemo:
+    """NeMo's answers as they were recorded (`record.py`), for the requests of one fixed small model."""
+
+    live = False
+
+    def __init__(self, folder: Path = FACTS) -> None:
+        with safe_open(folder / "answers.safetensors", framework="pt") as file:
+            self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        self._facts: dict[str, dict[str, Any]] = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+        self.version = str(self.ask("hello").facts["nemo"])
+
+    def ask(
+        self, operation: str, parameters: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> Answer:
+        key = request_key(operation, parameters or {})
+        if key not in self._facts:
+            raise NotRecordedError(operation)
+        prefix = f"{key}/"
+        found = {name.removeprefix(prefix): value for name, value in self._tensors.items() if name.startswith(prefix)}
+        return Answer(self._facts[key], found)
+
+    def close(self) -> None:
+        pass
+
+
+class RecordingNemo:
+    """Passes requests on to a live NeMo and keeps its answers."""
+
+    live = False  # sections ask it only what a recording will be asked
+
+    def __init__(self, nemo: Nemo) -> None:
+        self.nemo, self.version = nemo, nemo.version
+        self.facts: dict[str, dict[str, Any]] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.ask("hello")
+
+    def ask(
+        self, operation: str, parameters: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> Answer:
+        answer = self.nemo.ask(operation, parameters, tensors)
+        key = request_key(operation, parameters or {})
+        self.facts[key] = answer.facts
+        self.tensors |= {f"{key}/{name}": value for name, value in answer.tensors.items()}
+        return answer
+
+    def close(self) -> None:
+        self.nemo.close()
+
+
+def request_key(operation: str, parameters: Mapping[str, Any]) -> str:
+    """A request's name in a recording; the tensors that go with it follow from the recorded subject."""
+    digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{operation}-{digest}"

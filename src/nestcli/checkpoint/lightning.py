@@ -73,10 +73,14 @@ def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = Fals
 
 def config_of_checkpoint(path: str | os.PathLike[str], overrides: list[str]) -> DictConfig:
     """The configuration that a .ckpt of `nest pretrain` carries, overrides applied."""
-    content = load_lightning_checkpoint(path)
+    return config_of_content(load_lightning_checkpoint(path), str(path), overrides)
+
+
+def config_of_content(content: Mapping[str, Any], source: str, overrides: list[str]) -> DictConfig:
+    """The configuration in the content of a .ckpt file, overrides applied."""
     if not isinstance(content.get(CONFIG_KEY), Mapping):
-        raise CheckpointError(f"{path} carries no configuration: it was not written by `nest pretrain`.")
-    return config_from_dict(content[CONFIG_KEY], str(path), overrides)
+        raise CheckpointError(f"{source} carries no configuration: it was not written by `nest pretrain`.")
+    return config_from_dict(content[CONFIG_KEY], source, overrides)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

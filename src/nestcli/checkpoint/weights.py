@@ -1,0 +1,165 @@
+"""Weights out of files that strangers wrote: looked at before they are loaded, fitted to the model before use.
+
+docs/decisions/0005 tells what is refused and why.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import IO, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from nestcli.errors import CheckpointError
+from nestcli.model.nest import NestConfig, NestModel
+
+MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
+MAX_PICKLE = 4 << 20  # bytes of the table of tensors; the largest preset's has 260,000
+_ENTRY = re.compile(
+    r"[^/]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
+)
+# All that a state dict needs. What PyTorch allows beyond it (bytearray, sparse tensors) can ask for any memory.
+_GLOBALS = re.compile(
+    r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
+    r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
+)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
+_UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, zipfile.BadZipFile)
+
+# Far beyond any model, and small enough that looking at one costs little time and memory.
+_LARGEST = {
+    "model.encoder.n_layers": 512,
+    "model.encoder.d_model": 1 << 16,
+    "model.encoder.ff_expansion_factor": 64,
+    "model.encoder.conv_kernel_size": 1 << 12,
+    "model.encoder.subsampling_factor": 64,
+    "model.encoder.subsampling_conv_channels": 1 << 14,
+    "model.quantizer.num_classes": 1 << 24,
+    "model.quantizer.num_books": 1 << 12,
+    "model.preprocessor.features": 1 << 12,
+    "model.preprocessor.n_fft": 1 << 16,
+    "model.preprocessor.pad_to": 1 << 16,
+    "model.preprocessor.sample_rate": 1 << 20,
+}
+
+
+def model_skeleton(config: DictConfig, source: str) -> NestModel:
+    """The model that a checkpoint's configuration describes, without memory for its weights.
+
+    Raises CheckpointError for sizes that no model has, ConfigError for blocks that do not fit each other.
+    """
+    for key, largest in _LARGEST.items():
+        value = OmegaConf.select(config, key)
+        if isinstance(value, int) and abs(value) > largest:
+            raise CheckpointError(f"{source}: {key} is {value}, more than the {largest} that is allowed. Refused.")
+    try:
+        with torch.device("meta"):
+            return NestModel(NestConfig.from_config(config))
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{source}: its configuration describes no model: {_first_line(error)}") from None
+
+
+def fitted_state(state: Mapping[str, Tensor], config: DictConfig, source: str) -> OrderedDict[str, Tensor]:
+    """The weights in the model's order and types, every name, shape and value checked. Raises CheckpointError."""
+    wanted = model_skeleton(config, source).state_dict()
+    _check_names(state, wanted, source)
+    return OrderedDict((name, fitted_tensor(name, state[name], like, source)) for name, like in wanted.items())
+
+
+def fitted_tensor(name: str, value: Tensor, like: Tensor, source: str) -> Tensor:
+    """A tensor of the shape and type of `like`. Raises CheckpointError naming it if it is not to be had."""
+    if value.shape != like.shape:
+        raise CheckpointError(
+            f"{source}: {name} has the shape {list(value.shape)}, the model's has {list(like.shape)}. "
+            "The weights belong to another configuration."
+        )
+    if value.is_floating_point() != like.is_floating_point():
+        raise CheckpointError(f"{source}: {name} is of type {value.dtype}, the model's is of type {like.dtype}.")
+    fitted = value.detach().to(like.dtype)
+    if not bool(torch.isfinite(fitted).all()):
+        raise CheckpointError(f"{source}: {name} holds NaN or infinite values: the training that wrote it failed.")
+    return fitted
+
+
+def _check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
+    for names, what in (
+        ([name for name in wanted if name not in state], "lacks"),
+        ([name for name in state if name not in wanted], "holds, and the model lacks,"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{source} {what} {names[0]}{more}: its weights belong to another configuration.")
+
+
+def load_weights(file: IO[bytes], size: int, source: str) -> dict[str, Tensor]:
+    """The tensors of a state dict that `torch.save` wrote, `size` bytes long. Raises CheckpointError.
+
+    Every size is checked against the file's before anything is allocated; nothing in it is executed.
+    """
+    try:
+        _check_zip(file, size, source)
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{source}: the weights cannot be read: {_first_line(error)}. Refused.") from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{source}: the weights are not a table of tensors but a {type(content).__name__}.")
+    return checked_tensors(content, source)
+
+
+def checked_tensors(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
+    """The entries of a state dict if they are plain tensors in memory and nothing else. Raises CheckpointError."""
+    for name, value in content.items():
+        plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and value.device.type == "cpu"
+        if not isinstance(name, str) or not plain or value.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{source}: {str(name)[:100]!r} among the weights is not an ordinary tensor. Refused."
+            )
+    return dict(content)
+
+
+def _check_zip(file: IO[bytes], size: int, source: str) -> None:
+    """Refuse what `torch.save` does not write: other formats, entries, compression, overlaps, callables."""
+    if file.read(4) != b"PK\x03\x04":
+        raise CheckpointError(
+            f"{source}: the weights are not in PyTorch's zip format. Refused: older formats can run code. "
+            "Load them where you trust them, and save them again with PyTorch 1.6 or later."
+        )
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        names = [entry.filename for entry in entries]
+        odd = [
+            entry
+            for entry in entries
+            if not _ENTRY.fullmatch(entry.filename) or entry.compress_type or entry.flag_bits & 1
+        ]
+        if odd or len(set(names)) < len(names) or len(names) > MAX_ENTRIES:
+            where = f": {odd[0].filename[:100]!r}" if odd else ""
+            raise CheckpointError(f"{source}: the weights hold what `torch.save` does not write{where}. Refused.")
+        if sum(entry.file_size for entry in entries) > size or any(e.file_size != e.compress_size for e in entries):
+            raise CheckpointError(f"{source}: the weights claim more bytes than there are. Refused.")
+        tables = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(tables) != 1 or tables[0].file_size > MAX_PICKLE:
+            raise CheckpointError(f"{source}: the weights have no table of tensors of an ordinary size. Refused.")
+        _check_pickle(archive.read(tables[0]), source)
+
+
+def _check_pickle(table: bytes, source: str) -> None:
+    """Refuse names of anything but tensors and ordered dictionaries; the opcodes are read, not run."""
+    for opcode, argument, _ in pickletools.genops(table):
+        if opcode.name == "GLOBAL" and _GLOBALS.fullmatch(str(argument)):
+            continue
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
+            named = f" ({str(argument)[:100]!r})" if argument is not None else ""
+            raise CheckpointError(f"{source}: the weights name something to be called{named}. Refused.")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-all check format setup clean
+# NeMo has an environment of its own: it needs other versions of Lightning and OmegaConf.
+NEMO_VENV := .venv-nemo
+NEMO_INSTALLED := $(NEMO_VENV)/.installed-3.0.0
+NEMO := NEST_NEMO_PYTHON=$(NEMO_VENV)/bin/python
+
+.PHONY: help demo test test-all check parity format setup setup-nemo clean
 
 help:
 	@echo "make demo      set up, then run nest demo (results in nest_demo/)"
 	@echo "make test      set up, then the default tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make check     format, lint, types, import directions"
+	@echo "make parity    set up NeMo 3.0.0 beside us (2.2 GB), compare everything with it"
 
 setup: $(INSTALLED)
 
@@ -35,9 +41,23 @@ check: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+setup-nemo: $(NEMO_INSTALLED)
+
+$(NEMO_INSTALLED):
+	$(PYTHON) -m venv $(NEMO_VENV)
+	$(NEMO_VENV)/bin/python -m pip install --quiet "nemo_toolkit[asr]==3.0.0" torch==2.13.0 pytest
+	@touch $(NEMO_INSTALLED)
+
+# All presets' parameters are part of every comparison; the numerics run for the models that are named here.
+parity: setup setup-nemo
+	$(NEMO) $(VENV)/bin/nest compare small --nemo --html parity-small.html
+	$(NEMO) $(VENV)/bin/nest compare large model.encoder.n_layers=3 --nemo
+	$(NEMO) $(VENV)/bin/nest compare xlarge model.encoder.n_layers=1 --nemo --only encoder --only gradients --only training
+	$(NEMO) $(VENV)/bin/python -m pytest -m nemo tests/nemo
+
 format: setup
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist nest_demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEMO_VENV) build dist nest_demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""`python -m nestcli` is `nest`."""
+
+from nestcli.cli.app import main
+
+main()

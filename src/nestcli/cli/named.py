@@ -1,0 +1,36 @@
+"""What a command's first words name: a preset, a YAML file, or a checkpoint that carries its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from omegaconf import DictConfig
+    from torch import Tensor
+
+CHECKPOINTS = (".ckpt", ".nemo")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A configuration with its overrides applied, and the weights that came with it."""
+
+    name: str
+    config: DictConfig
+    state_dict: dict[str, Tensor] | None = None
+
+
+def read_named(words: Sequence[str]) -> Named:
+    """Read `[CONFIG or CHECKPOINT] [key=value ...]`. Raises NestError."""
+    from nestcli.config import load_config, split_words
+
+    name, overrides = split_words(words)
+    if not name.endswith(CHECKPOINTS):
+        return Named(name, load_config(name, overrides))
+    from nestcli.checkpoint.load import load_checkpoint
+
+    loaded = load_checkpoint(name, overrides)
+    return Named(name, loaded.config, loaded.state_dict)

@@ -1,0 +1,134 @@
+"""The section `training`: optimiser steps in lock-step from the same weights on the same batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nestcli.config import resolved
+from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.optim import build_optimizer, build_schedule
+from nestcli.parity.context import Context
+from nestcli.parity.numerics import wanders
+from nestcli.parity.report import Check, Section, close, close_in_norm, equal, same_entries, worst
+from nestcli.parity.subject import nemo_model_block
+from nestcli.parity.worker import optimizer_settings
+
+STEPS = 20
+LOSS, WEIGHTS, POSITIONS = 1e-5, 1e-4, 1e-3  # tolerances, relative
+_WARMUP, _PEAK = 8, 2e-4  # so that twenty steps see the rise and the fall, and the weights move
+_BATCHES = 4
+_SECONDS = 2.5  # of each utterance
+
+
+def training_section(context: Context, section: Section) -> None:
+    """Twenty steps without dropout: losses, learning rates, and the weights afterwards."""
+    subject = context.subject
+    _ = context.built
+    config = _without_dropout(subject.config)
+    batches = _batches(subject.batch, int(subject.config.model.sample_rate))
+    seeds = [100 + step for step in range(STEPS)]
+    request = {
+        "model": nemo_model_block(config),
+        "optim": resolved(config)["model"]["optim"],
+        "seeds": seeds,
+        "batches": len(batches),
+    }
+    given = {f"{number}.{name}": value for number, batch in enumerate(batches) for name, value in batch.items()}
+    theirs = context.nemo.ask("train", request, given)
+    model, losses, rates, settings = _trained(config, subject.model, batches, seeds)
+
+    section.add(same_entries("optimiser and its settings", settings, theirs.facts["settings"]))
+    section.add(equal("learning rates", rates, theirs.facts["rates"]))
+    ours, nemo = torch.tensor(losses), torch.tensor(theirs.facts["losses"])
+    section.add(close(f"losses of {STEPS} steps", ours, nemo, LOSS, relative=True, note=_fall(losses)))
+    section.add(*_same_weights(model, theirs.under("state."), sum(rates), _moved(model, subject.model)))
+
+
+def _without_dropout(config: DictConfig) -> DictConfig:
+    config = copy.deepcopy(config)
+    for key in ("dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att", "stochastic_depth_drop_prob"):
+        config.model.encoder[key] = 0.0
+    sched = config.model.optim.sched
+    sched.warmup_steps, sched.warmup_ratio = _WARMUP, None
+    sched.min_lr = 1e-6
+    config.model.optim.lr = _PEAK * float(sched.d_model * _WARMUP) ** 0.5
+    return config
+
+
+def _batches(batch: dict[str, Tensor], sample_rate: int) -> list[dict[str, Tensor]]:
+    """Small batches of two utterances each, cut at different places."""
+    made = []
+    longest = int(_SECONDS * sample_rate)
+    for number in range(_BATCHES):
+        rows = [number % len(batch["clean"]), (number + 1) % len(batch["clean"])]
+        start = 400 * number
+        cut: dict[str, Tensor] = {}
+        for side in ("clean", "noisy"):
+            cut[side] = batch[side][rows, start : start + longest]
+            cut[f"{side}_len"] = (batch[f"{side}_len"][rows] - start).clamp(1600, cut[side].size(1))
+        made.append(cut)
+    return made
+
+
+def _trained(
+    config: DictConfig, model: NestModel, batches: list[dict[str, Tensor]], seeds: list[int]
+) -> tuple[NestModel, list[float], list[float], dict[str, Any]]:
+    """Our training step, written out: forward, backward, AdamW, Noam annealing."""
+    ours = NestModel(NestConfig.from_config(config))
+    ours.load_state_dict(model.state_dict())
+    ours.train()
+    optimizer = build_optimizer(ours, config)
+    schedule = build_schedule(optimizer, config, len(seeds))
+    settings = optimizer_settings(optimizer)
+    losses, rates = [], []
+    for number, seed in enumerate(seeds):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        batch = batches[number % len(batches)]
+        torch.manual_seed(seed)
+        output = ours(*(batch[name].clone() for name in ("clean", "clean_len", "noisy", "noisy_len")))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(float(output.loss.detach()))
+    return ours, losses, rates, settings
+
+
+def _same_weights(model: NestModel, theirs: dict[str, Tensor], way: float, moved: str) -> list[Check]:
+    """All weights and running statistics; those that rounding leads go by at most the sum of the rates."""
+    state: dict[str, Tensor] = dict(model.state_dict())
+    names = [name for name, value in state.items() if value.is_floating_point()]
+    firm = [name for name in names if not wanders(name, model)]
+    ours_W, theirs_W = (torch.cat([side[name].flatten().double() for name in firm]) for side in (state, theirs))
+    checks = [close_in_norm("weights and running statistics, together", ours_W, theirs_W, WEIGHTS, note=moved)]
+    for label, of_positions in (("weights, tensor by tensor", False), ("projections of positions", True)):
+        chosen = [name for name in firm if name.endswith(".linear_pos.weight") is of_positions]
+        bound = POSITIONS if of_positions else WEIGHTS
+        rows = [close_in_norm(name, state[name], theirs[name], bound) for name in chosen]
+        checks.append(worst(label, rows, note=_POSITIONS_NOTE if of_positions else None))
+    loose = [close(name, state[name], theirs[name], 2 * way) for name in names if wanders(name, model)]
+    return [*checks, worst("weights whose gradient vanishes", loose, note=_LOOSE_NOTE)] if loose else checks
+
+
+_POSITIONS_NOTE = (
+    "slow sines hardly vary over an utterance, and what is the same for all frames drops out of the softmax: the "
+    "gradients of their columns are near zero, where Adam makes larger steps of rounding"
+)
+_LOOSE_NOTE = (
+    "biases whose gradient is zero in exact arithmetic, and the running means that hold them: Adam makes full "
+    "steps of what rounding leaves, no output depends on it. Bound: both sides going the whole way apart"
+)
+
+
+def _moved(after: NestModel, before: NestModel) -> str:
+    sides = [torch.cat([value.detach().flatten() for value in model.encoder.parameters()]) for model in (after, before)]
+    return f"the encoder's weights moved by {float((sides[0] - sides[1]).norm() / sides[1].norm()):.1%}"
+
+
+def _fall(losses: list[float]) -> str:
+    return f"loss from {losses[0]:.3f} to {losses[-1]:.3f}"

@@ -25,19 +25,23 @@ PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
 
 # NeMo's public names and ours, with what they stand for and the keys under which they may stand.
 _NEMO = "nemo.collections.asr"
+_SSL = f"{_NEMO}.modules.ssl_modules"
 _CLASSES = {
-    "preprocessor": ("AudioToMelSpectrogramPreprocessor", [f"{_NEMO}.modules"]),
-    "spec_augment": ("SpectrogramAugmentation", [f"{_NEMO}.modules"]),
-    "masking": ("RandomBlockMasking", [f"{_NEMO}.modules", f"{_NEMO}.modules.ssl_modules"]),
-    "quantizer": ("RandomProjectionVectorQuantizer", [f"{_NEMO}.modules", f"{_NEMO}.modules.ssl_modules"]),
-    "encoder": ("ConformerEncoder", [f"{_NEMO}.modules"]),
-    "decoder": ("MultiSoftmaxDecoder", [f"{_NEMO}.modules", f"{_NEMO}.modules.ssl_modules"]),
-    "loss": ("MultiMLMLoss", [f"{_NEMO}.losses"]),
+    "preprocessor": (
+        "AudioToMelSpectrogramPreprocessor",
+        [f"{_NEMO}.modules", f"{_NEMO}.modules.audio_preprocessing"],
+    ),
+    "spec_augment": ("SpectrogramAugmentation", [f"{_NEMO}.modules", f"{_NEMO}.modules.audio_preprocessing"]),
+    "masking": ("RandomBlockMasking", [f"{_NEMO}.modules", _SSL, f"{_SSL}.masking"]),
+    "quantizer": ("RandomProjectionVectorQuantizer", [f"{_NEMO}.modules", _SSL, f"{_SSL}.quantizers"]),
+    "encoder": ("ConformerEncoder", [f"{_NEMO}.modules", f"{_NEMO}.modules.conformer_encoder"]),
+    "decoder": ("MultiSoftmaxDecoder", [f"{_NEMO}.modules", _SSL, f"{_SSL}.multi_softmax_decoder"]),
+    "loss": ("MultiMLMLoss", [f"{_NEMO}.losses", f"{_NEMO}.losses.ssl_losses.mlm"]),
     "multi_speaker_noise": (
         "MultiSpeakerNoiseAugmentation",
-        [f"{_NEMO}.modules.ssl_modules", f"{_NEMO}.modules"],
+        [_SSL, f"{_NEMO}.modules", f"{_SSL}.augmentation"],
     ),
-    "speaker_noise": ("SpeakerNoiseAugmentation", [f"{_NEMO}.modules.ssl_modules", f"{_NEMO}.modules"]),
+    "speaker_noise": ("SpeakerNoiseAugmentation", [_SSL, f"{_NEMO}.modules", f"{_SSL}.augmentation"]),
 }
 TARGETS = {
     f"{package}.{name}": kind for kind, (name, packages) in _CLASSES.items() for package in [*packages, "nestcli"]
@@ -47,6 +51,10 @@ _PLACES = {
     "model.train_ds.batch_augmentor": {"multi_speaker_noise", "speaker_noise"},
     "model.validation_ds.batch_augmentor": {"multi_speaker_noise", "speaker_noise"},
 }
+
+# Of configurations inside checkpoints: far beyond NeMo's own, which have 5 levels and 150 values.
+_DEEPEST, _MOST_VALUES = 32, 20_000
+_CALLING = frozenset(("_instantiator", "_class_path", "class_path", "_recursive_", "_partial_", "_args_", "_convert_"))
 
 # Keys that are understood although NeMo's file does not carry them. docs/configuration.md describes each.
 _DATASET_KEYS = ("batch_augmentor.nemo_exact",)
@@ -110,14 +118,54 @@ def load_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> Dict
 
 def config_from_dict(content: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> DictConfig:
     """A configuration that came inside a checkpoint: the same checks, and no resolvers such as `${oc.env:...}`."""
-    for path, value in leaves(content):
-        if isinstance(value, str) and "${" in value and ":" in value:
-            raise ConfigError(f"{source}: its configuration calls a resolver at {path}: {value!r}. Refused.")
+    check_plain(content, source)
     config = OmegaConf.create(dict(content))  # keys of its own (+key=value) are let pass: the run knew them
     for word in overrides:
         _apply_override(config, word)
     _check(config, source)
     return config
+
+
+def check_plain(content: Any, source: str) -> None:
+    """Refuse what no configuration inside a checkpoint holds: references, objects, nesting without end, classes.
+
+    Every key and list is looked at, a value as often as it is referred to. Raises ConfigError.
+    """
+    waiting, seen = [("", content)], 0
+    while waiting:
+        path, value = waiting.pop()
+        seen += 1
+        if seen > _MOST_VALUES or path.count(".") > _DEEPEST:
+            raise ConfigError(f"{source}: its configuration is too large or nested too deeply. Refused.")
+        if isinstance(value, Mapping):
+            _check_keys(value, path, source)
+            waiting += [(f"{path}.{key}" if path else key, inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{path}.{number}", inner) for number, inner in enumerate(value)]
+        elif isinstance(value, str) and "${" in value:
+            raise ConfigError(
+                f"{source}: its configuration calls a resolver at {path}, or refers to another key: "
+                f"{value[:60]!r}. Refused."
+            )
+        elif value is not None and not isinstance(value, str | int | float):
+            raise ConfigError(f"{source}: its configuration holds a {type(value).__name__} at {path}. Refused.")
+
+
+def _check_keys(block: Mapping[Any, Any], path: str, source: str) -> None:
+    for key, value in block.items():
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{source}: its configuration has the key {key!r} in {path!r}, which is no text. Refused."
+            )
+        if key in _CALLING or (key == "_target_" and (not isinstance(value, str) or value not in TARGETS)):
+            what = f"{path}.{key}: {str(value)[:100]!r}".lstrip(".")
+            raise ConfigError(f"{source}: its configuration names what is to be called, at {what}. Refused.")
+
+
+def nemo_target(name: str) -> str:
+    """The name under which NeMo imports a class of `TARGETS`; a name of NeMo's stays as it is."""
+    class_name, packages = _CLASSES[TARGETS[name]]
+    return name if name.startswith(f"{_NEMO}.") else f"{packages[0]}.{class_name}"
 
 
 def split_words(words: Sequence[str]) -> tuple[str, list[str]]:

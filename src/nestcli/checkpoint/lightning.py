@@ -6,7 +6,6 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
 
+from nestcli.checkpoint.atomic import atomic_file
 from nestcli.config import config_from_dict
 from nestcli.errors import CheckpointError
 from nestcli.model.module import CONFIG_KEY
@@ -25,23 +25,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-            _sync_folder(target.parent)
-        except OSError as error:
-            raise CheckpointError(
-                f"{target} cannot be written: {error.strerror or error}. Older checkpoints are untouched."
-            ) from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with atomic_file(path) as file:
+            torch.save(checkpoint, file)
 
 
 def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
@@ -87,11 +72,3 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest `*-last.ckpt` of an experiment, None if there is none."""
     found = sorted(folder.glob("*-last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     return found[-1] if found else None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,10 +11,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nestcli.checkpoint.lightning import config_of_content, load_lightning_checkpoint
+from nestcli.checkpoint.nemo import read_nemo, read_nemo_config
 from nestcli.checkpoint.weights import checked_tensors, fitted_state
 from nestcli.errors import CheckpointError
 
-SUFFIXES = (".ckpt",)
+SUFFIXES = (".ckpt", ".nemo")
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,29 @@ class LoadedCheckpoint:
 
 
 def load_checkpoint(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedCheckpoint:
-    """Read a checkpoint and apply `key=value` words to its configuration. Raises CheckpointError and ConfigError.
+    """Read a .ckpt or .nemo file and apply `key=value` words to its configuration. Raises CheckpointError, ConfigError.
 
     Nothing that the file holds is executed. Weights have NeMo's names, in NeMo's order.
     """
-    content = load_lightning_checkpoint(_checked_path(path))
+    if _checked_path(path).suffix == ".nemo":
+        return LoadedCheckpoint(*read_nemo(path, overrides))
+    content = load_lightning_checkpoint(path)
     config = config_of_content(content, str(path), list(overrides))
     return LoadedCheckpoint(config, dict(fitted_state(_state_of(content, str(path)), config, str(path))))
+
+
+def checkpoint_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration alone, which need not fit the weights once the overrides are applied."""
+    if _checked_path(path).suffix == ".nemo":
+        return read_nemo_config(path, overrides)
+    return config_of_content(load_lightning_checkpoint(path, mmap=True), str(path), list(overrides))
+
+
+def checkpoint_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights alone: a .ckpt then needs no configuration, and only plain tensors are promised."""
+    if _checked_path(path).suffix == ".nemo":
+        return read_nemo(path)[1]
+    return _state_of(load_lightning_checkpoint(path), str(path))
 
 
 def _state_of(content: Mapping[str, object], source: str) -> dict[str, Tensor]:

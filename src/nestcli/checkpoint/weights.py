@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from nestcli.errors import CheckpointError
+from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.nest import NestConfig, NestModel
 
 MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
@@ -43,8 +43,8 @@ _LARGEST = {
     "model.encoder.subsampling_conv_channels": 1 << 14,
     "model.quantizer.num_classes": 1 << 24,
     "model.quantizer.num_books": 1 << 12,
-    "model.preprocessor.features": 1 << 12,
-    "model.preprocessor.n_fft": 1 << 16,
+    "model.preprocessor.features": 1 << 10,
+    "model.preprocessor.n_fft": 1 << 14,
     "model.preprocessor.pad_to": 1 << 16,
     "model.preprocessor.sample_rate": 1 << 20,
 }
@@ -53,7 +53,7 @@ _LARGEST = {
 def model_skeleton(config: DictConfig, source: str) -> NestModel:
     """The model that a checkpoint's configuration describes, without memory for its weights.
 
-    Raises CheckpointError for sizes that no model has, ConfigError for blocks that do not fit each other.
+    Raises CheckpointError for sizes that no model has, and for blocks that do not fit each other.
     """
     for key, largest in _LARGEST.items():
         value = OmegaConf.select(config, key)
@@ -62,6 +62,8 @@ def model_skeleton(config: DictConfig, source: str) -> NestModel:
     try:
         with torch.device("meta"):
             return NestModel(NestConfig.from_config(config))
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: {error}") from None
     except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{source}: its configuration describes no model: {_first_line(error)}") from None
 

@@ -1,0 +1,217 @@
+"""The tar files of NeMo: looked through block by block, and refused whole when anything in them is odd.
+
+Nothing is extracted. Python's `tarfile` parses single headers here; it does not walk the archive, because it would
+follow renaming headers, sparse maps and sizes that only a limit on every step keeps harmless.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from nestcli.errors import CheckpointError
+
+BLOCK = 512
+RECORD = 20 * BLOCK  # tar files are padded to it
+MAX_MEMBERS = 256  # NeMo writes 3, and a few more for a tokenizer
+MAX_EXPANSION = 20  # of gzip; trained weights shrink by less than half
+_ALWAYS_EXPANDED = 64 << 20  # bytes; small files of zeros shrink further
+_MAX_TAIL = 1 << 20  # bytes of padding after the last member
+_MAX_NOTES = 1 << 16  # bytes of a PAX header
+_PAX_RECORD = re.compile(rb"(\d{1,6}) ([^=\n]{1,100})=")
+_PAX_KEYS = frozenset(("mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment"))
+_KINDS = {
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a pipe",
+    tarfile.XGLTYPE: "a global PAX header",
+    tarfile.GNUTYPE_LONGNAME: "a renaming header",
+    tarfile.GNUTYPE_LONGLINK: "a renaming header",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in an archive; offset and size in bytes."""
+
+    name: str  # without a leading ./
+    offset: int
+    size: int
+
+
+class Archive:
+    """An open archive whose every header is checked; `open` gives one member's bytes."""
+
+    def __init__(self, file: IO[bytes], source: str) -> None:
+        self.source = source
+        self._file = file
+        self.members = _members(file, source)
+
+    def open(self, name: str) -> tuple[IO[bytes], int]:
+        """A member as a read-only file, and its size in bytes. Raises CheckpointError if there is none."""
+        if name not in self.members:
+            raise CheckpointError(f"{self.source} holds no {name}: it is not a model that NeMo's save_to wrote.")
+        member = self.members[name]
+        return io.BufferedReader(_Slice(self._file, member), 1 << 20), member.size
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[Archive]:
+    """The tar file at `path`, plain or compressed with gzip. Raises CheckpointError."""
+    try:
+        with path.open("rb") as raw:
+            if raw.read(2) != b"\x1f\x8b":
+                yield Archive(raw, str(path))
+                return
+            with tempfile.TemporaryFile() as plain:  # it has no name, and is gone when it is closed
+                _expand(raw, plain, str(path))
+                yield Archive(plain, str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _expand(raw: IO[bytes], plain: IO[bytes], source: str) -> None:
+    """Undo gzip, up to a limit that follows from the file's size."""
+    limit = max(_ALWAYS_EXPANDED, MAX_EXPANSION * raw.seek(0, io.SEEK_END))
+    raw.seek(0)
+    try:
+        with gzip.GzipFile(fileobj=raw) as packed:
+            while piece := packed.read(1 << 20):
+                if plain.tell() + len(piece) > limit:
+                    raise CheckpointError(f"{source}: what is packed in it grows beyond {limit:,} bytes. Refused.")
+                plain.write(piece)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CheckpointError(f"{source}: its compression is damaged: {error}.") from None
+
+
+def _members(file: IO[bytes], source: str) -> dict[str, Member]:
+    total = file.seek(0, io.SEEK_END)
+    members: dict[str, Member] = {}
+    position, seen, names = 0, 0, set[str]()
+    while True:
+        header = _header(file, position, source)
+        position += BLOCK
+        if header is None:
+            _check_tail(file, position, total, source)
+            return members
+        seen += 1
+        if len(names) >= MAX_MEMBERS or seen > 2 * MAX_MEMBERS:  # a PAX header may go before each
+            raise CheckpointError(f"{source} has more than {MAX_MEMBERS} members. Refused.")
+        if header.size < 0 or position + header.size > total:
+            raise CheckpointError(f"{source}: {_shown(header.name)} claims more bytes than there are; it is cut off.")
+        if header.type == tarfile.XHDTYPE:
+            _check_notes(file, header.size, source)
+        else:
+            name = _checked_name(header, source)
+            if name in names:
+                raise CheckpointError(f"{source} holds {_shown(name)} twice. Refused.")
+            names.add(name)
+            if header.type != tarfile.DIRTYPE:
+                members[name] = Member(name, position, header.size)
+        position += -(-header.size // BLOCK) * BLOCK
+
+
+def _header(file: IO[bytes], position: int, source: str) -> tarfile.TarInfo | None:
+    """The header at a position, None at the archive's end; the file then stands behind it."""
+    file.seek(position)
+    block = file.read(BLOCK)
+    if block == bytes(BLOCK):
+        return None
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError, ValueError) as error:
+        raise CheckpointError(f"{source} is no tar file, or a damaged one: {error} at byte {position:,}.") from None
+
+
+def _checked_name(header: tarfile.TarInfo, source: str) -> str:
+    """The member's name without `./`; only files and folders inside the archive's own folder have one."""
+    shown = _shown(header.name)
+    if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
+        raise CheckpointError(f"{source} holds {_KINDS.get(header.type, 'something unknown')}, {shown}. Refused.")
+    parts = [part for part in header.name.split("/") if part not in ("", ".")]
+    if header.name.startswith("/") or ".." in parts or "\\" in header.name or not header.name.isprintable():
+        raise CheckpointError(f"{source} holds a file that would land outside of it, {shown}. Refused.")
+    if header.type == tarfile.DIRTYPE and header.size:
+        raise CheckpointError(f"{source} holds a folder with content of its own, {shown}. Refused.")
+    return "/".join(parts) or "."
+
+
+def _check_notes(file: IO[bytes], size: int, source: str) -> None:
+    """Let a PAX header pass that notes times and owners; one that renames, resizes or maps is refused."""
+    notes = file.read(size) if size <= _MAX_NOTES else b""
+    position = 0
+    while position < size:
+        record = _PAX_RECORD.match(notes, position)
+        end = position + int(record[1]) if record else 0
+        key = record[2].decode("utf-8", "replace") if record else "?"
+        if record is None or key not in _PAX_KEYS or not record.end() < end <= size:
+            raise CheckpointError(
+                f"{source} has a PAX header that changes {_shown(key)} of a member. Refused: "
+                "only times and owners may stand there."
+            )
+        position = end
+
+
+def _check_tail(file: IO[bytes], position: int, total: int, source: str) -> None:
+    tail = total - position
+    if tail > _MAX_TAIL or file.read(tail).strip(b"\0"):
+        raise CheckpointError(f"{source} goes on behind its end. Refused.")
+
+
+def _shown(name: str) -> str:
+    return repr(name[:100])
+
+
+class _Slice(io.RawIOBase):
+    """A member's bytes, read where they are."""
+
+    def __init__(self, file: IO[bytes], member: Member) -> None:
+        self._file, self._member, self._position = file, member, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._member.size}[whence]
+        if start + offset < 0:
+            raise ValueError("a negative position")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # always called with one
+        left = max(0, self._member.size - self._position)
+        self._file.seek(self._member.offset + self._position)
+        count = self._file.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]  # files opened as bytes have it
+        self._position += count
+        return int(count)
+
+
+def header_of(name: str, size: int, *, folder: bool = False) -> bytes:
+    """The header of a member that we write: the same bytes whoever writes it, and whenever."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.type, info.mode = (tarfile.DIRTYPE, 0o755) if folder else (tarfile.REGTYPE, 0o644)
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def padding(size: int, to: int = BLOCK) -> bytes:
+    """Zeros that fill `size` bytes up to a multiple of `to`."""
+    return bytes(-size % to)

@@ -1,0 +1,91 @@
+"""NeMo's .nemo files: a tar of `model_config.yaml` and `model_weights.ckpt`, written for NeMo 3.0.0, read from anyone.
+
+docs/decisions/0005 tells what is refused on reading, and why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nestcli.checkpoint.archive import BLOCK, RECORD, Archive, header_of, open_archive, padding
+from nestcli.checkpoint.atomic import atomic_file
+from nestcli.checkpoint.nemo_config import MAX_YAML, from_nemo, plain_yaml, to_nemo, yaml_of
+from nestcli.checkpoint.weights import fitted_state, load_weights, model_skeleton
+from nestcli.errors import CheckpointError
+
+CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
+_LARGEST_ITEM = 8  # bytes of a number in fp64
+_LARGEST_MEMBER = (8 << 30) - 1  # bytes; a tar header has no room for more
+_OVERHEAD = 1 << 16  # bytes of a zip's entry, its alignment and its line in the table of tensors, more than enough
+
+
+def write_nemo(path: str | os.PathLike[str], config: DictConfig, state_dict: Mapping[str, Tensor]) -> None:
+    """Write a .nemo file that NeMo 3.0.0 restores: whole or not at all, the same bytes for the same model.
+
+    Weights are stored as NeMo stores them: in its order, fp32, codebooks fp64. Raises CheckpointError.
+    """
+    text = yaml_of(to_nemo(config))
+    weights = OrderedDict(
+        (name, _alone(value)) for name, value in fitted_state(state_dict, config, f"the model for {path}").items()
+    )
+    with atomic_file(path) as file:
+        file.write(header_of("./", 0, folder=True))
+        file.write(header_of(f"./{CONFIG}", len(text)) + text + padding(len(text)))
+        header = file.tell()
+        file.write(bytes(BLOCK))  # filled in when the size is known
+        torch.save(weights, file)
+        size = file.tell() - header - BLOCK
+        if size > _LARGEST_MEMBER:
+            raise CheckpointError(f"{path}: weights of {size:,} bytes do not fit into a .nemo file. Keep the .ckpt.")
+        file.write(padding(size) + bytes(2 * BLOCK))
+        file.write(padding(file.tell(), RECORD))
+        file.seek(header)
+        file.write(header_of(f"./{WEIGHTS}", size))
+
+
+def read_nemo(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Tensor]]:
+    """The complete configuration, overrides applied, and the checked weights of a .nemo file of any NeMo version.
+
+    Nothing is extracted or executed, and an archive with anything odd in it is refused. Raises CheckpointError.
+    """
+    with open_archive(Path(path)) as archive:
+        config = _config_in(archive, overrides)
+        largest = _largest_size(model_skeleton(config, str(path)))
+        file, size = archive.open(WEIGHTS)
+        if size > largest:
+            raise CheckpointError(
+                f"{path}: {WEIGHTS} has {size:,} bytes, more than the {largest:,} that the model can need. Refused."
+            )
+        state = load_weights(file, size, str(path))
+        return config, dict(fitted_state(state, config, str(path)))
+
+
+def read_nemo_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
+    """The complete configuration in a .nemo file, without its weights. Raises CheckpointError."""
+    with open_archive(Path(path)) as archive:
+        return _config_in(archive, overrides)
+
+
+def _config_in(archive: Archive, overrides: Sequence[str]) -> DictConfig:
+    file, size = archive.open(CONFIG)
+    if size > MAX_YAML:
+        raise CheckpointError(f"{archive.source}: {CONFIG} has {size:,} bytes, more than {MAX_YAML:,}. Refused.")
+    return from_nemo(plain_yaml(file.read(), archive.source), archive.source, overrides)
+
+
+def _largest_size(model: torch.nn.Module) -> int:
+    state: Mapping[str, Tensor] = model.state_dict()
+    return sum((_LARGEST_ITEM * value.numel() + _OVERHEAD for value in state.values()), start=_OVERHEAD)
+
+
+def _alone(value: Tensor) -> Tensor:
+    """A tensor without the storage of others around it: `torch.save` would write all of that."""
+    value = value.detach().cpu().contiguous()
+    return value if value.untyped_storage().nbytes() == value.numel() * value.element_size() else value.clone()

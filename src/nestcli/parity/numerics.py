@@ -22,7 +22,7 @@ from nestcli.model.masking import MaskingConfig, RandomBlockMasking
 from nestcli.model.nest import NestConfig, NestModel
 from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
 from nestcli.parity.context import Context
-from nestcli.parity.report import Check, Section, close, close_in_norm, equal, same_elements, worst
+from nestcli.parity.report import Check, Section, close, close_in_norm, equal, same_elements, same_entries, worst
 from nestcli.parity.subject import Subject
 
 FEATURES, FRAMES, LOG_PROBS, LOSS, GRADIENT = 1e-5, 1e-4, 1e-5, 1e-6, 1e-4  # tolerances
@@ -363,7 +363,8 @@ def gradients_section(context: Context, section: Section) -> None:
     ours = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     their_gradients = theirs.under("gradients.")
     section.add(close("loss", output.loss.detach(), theirs["loss"].reshape(()), LOSS, relative=True))
-    section.add(equal("parameters with a gradient", sorted(ours), sorted(their_gradients)))
+    names = (dict.fromkeys(sorted(side)) for side in (ours, their_gradients))
+    section.add(same_entries("parameters with a gradient", *names))
     groups: dict[str, list[Check]] = defaultdict(list)
     largest = max(float(value.norm()) for value in their_gradients.values())
     for name in ours.keys() & their_gradients.keys():

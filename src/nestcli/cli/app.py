@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nestcli import __version__
-from nestcli.cli import compare, console, count_params, demo, prepare_data, pretrain
+from nestcli.cli import compare, console, count_params, demo, export, prepare_data, pretrain
 from nestcli.errors import NestError
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ app.command("prepare-data")(prepare_data.prepare_data)
 app.command("pretrain")(pretrain.pretrain)
 app.command("count-params")(count_params.count_params)
 app.command("compare")(compare.compare)
+app.command("export")(export.export)
 app.command("demo")(demo.demo)
 
 

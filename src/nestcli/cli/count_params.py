@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.named import CHECKPOINTS
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def count_params(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG or CHECKPOINT] [key=value ...]",
-            help="A preset, a YAML file or a .ckpt of `nest pretrain`, then overrides.",
+            help="A preset, a YAML file, a .ckpt of `nest pretrain` or a .nemo file, then overrides.",
             show_default=False,
         ),
     ] = None,
@@ -63,10 +64,10 @@ def _counted(name: str, overrides: list[str], depth: int) -> dict[str, Any]:
 
 
 def _load(name: str, overrides: list[str]) -> DictConfig:
-    if name.endswith(".ckpt"):
-        from nestcli.checkpoint.lightning import config_of_checkpoint
+    if name.endswith(CHECKPOINTS):
+        from nestcli.checkpoint.load import checkpoint_config
 
-        return config_of_checkpoint(name, overrides)
+        return checkpoint_config(name, overrides)
     from nestcli.config import load_config
 
     return load_config(name, overrides)

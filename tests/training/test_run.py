@@ -13,6 +13,7 @@ from nestcli.checkpoint.lightning import (
     last_checkpoint,
     load_lightning_checkpoint,
 )
+from nestcli.checkpoint.load import load_checkpoint
 from nestcli.config import load_config
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import CheckpointError, ConfigError, DataError
@@ -59,7 +60,8 @@ def test_a_run_leaves_checkpoints_metrics_and_curves(corpus: dict[str, Path], tm
     assert [report.step for report in recorder.steps] == list(range(1, 8))
     assert recorder.ended
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert len(names) == 2
+    assert len(names) == 3
+    assert names.pop() == "run.nemo"
     best, last = sorted(names, key=lambda name: "last" in name)
     assert best.startswith("SSL-NEST-FastConformer--val_loss=")
     assert last.endswith("-step=7-last.ckpt")
@@ -87,6 +89,28 @@ def test_a_checkpoint_has_nemos_names_its_configuration_and_no_code(corpus: dict
     assert next(iter(content["state_dict"])) == "preprocessor.featurizer.window"
     [group] = content["optimizer_states"][0]["param_groups"]
     assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_the_nemo_file_is_that_of_the_best_model(corpus: dict[str, Path], tmp_path: Path) -> None:
+    # warm-up that makes the model worse after step 1: the best one is not the newest
+    grows = ["trainer.max_steps=3", "trainer.val_check_interval=1", "model.optim.lr=40.0"]
+    result, recorder = train(corpus, tmp_path, *grows)
+    losses = [loss for _, loss, _ in recorder.validations]
+    assert min(losses) < losses[-1]
+    assert result.nemo == tmp_path / "run" / "checkpoints" / "run.nemo"
+    assert result.best is not None
+    kept, best = load_checkpoint(result.nemo), load_checkpoint(result.best)
+    assert all(torch.equal(kept.state_dict[name], best.state_dict[name]) for name in best.state_dict)
+    assert kept.config.model.train_ds.manifest_filepath == str(corpus["train"])
+
+
+@pytest.mark.parametrize(
+    "override", ["exp_manager.checkpoint_callback_params.always_save_nemo=false", "model.mask_position=post_conv"]
+)
+def test_a_run_without_a_nemo_file(corpus: dict[str, Path], tmp_path: Path, override: str) -> None:
+    result, _ = train(corpus, tmp_path, "trainer.max_steps=1", "trainer.val_check_interval=1", override)
+    assert result.nemo is None
+    assert not list(tmp_path.rglob("*.nemo"))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -124,6 +148,9 @@ def test_without_validation_the_newest_checkpoint_is_kept(corpus: dict[str, Path
     assert result.val_loss is None
     assert result.last is not None
     assert result.last.name == "run--step=4-last.ckpt"
+    assert result.nemo is not None
+    kept, last = load_checkpoint(result.nemo).state_dict, load_checkpoint(result.last).state_dict
+    assert all(torch.equal(kept[name], last[name]) for name in last)
 
 
 def test_validation_weights_batches_by_their_selected_tokens(corpus: dict[str, Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nestcli.checkpoint.lightning import config_of_content, load_lightning_checkpoint
 from nestcli.checkpoint.nemo import read_nemo, read_nemo_config
-from nestcli.checkpoint.weights import checked_tensors, fitted_state
+from nestcli.checkpoint.weights import checked_state, checked_tensors
 from nestcli.errors import CheckpointError
 
 SUFFIXES = (".ckpt", ".nemo")
@@ -35,7 +35,7 @@ def load_checkpoint(path: str | os.PathLike[str], overrides: Sequence[str] = ())
         return LoadedCheckpoint(*read_nemo(path, overrides))
     content = load_lightning_checkpoint(path)
     config = config_of_content(content, str(path), list(overrides))
-    return LoadedCheckpoint(config, dict(fitted_state(_state_of(content, str(path)), config, str(path))))
+    return LoadedCheckpoint(config, checked_state(_state_of(content, str(path)), config, str(path)))
 
 
 def checkpoint_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:

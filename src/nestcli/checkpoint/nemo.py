@@ -17,7 +17,7 @@ from torch import Tensor
 from nestcli.checkpoint.archive import BLOCK, RECORD, Archive, header_of, open_archive, padding
 from nestcli.checkpoint.atomic import atomic_file
 from nestcli.checkpoint.nemo_config import MAX_YAML, from_nemo, plain_yaml, to_nemo, yaml_of
-from nestcli.checkpoint.weights import fitted_state, load_weights, model_skeleton
+from nestcli.checkpoint.weights import checked_state, fitted_state, load_weights, model_skeleton
 from nestcli.errors import CheckpointError
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
@@ -64,7 +64,7 @@ def read_nemo(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tu
                 f"{path}: {WEIGHTS} has {size:,} bytes, more than the {largest:,} that the model can need. Refused."
             )
         state = load_weights(file, size, str(path))
-        return config, dict(fitted_state(state, config, str(path)))
+        return config, checked_state(state, config, str(path))
 
 
 def read_nemo_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:

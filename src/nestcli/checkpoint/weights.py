@@ -69,10 +69,24 @@ def model_skeleton(config: DictConfig, source: str) -> NestModel:
 
 
 def fitted_state(state: Mapping[str, Tensor], config: DictConfig, source: str) -> OrderedDict[str, Tensor]:
-    """The weights in the model's order and types, every name, shape and value checked. Raises CheckpointError."""
+    """The weights in the model's order and types, every name and shape checked. Raises CheckpointError."""
     wanted = model_skeleton(config, source).state_dict()
     _check_names(state, wanted, source)
     return OrderedDict((name, fitted_tensor(name, state[name], like, source)) for name, like in wanted.items())
+
+
+def checked_state(state: Mapping[str, Tensor], config: DictConfig, source: str) -> dict[str, Tensor]:
+    """`fitted_state` of weights that come from a file: every value is finite too. Raises CheckpointError."""
+    fitted = fitted_state(state, config, source)
+    check_finite(fitted, source)
+    return dict(fitted)
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError for the first tensor that holds NaN or infinity."""
+    for name, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{source}: {name} holds NaN or infinite values: the training that wrote it failed.")
 
 
 def fitted_tensor(name: str, value: Tensor, like: Tensor, source: str) -> Tensor:
@@ -84,10 +98,7 @@ def fitted_tensor(name: str, value: Tensor, like: Tensor, source: str) -> Tensor
         )
     if value.is_floating_point() != like.is_floating_point():
         raise CheckpointError(f"{source}: {name} is of type {value.dtype}, the model's is of type {like.dtype}.")
-    fitted = value.detach().to(like.dtype)
-    if not bool(torch.isfinite(fitted).all()):
-        raise CheckpointError(f"{source}: {name} holds NaN or infinite values: the training that wrote it failed.")
-    return fitted
+    return value.detach().to(like.dtype)
 
 
 def _check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:

@@ -79,7 +79,8 @@ def _show_result(result: RunResult) -> None:
     console.note(f"\ntrained to step {result.step:,}")
     if result.val_loss is not None:
         console.note(f"validation loss {result.val_loss:.3f}, masked-token accuracy {result.val_accuracy:.1%}")
-    for label, path in (("best", result.best), ("last", result.last), ("metrics", result.metrics)):
+    files = {"best": result.best, "last": result.last, "nemo": result.nemo, "metrics": result.metrics}
+    for label, path in files.items():
         if path is not None:
             console.note(f"{label:8} {path}")
     console.note(f"curves   tensorboard --logdir {result.folder}")

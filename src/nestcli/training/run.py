@@ -66,6 +66,7 @@ class RunResult:
     val_accuracy: float | None
     best: Path | None
     last: Path | None
+    nemo: Path | None
     metrics: Path
 
 
@@ -112,6 +113,12 @@ class Pretraining:
             steps=self.length.steps,
         )
 
+    @property
+    def nemo_path(self) -> Path | None:
+        """The .nemo file that a run can keep, named as NeMo's exp_manager names it; NeMo has none for post_conv."""
+        fits = self.config.model.mask_position == "pre_conv"
+        return self.folder / "checkpoints" / f"{self.config.exp_manager.name}.nemo" if fits else None
+
     def fit(self) -> RunResult:
         """Train to the end; raises NestError for what the user can mend."""
         _make_folder(self.folder)
@@ -141,6 +148,7 @@ class Pretraining:
             val_accuracy=values.get("val_masked_accuracy"),
             best=self._written(checkpoints.best_model_path) if checkpoints else None,
             last=self._written(checkpoints.last_model_path) if checkpoints else None,
+            nemo=checkpoints.nemo if checkpoints and checkpoints.nemo and checkpoints.nemo.is_file() else None,
             metrics=metrics.path,
         )
 
@@ -216,7 +224,7 @@ class Pretraining:
         if not manager.create_checkpoint_callback:
             return None
         options = dict(resolved(manager.checkpoint_callback_params))
-        options.pop("always_save_nemo", None)
+        nemo = self.nemo_path if options.pop("always_save_nemo", False) else None
         monitor = options.pop("monitor", "val_loss")
         if monitor not in _MONITORS:
             raise ConfigError(
@@ -230,7 +238,7 @@ class Pretraining:
             options.setdefault("every_n_train_steps", max(1, self.length.validate_every // self.length.accumulate))
         options.setdefault("save_last", True)
         try:
-            return NestCheckpoint(self.folder / "checkpoints", filename, monitor=monitor, **options)
+            return NestCheckpoint(self.folder / "checkpoints", filename, monitor=monitor, nemo=nemo, **options)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"exp_manager.checkpoint_callback_params: {' '.join(str(error).split())}") from None
 

@@ -17,17 +17,10 @@ from nestcli.errors import NestError
 from nestcli.parity.archive import checkpoint_section
 from nestcli.parity.context import Context
 from nestcli.parity.differences import known_differences
+from nestcli.parity.inputs import masking_section, preprocessor_section, quantizer_section
 from nestcli.parity.mixing import augmentation_section
 from nestcli.parity.nemo import FACTS, Nemo, NemoRaisedError
-from nestcli.parity.numerics import (
-    decoder_section,
-    encoder_section,
-    gradients_section,
-    loss_section,
-    masking_section,
-    preprocessor_section,
-    quantizer_section,
-)
+from nestcli.parity.network import decoder_section, encoder_section, gradients_section, loss_section
 from nestcli.parity.report import SECTIONS, Check, Report, Section
 from nestcli.parity.structure import config_section, departures, parameters_section
 from nestcli.parity.subject import Subject, audio_of_files, made_audio, make_batch, make_subject, with_nemo_behaviour

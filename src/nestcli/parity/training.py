@@ -14,7 +14,7 @@ from nestcli.config import resolved
 from nestcli.model.nest import NestConfig, NestModel
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.parity.context import Context
-from nestcli.parity.numerics import stirred
+from nestcli.parity.network import stirred
 from nestcli.parity.report import ROUNDINGS, Check, Section, close, close_in_norm, equal, same_entries, worst
 from nestcli.parity.subject import nemo_model_block
 from nestcli.parity.worker import optimizer_settings

@@ -63,9 +63,12 @@ _TRAINER_KEYS = (
     "max_time",
 )  # fmt: skip
 _CHECKPOINT_KEYS = ("every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose")
+START_KEYS = ("init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_pretrained_model")
+_START_PARTS = ("path", "include", "exclude")  # of NeMo's form init_from_...: {name: {path: ..., include: [...]}}
 EXTRA_KEYS = frozenset(
     (
         "seed",
+        *START_KEYS,
         "model.encoder.use_pytorch_sdpa",
         "model.encoder.conv_norm_ignore_padding",
         "model.loss.nemo_exact",
@@ -360,13 +363,19 @@ def _check_known(leaves: Iterable[tuple[str, Any]], source: str, *, blocks_allow
     known = _known_keys()
     blocks = {key[:i] for key in known for i, letter in enumerate(key) if letter == "."}
     for key, value in leaves:
-        if key in known or (key in blocks and (blocks_allowed or value is None or value == {})):
+        if key in known or (key in blocks and (blocks_allowed or value is None or value == {})) or _is_start(key):
             continue
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]}?" if close else ""
         added = f" To add a new key, write +{key}=..."
         add = added if source == "the command line" else " Remove it; keys of your own go into +key=value words."
         raise ConfigError(f"{source}: unknown key {key}.{hint}{add}")
+
+
+def _is_start(key: str) -> bool:
+    """Whether a key is a part of NeMo's block form of the keys that name a run's first weights."""
+    start, *name = key.split(".")
+    return start in START_KEYS and len(name) == 2 and name[1] in _START_PARTS
 
 
 @functools.cache

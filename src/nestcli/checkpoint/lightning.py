@@ -64,7 +64,10 @@ def config_of_checkpoint(path: str | os.PathLike[str], overrides: list[str]) -> 
 def config_of_content(content: Mapping[str, Any], source: str, overrides: list[str]) -> DictConfig:
     """The configuration in the content of a .ckpt file, overrides applied."""
     if not isinstance(content.get(CONFIG_KEY), Mapping):
-        raise CheckpointError(f"{source} carries no configuration: it was not written by `nest pretrain`.")
+        raise CheckpointError(
+            f"{source} carries no configuration that can be read: neither `nest pretrain` nor a NEST of NeMo wrote it. "
+            "Its weights alone can start a run: nest pretrain CONFIG init_from_ptl_ckpt=FILE"
+        )
     return config_from_dict(content[CONFIG_KEY], source, overrides)
 
 

@@ -6,14 +6,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from nestcli.checkpoint.lightning import config_of_content, load_lightning_checkpoint
 from nestcli.checkpoint.nemo import read_nemo, read_nemo_config
-from nestcli.checkpoint.weights import checked_state, checked_tensors
+from nestcli.checkpoint.nemo_config import from_nemo
+from nestcli.checkpoint.nemo_lightning import PICKLED, STAND_INS, hyper_parameters
+from nestcli.checkpoint.weights import check_finite, check_zip, checked_state, checked_tensors
 from nestcli.errors import CheckpointError
+from nestcli.model.module import CONFIG_KEY
 
 SUFFIXES = (".ckpt", ".nemo")
 
@@ -33,8 +38,8 @@ def load_checkpoint(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     """
     if _checked_path(path).suffix == ".nemo":
         return LoadedCheckpoint(*read_nemo(path, overrides))
-    content = load_lightning_checkpoint(path)
-    config = config_of_content(content, str(path), list(overrides))
+    content = _content(path)
+    config = _config_of(content, str(path), overrides)
     return LoadedCheckpoint(config, checked_state(_state_of(content, str(path)), config, str(path)))
 
 
@@ -42,17 +47,34 @@ def checkpoint_config(path: str | os.PathLike[str], overrides: Sequence[str] = (
     """The configuration alone, which need not fit the weights once the overrides are applied."""
     if _checked_path(path).suffix == ".nemo":
         return read_nemo_config(path, overrides)
-    return config_of_content(load_lightning_checkpoint(path, mmap=True), str(path), list(overrides))
+    return _config_of(_content(path, mmap=True), str(path), overrides)
 
 
 def checkpoint_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights alone: a .ckpt then needs no configuration, and only plain tensors are promised."""
+    """The weights alone, whatever model they are of; a .ckpt then needs no configuration. Raises CheckpointError."""
     if _checked_path(path).suffix == ".nemo":
         return read_nemo(path)[1]
-    return _state_of(load_lightning_checkpoint(path), str(path))
+    state = _state_of(_content(path), str(path))
+    check_finite(state, str(path))
+    return state
 
 
-def _state_of(content: Mapping[str, object], source: str) -> dict[str, Tensor]:
+def _content(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
+    """What a .ckpt holds, of `nest pretrain` or of NeMo; its size and the names in it are checked before."""
+    with Path(path).open("rb") as file:
+        check_zip(file, Path(path).stat().st_size, str(path), also=PICKLED)
+    with torch.serialization.safe_globals([*STAND_INS]):
+        return load_lightning_checkpoint(path, mmap=mmap)
+
+
+def _config_of(content: Mapping[str, Any], source: str, overrides: Sequence[str]) -> DictConfig:
+    model = None if CONFIG_KEY in content else hyper_parameters(content, source)
+    if model is not None:
+        return from_nemo(model, source, overrides)
+    return config_of_content(content, source, list(overrides))
+
+
+def _state_of(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     state = content["state_dict"]
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{source}: its state_dict is not a table of tensors but a {type(state).__name__}.")

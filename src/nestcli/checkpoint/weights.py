@@ -5,12 +5,13 @@ docs/decisions/0005 tells what is refused and why.
 
 from __future__ import annotations
 
+import copy
 import pickle
 import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import IO, Any
 
 import torch
@@ -21,7 +22,7 @@ from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.nest import NestConfig, NestModel
 
 MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
-MAX_PICKLE = 4 << 20  # bytes of the table of tensors; the largest preset's has 260,000
+MAX_PICKLE = 16 << 20  # bytes of the table of tensors; the largest preset's has 260,000, with optimiser 1,000,000
 _ENTRY = re.compile(
     r"[^/]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
 )
@@ -59,6 +60,9 @@ def model_skeleton(config: DictConfig, source: str) -> NestModel:
         value = OmegaConf.select(config, key)
         if isinstance(value, int) and abs(value) > largest:
             raise CheckpointError(f"{source}: {key} is {value}, more than the {largest} that is allowed. Refused.")
+    if OmegaConf.select(config, "model.encoder.backend") is not None:  # names and shapes are the same
+        config = copy.deepcopy(config)
+        config.model.encoder.backend = "nest"
     try:
         with torch.device("meta"):
             return NestModel(NestConfig.from_config(config))
@@ -116,8 +120,8 @@ def load_weights(file: IO[bytes], size: int, source: str) -> dict[str, Tensor]:
 
     Every size is checked against the file's before anything is allocated; nothing in it is executed.
     """
+    check_zip(file, size, source)
     try:
-        _check_zip(file, size, source)
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
@@ -138,36 +142,42 @@ def checked_tensors(content: Mapping[Any, Any], source: str) -> dict[str, Tensor
     return dict(content)
 
 
-def _check_zip(file: IO[bytes], size: int, source: str) -> None:
-    """Refuse what `torch.save` does not write: other formats, entries, compression, overlaps, callables."""
+def check_zip(file: IO[bytes], size: int, source: str, also: Collection[str] = ()) -> None:
+    """Refuse what `torch.save` does not write: other formats, entries, compression, overlaps, callables.
+
+    `also` are names that the pickle may hold beside those of a state dict. Raises CheckpointError.
+    """
     if file.read(4) != b"PK\x03\x04":
         raise CheckpointError(
             f"{source}: the weights are not in PyTorch's zip format. Refused: older formats can run code. "
             "Load them where you trust them, and save them again with PyTorch 1.6 or later."
         )
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        names = [entry.filename for entry in entries]
-        odd = [
-            entry
-            for entry in entries
-            if not _ENTRY.fullmatch(entry.filename) or entry.compress_type or entry.flag_bits & 1
-        ]
-        if odd or len(set(names)) < len(names) or len(names) > MAX_ENTRIES:
-            where = f": {odd[0].filename[:100]!r}" if odd else ""
-            raise CheckpointError(f"{source}: the weights hold what `torch.save` does not write{where}. Refused.")
-        if sum(entry.file_size for entry in entries) > size or any(e.file_size != e.compress_size for e in entries):
-            raise CheckpointError(f"{source}: the weights claim more bytes than there are. Refused.")
-        tables = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(tables) != 1 or tables[0].file_size > MAX_PICKLE:
-            raise CheckpointError(f"{source}: the weights have no table of tensors of an ordinary size. Refused.")
-        _check_pickle(archive.read(tables[0]), source)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            _check_entries(archive.infolist(), size, source)
+            [table] = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+            _check_pickle(archive.read(table), source, also)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{source}: the weights cannot be read: {_first_line(error)}. Refused.") from None
 
 
-def _check_pickle(table: bytes, source: str) -> None:
+def _check_entries(entries: list[zipfile.ZipInfo], size: int, source: str) -> None:
+    names = [entry.filename for entry in entries]
+    odd = [e.filename for e in entries if not _ENTRY.fullmatch(e.filename) or e.compress_type or e.flag_bits & 1]
+    if odd or len(set(names)) < len(names) or len(names) > MAX_ENTRIES:
+        where = f": {odd[0][:100]!r}" if odd else ""
+        raise CheckpointError(f"{source}: the weights hold what `torch.save` does not write{where}. Refused.")
+    if sum(entry.file_size for entry in entries) > size or any(e.file_size != e.compress_size for e in entries):
+        raise CheckpointError(f"{source}: the weights claim more bytes than there are. Refused.")
+    tables = [entry.file_size for entry in entries if entry.filename.endswith("/data.pkl")]
+    if len(tables) != 1 or tables[0] > MAX_PICKLE:
+        raise CheckpointError(f"{source}: the weights have no table of tensors of an ordinary size. Refused.")
+
+
+def _check_pickle(table: bytes, source: str, also: Collection[str]) -> None:
     """Refuse names of anything but tensors and ordered dictionaries; the opcodes are read, not run."""
     for opcode, argument, _ in pickletools.genops(table):
-        if opcode.name == "GLOBAL" and _GLOBALS.fullmatch(str(argument)):
+        if opcode.name == "GLOBAL" and (_GLOBALS.fullmatch(str(argument)) or argument in also):
             continue
         if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
             named = f" ({str(argument)[:100]!r})" if argument is not None else ""

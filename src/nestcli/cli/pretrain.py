@@ -62,6 +62,10 @@ def _show_plan(plan: RunPlan) -> None:
     console.note(f"folder     {plan.folder}")
     if plan.resumes:
         console.note(f"resumes    {plan.resumes.name} at step {plan.resumes_at:,}")
+    for start in plan.starts_from:
+        console.note(f"weights    {start}")
+    if plan.ignored_start:
+        console.note(f"weights    those of the resumed run; {plan.ignored_start} is ignored")
 
 
 def _show_dry_run(trial: DryRun) -> None:

@@ -34,6 +34,7 @@ from nestcli.training.settings import (
     quieten,
     trainer_options,
 )
+from nestcli.training.start import start_from, starts_of
 
 DEFAULT_EXP_DIR = "nest_experiments"
 _MONITORS = ("val_loss", "val_masked_accuracy", "train_loss", "masked_accuracy")
@@ -54,6 +55,8 @@ class RunPlan:
     val_utterances: int
     val_seconds: float
     steps: int | None
+    starts_from: tuple[str, ...] = ()  # checkpoints whose weights the run begins with
+    ignored_start: str | None = None  # the key that names some, where a resumed run has its own
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Pretraining:
         self.module = NestModule(config)
         self.resumes = self._checkpoint_to_resume()
         self._resumes_at = self._checked_step(self.resumes) if self.resumes else 0
+        self._starts = starts_of(config)
+        self._starts_from = () if self.resumes else tuple(start_from(self.module.model, self._starts))
 
     @property
     def plan(self) -> RunPlan:
@@ -111,6 +116,8 @@ class Pretraining:
             val_utterances=len(val) if val else 0,
             val_seconds=float(val.durations.sum()) if val else 0.0,
             steps=self.length.steps,
+            starts_from=self._starts_from,
+            ignored_start=self._starts[0].key if self.resumes and self._starts else None,
         )
 
     @property

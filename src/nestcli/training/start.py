@@ -1,0 +1,103 @@
+"""The weights that a run starts from in place of random ones: NeMo's `init_from_...` keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from nestcli.checkpoint.load import checkpoint_weights
+from nestcli.checkpoint.weights import fitted_tensor
+from nestcli.config import START_KEYS, resolved
+from nestcli.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to start from, and which tensors: those whose name holds one of `include` and none of `exclude`."""
+
+    key: str  # where the configuration names it
+    path: str
+    include: tuple[str, ...] = ("",)
+    exclude: tuple[str, ...] = ()
+    whole: bool = True  # every tensor of the checkpoint must fit, and every one of the model must be in it
+
+    def takes(self, name: str) -> bool:
+        return any(part in name for part in self.include) and not any(part in name for part in self.exclude)
+
+
+def starts_of(config: DictConfig) -> list[Start]:
+    """What the configuration wants to start from. Raises ConfigError for what cannot be."""
+    given = {key: value for key in START_KEYS if (value := resolved(config).get(key)) is not None}
+    if "init_from_pretrained_model" in given:
+        raise ConfigError(
+            "init_from_pretrained_model would download a model; nest downloads nothing. Fetch its .nemo file yourself "
+            "and set init_from_nemo_model=FILE."
+        )
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are both set; a run starts from one of them. Remove one.")
+    return [start for key, value in given.items() for start in _starts(key, value)]
+
+
+def _starts(key: str, value: Any) -> list[Start]:
+    if isinstance(value, str):
+        return [Start(key, value)]
+    if not isinstance(value, Mapping) or not value or not all(isinstance(part, Mapping) for part in value.values()):
+        raise ConfigError(f"{key}: {value!r}: give a path, or {{name: {{path: ..., include: [...], exclude: [...]}}}}.")
+    return [_part(f"{key}.{name}", part) for name, part in value.items()]
+
+
+def _part(key: str, part: Mapping[str, Any]) -> Start:
+    unknown = set(part) - {"path", "include", "exclude"}
+    if unknown or not isinstance(part.get("path"), str):
+        raise ConfigError(
+            f"{key} needs a path, and may have include and exclude; it has {', '.join(part) or 'nothing'}."
+        )
+    include, exclude = (_texts(key, name, part.get(name)) for name in ("include", "exclude"))
+    return Start(key, part["path"], include or ("",), exclude, whole=False)
+
+
+def _texts(key: str, name: str, value: Any) -> tuple[str, ...]:
+    texts = value if isinstance(value, Sequence) and not isinstance(value, str) else [] if value is None else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{key}.{name}: {value!r} is no list of parts of names, such as [encoder, decoder].")
+    return tuple(texts)
+
+
+def start_from(model: nn.Module, starts: Sequence[Start]) -> list[str]:
+    """Put the weights into the model; a line for a person on each checkpoint. Raises CheckpointError, ConfigError."""
+    lines = []
+    for start in starts:
+        chosen = _chosen(start, model.state_dict())
+        model.load_state_dict(chosen, strict=False)
+        lines.append(f"{start.path} ({len(chosen)} of {len(model.state_dict())} tensors)")
+    return lines
+
+
+def _chosen(start: Start, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    source = f"{start.key}={start.path}"
+    try:
+        stored = checkpoint_weights(start.path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{start.key}: {error}") from None
+    chosen = {name: value for name, value in stored.items() if start.takes(name)}
+    if not chosen:
+        raise ConfigError(f"{source}: none of its {len(stored)} tensors is chosen by include and exclude.")
+    absent = [name for name in chosen if name not in ours]
+    missing = [name for name in ours if start.whole and name not in chosen]
+    for names, text in ((absent, "holds {}, which this model lacks"), (missing, "lacks {} of this model")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ConfigError(f"{source} {text.format(names[0] + more)}. {_remedy(start)}")
+    try:
+        return {name: fitted_tensor(name, value, ours[name], source) for name, value in chosen.items()}
+    except CheckpointError as error:
+        raise ConfigError(f"{error} {_remedy(start)}") from None
+
+
+def _remedy(start: Start) -> str:
+    key = start.key.split(".")[0]
+    return f"To take a part of it: {key}={{a: {{path: {start.path}, include: [encoder], exclude: [...]}}}}"

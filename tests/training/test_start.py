@@ -1,0 +1,132 @@
+"""Runs that start from existing weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from conftest import tiny_config
+from nestcli.checkpoint.nemo import write_nemo
+from nestcli.config import load_config
+from nestcli.errors import ConfigError, NestError
+from nestcli.model.nest import NestConfig, NestModel
+from nestcli.training.run import Pretraining
+from nestcli.training.start import start_from, starts_of
+
+State = dict[str, torch.Tensor]
+
+
+class Silent:
+    def step(self, report: Any) -> None: ...
+
+    def validation(self, step: int, loss: float, accuracy: float) -> None: ...
+
+    def finished(self) -> None: ...
+
+
+def pretraining(corpus: dict[str, Path], folder: Path, *overrides: str) -> Pretraining:
+    steps = [f"exp_manager.exp_dir={folder}", "exp_manager.name=run", "trainer.max_steps=1"]
+    return Pretraining(tiny_config(corpus, *steps, "trainer.val_check_interval=1", *overrides), Silent())
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
+    """A .nemo file of the tiny model with other weights."""
+    path = tmp_path_factory.mktemp("start") / "other.nemo"
+    config = tiny_config({"train": Path("t"), "val": Path("v"), "noise": Path("n")})
+    return path, written(path, config, seed=77)
+
+
+def written(path: Path, config: DictConfig, seed: int) -> State:
+    torch.manual_seed(seed)
+    state = dict(NestModel(NestConfig.from_config(config)).state_dict())
+    write_nemo(path, config, state)
+    return state
+
+
+@pytest.mark.parametrize("key", ["init_from_nemo", "init_from_nemo_model"])
+def test_a_run_starts_from_a_nemo_file(
+    corpus: dict[str, Path], other: tuple[Path, State], tmp_path: Path, key: str
+) -> None:
+    run = pretraining(corpus, tmp_path, f"{key}={other[0]}")
+    ours = run.module.model.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in other[1].items())
+    assert run.plan.starts_from == (f"{other[0]} (59 of 59 tensors)",)
+    assert run.plan.ignored_start is None
+
+
+def test_a_run_starts_from_a_checkpoint_and_a_resumed_one_does_not(corpus: dict[str, Path], tmp_path: Path) -> None:
+    first = pretraining(corpus, tmp_path / "first")
+    trained = first.fit()
+    assert trained.last is not None
+    started = pretraining(corpus, tmp_path / "second", f"init_from_ptl_ckpt={trained.last}", "seed=5")
+    ours, theirs = started.module.model.state_dict(), first.module.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert started.plan.resumes_at == 0  # weights, not the optimiser or the step
+
+    resumed = pretraining(corpus, tmp_path / "first", "init_from_nemo=gone.nemo")
+    assert resumed.plan.resumes is not None
+    assert resumed.plan.starts_from == ()
+    assert resumed.plan.ignored_start == "init_from_nemo"
+
+
+def test_parts_of_several_checkpoints(corpus: dict[str, Path], other: tuple[Path, State], tmp_path: Path) -> None:
+    before = pretraining(corpus, tmp_path).module.model.state_dict()
+    larger = tmp_path / "larger.nemo"
+    books = written(larger, tiny_config(corpus, "model.encoder.d_model=32", "model.encoder.n_layers=2"), seed=5)
+    parts = f"{{a: {{path: {other[0]}, include: [encoder], exclude: [layers.0.conv, .bias]}}, "
+    parts += f"b: {{path: {larger}, include: [quantizer.]}}}}"
+    run = pretraining(corpus, tmp_path, f"init_from_nemo_model={parts}")
+    ours = run.module.model.state_dict()
+    for name, value in ours.items():
+        from_other = "encoder" in name and "layers.0.conv" not in name and ".bias" not in name
+        expected = other[1] if from_other else books if "quantizer." in name else before
+        assert torch.equal(value, expected[name]), name
+    assert [line.rpartition("(")[2] for line in run.plan.starts_from] == ["22 of 59 tensors)", "2 of 59 tensors)"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init_from_pretrained_model=ssl_en_nest_large_v1.0"], "nest downloads nothing"),
+        (["init_from_nemo=a.nemo", "init_from_ptl_ckpt=b.ckpt"], "init_from_nemo and init_from_ptl_ckpt are both set"),
+        (["init_from_nemo=[a.nemo]"], "init_from_nemo: ['a.nemo']: give a path"),
+        (["+init_from_nemo_model={a: {pth: a.nemo}}"], "init_from_nemo_model.a needs a path"),
+        (["init_from_nemo_model={a: {path: a.nemo, include: [1]}}"], "init_from_nemo_model.a.include: [1] is no list"),
+        (["init_from_nemo_model.a.pth=x"], "unknown key init_from_nemo_model.a.pth"),
+    ],
+)
+def test_starts_that_cannot_be(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        starts_of(load_config("small", words))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("init_from_nemo=gone.nemo", "init_from_nemo: gone.nemo: no such checkpoint"),
+        ("init_from_nemo={path}", "lacks encoder.layers.1."),
+        ("init_from_nemo_model={{a: {{path: {path}, include: [nothing]}}}}", "none of its 59 tensors is chosen"),
+        (
+            "init_from_nemo_model={{a: {{path: {path}, include: [decoder]}}}}",
+            "decoder.decoder_layers.0.weight has the shape [32, 16, 1], the model's has [64, 16, 1]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(words: str, message: str, other: tuple[Path, State]) -> None:
+    sizes = {"train": Path("t"), "val": Path("v"), "noise": Path("n")}
+    config = tiny_config(sizes, "model.encoder.n_layers=2", "model.num_classes=64", words.format(path=other[0]))
+    model = NestModel(NestConfig.from_config(config))
+    with pytest.raises(NestError) as raised:
+        start_from(model, starts_of(config))
+    assert message in str(raised.value)
+    assert "init_from_nemo" in str(raised.value)
+
+
+def test_tensors_that_the_model_lacks_are_named(other: tuple[Path, State], tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"holds preprocessor\.featurizer\.window \(and 58 more\), which this model"):
+        start_from(model, starts_of(load_config("small", [f"init_from_nemo={other[0]}"])))

@@ -286,5 +286,6 @@ ENTRIES = (
            "mean over masked tokens, over all devices", _LOSS_SWITCH),
     _entry("masks in validation", "drawn anew every time", "the same every time", None),
     _entry("tokens under mixed precision", "projected in the low precision", "computed in fp32", None),
+    _entry("attention under 16-mixed", "inputs in fp32, fp16 replaced by bf16", "fp16; bf16-mixed avoids both", None),
     _entry("accumulation at an epoch's end", "a shorter one ends the epoch", "steps never straddle a cut", None),
 )  # fmt: skip

@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import pickle
+import resource
 import struct
 import tarfile
 import zipfile
@@ -169,18 +170,19 @@ def test_what_cannot_be_written_says_so(model: tuple[DictConfig, State], tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_the_old_file(
-    model: tuple[DictConfig, State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "limit", [2_000, 100_000, 170_000]
+)  # bytes: in the configuration, in the weights, near the end
+def test_a_full_disk_leaves_the_old_file(model: tuple[DictConfig, State], tmp_path: Path, limit: int) -> None:
     path = tmp_path / "a.nemo"
     path.write_bytes(b"old")
-
-    def full(*_args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("nestcli.checkpoint.atomic.os.fsync", full)
-    with pytest.raises(CheckpointError, match=r"a\.nemo cannot be written: No space left on device"):
-        write_nemo(path, *model)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(CheckpointError, match=r"a\.nemo cannot be written: File too large"):
+            write_nemo(path, *model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.nemo"]
 

@@ -108,7 +108,8 @@ def test_starts_that_cannot_be(words: list[str], message: str) -> None:
     ("words", "message"),
     [
         ("init_from_nemo=gone.nemo", "init_from_nemo: gone.nemo: no such checkpoint"),
-        ("init_from_nemo={path}", "lacks encoder.layers.1."),
+        ("init_from_nemo={path}", "quantizer.codebooks has the shape [1, 32, 16], the model's has [1, 64, 16]"),
+        ("init_from_nemo={path}  model.num_classes=32", "lacks encoder.layers.1."),
         ("init_from_nemo_model={{a: {{path: {path}, include: [nothing]}}}}", "none of its 59 tensors is chosen"),
         (
             "init_from_nemo_model={{a: {{path: {path}, include: [decoder]}}}}",
@@ -118,7 +119,9 @@ def test_starts_that_cannot_be(words: list[str], message: str) -> None:
 )
 def test_weights_that_do_not_fit_are_named(words: str, message: str, other: tuple[Path, State]) -> None:
     sizes = {"train": Path("t"), "val": Path("v"), "noise": Path("n")}
-    config = tiny_config(sizes, "model.encoder.n_layers=2", "model.num_classes=64", words.format(path=other[0]))
+    config = tiny_config(
+        sizes, "model.encoder.n_layers=2", "model.num_classes=64", *words.format(path=other[0]).split("  ")
+    )
     model = NestModel(NestConfig.from_config(config))
     with pytest.raises(NestError) as raised:
         start_from(model, starts_of(config))

@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import torch
 
 from nestcli.errors import CheckpointError
 
@@ -34,6 +36,16 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def save_tensors(content: Any, file: BinaryIO) -> None:
+    """`torch.save`; raises the file's own OSError, such as that of a full disk, where PyTorch's writer hides it."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
 
-from nestcli.checkpoint.atomic import atomic_file
+from nestcli.checkpoint.atomic import atomic_file, save_tensors
 from nestcli.config import config_from_dict
 from nestcli.errors import CheckpointError
 from nestcli.model.module import CONFIG_KEY
@@ -26,7 +26,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         with atomic_file(path) as file:
-            torch.save(checkpoint, file)
+            save_tensors(checkpoint, file)
 
 
 def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nestcli.checkpoint.archive import BLOCK, RECORD, Archive, header_of, open_archive, padding
-from nestcli.checkpoint.atomic import atomic_file
+from nestcli.checkpoint.atomic import atomic_file, save_tensors
 from nestcli.checkpoint.nemo_config import MAX_YAML, from_nemo, plain_yaml, to_nemo, yaml_of
 from nestcli.checkpoint.weights import checked_state, fitted_state, load_weights, model_skeleton
 from nestcli.errors import CheckpointError
@@ -40,7 +40,7 @@ def write_nemo(path: str | os.PathLike[str], config: DictConfig, state_dict: Map
         file.write(header_of(f"./{CONFIG}", len(text)) + text + padding(len(text)))
         header = file.tell()
         file.write(bytes(BLOCK))  # filled in when the size is known
-        torch.save(weights, file)
+        save_tensors(weights, file)
         size = file.tell() - header - BLOCK
         if size > _LARGEST_MEMBER:
             raise CheckpointError(f"{path}: weights of {size:,} bytes do not fit into a .nemo file. Keep the .ckpt.")

@@ -149,15 +149,12 @@ def to_nemo(config: DictConfig) -> dict[str, Any]:
 
 
 def _parted(block: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A block as NeMo takes it, and those of its settings, if they are in use, that only we know.
-
-    Whose code trains the encoder is none: the model is the same.
-    """
+    """A block as NeMo takes it, and those of its settings, if they are in use, that only we know."""
     theirs = {key: value for key, value in block.items() if key in known}
     if "_target_" in block:
         theirs = {"_target_": nemo_target(block["_target_"]), **theirs}
     own = {key: value for key, value in block.items() if key not in known and key != "_target_"}
-    return theirs, {key: value for key, value in own.items() if value not in (None, False) and key != "backend"}
+    return theirs, {key: value for key, value in own.items() if value not in (None, False)}
 
 
 def yaml_of(content: Mapping[str, Any]) -> bytes:

@@ -5,7 +5,6 @@ docs/decisions/0005 tells what is refused and why.
 
 from __future__ import annotations
 
-import copy
 import pickle
 import pickletools
 import re
@@ -60,9 +59,6 @@ def model_skeleton(config: DictConfig, source: str) -> NestModel:
         value = OmegaConf.select(config, key)
         if isinstance(value, int) and abs(value) > largest:
             raise CheckpointError(f"{source}: {key} is {value}, more than the {largest} that is allowed. Refused.")
-    if OmegaConf.select(config, "model.encoder.backend") is not None:  # names and shapes are the same
-        config = copy.deepcopy(config)
-        config.model.encoder.backend = "nest"
     try:
         with torch.device("meta"):
             return NestModel(NestConfig.from_config(config))

@@ -86,16 +86,17 @@ def _chosen(start: Start, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     chosen = {name: value for name, value in stored.items() if start.takes(name)}
     if not chosen:
         raise ConfigError(f"{source}: none of its {len(stored)} tensors is chosen by include and exclude.")
+    try:
+        fitted = {name: fitted_tensor(name, chosen[name], ours[name], source) for name in chosen if name in ours}
+    except CheckpointError as error:
+        raise ConfigError(f"{error} {_remedy(start)}") from None
     absent = [name for name in chosen if name not in ours]
     missing = [name for name in ours if start.whole and name not in chosen]
     for names, text in ((absent, "holds {}, which this model lacks"), (missing, "lacks {} of this model")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ConfigError(f"{source} {text.format(names[0] + more)}. {_remedy(start)}")
-    try:
-        return {name: fitted_tensor(name, value, ours[name], source) for name, value in chosen.items()}
-    except CheckpointError as error:
-        raise ConfigError(f"{error} {_remedy(start)}") from None
+    return fitted
 
 
 def _remedy(start: Start) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from omegaconf import DictConfig
-    from torch import Tensor
 
 CHECKPOINTS = (".ckpt", ".nemo")
 
@@ -20,7 +19,7 @@ class Named:
 
     name: str
     config: DictConfig
-    state_dict: dict[str, Tensor] | None = None
+    state_dict: dict[str, Any] | None = None  # tensors; torch stays unnamed here
 
 
 def read_named(words: Sequence[str]) -> Named:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,6 +70,7 @@ EXTRA_KEYS = frozenset(
     (
         "seed",
         *START_KEYS,
+        "model.encoder.backend",
         "model.encoder.use_pytorch_sdpa",
         "model.encoder.conv_norm_ignore_padding",
         "model.loss.nemo_exact",
@@ -97,6 +99,8 @@ _NULL_IF_ABSENT = (
     "model.validation_ds.batch_augmentor", "model.validation_ds.manifest_filepath",
 )  # fmt: skip
 
+NEMO_VARIABLE = "USE_NEMO_CONFORMER"  # sets model.encoder.backend
+
 T = TypeVar("T")
 
 
@@ -119,14 +123,45 @@ def load_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> Dict
     return config
 
 
+def load_training_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> DictConfig:
+    """`load_config` for what trains: USE_NEMO_CONFORMER chooses the encoder's code, unless an override does.
+
+    Commands that only look at a model do not ask the variable: it is the same model. Raises ConfigError.
+    """
+    return load_config(name_or_path, [*_words_of_environment(), *overrides])
+
+
+def _words_of_environment() -> list[str]:
+    value = os.environ.get(NEMO_VARIABLE, "").strip()
+    if not value:
+        return []
+    backend = {"true": "nemo", "1": "nemo", "false": "nest", "0": "nest"}.get(value.lower())
+    if backend is None:
+        raise ConfigError(
+            f"the environment variable {NEMO_VARIABLE} is {value!r}. Set it to true (or 1) to train with NeMo's "
+            "encoder, to false (or 0) to train with ours, or unset it."
+        )
+    return [f"model.encoder.backend={backend}"]
+
+
 def config_from_dict(content: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> DictConfig:
     """A configuration that came inside a checkpoint: the same checks, and no resolvers such as `${oc.env:...}`."""
     check_plain(content, source)
-    config = OmegaConf.create(dict(content))  # keys of its own (+key=value) are let pass: the run knew them
+    config = OmegaConf.create(_without_backend(content))  # keys of its own (+key=value) are let pass: the run knew them
     for word in overrides:
         _apply_override(config, word)
     _check(config, source)
     return config
+
+
+def _without_backend(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Which code trained a checkpoint's encoder binds nobody who opens it: NeMo may not be installed there."""
+    model = content.get("model")
+    encoder = model.get("encoder") if isinstance(model, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(encoder, Mapping):
+        return dict(content)
+    kept = {key: value for key, value in encoder.items() if key != "backend"}
+    return {**content, "model": {**model, "encoder": kept}}
 
 
 def check_plain(content: Any, source: str) -> None:

@@ -138,18 +138,6 @@ def test_metrics_of_a_killed_run_beyond_its_checkpoint_are_taken_back(corpus: di
     assert again.metrics.read_text().startswith(rows)
 
 
-def test_a_validation_before_the_first_step_of_a_resumed_run_keeps_the_line(
-    corpus: dict[str, Path], tmp_path: Path
-) -> None:
-    each = "exp_manager.checkpoint_callback_params.every_n_train_steps=1"  # written before the validation of that step
-    first, _ = train(corpus, tmp_path, "trainer.max_steps=3", "trainer.val_check_interval=4", each)
-    row = lines(first)[-1]
-    first.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines(first)))
-    again, _ = train(corpus, tmp_path, "trainer.max_steps=4", "trainer.val_check_interval=3", each)
-    resumed = lines(again)[2]
-    assert {key: resumed[key] for key in row} == row
-
-
 def test_a_short_epoch_does_not_keep_validation_from_coming(corpus: dict[str, Path], tmp_path: Path) -> None:
     _, recorder = train(corpus, tmp_path, "trainer.max_steps=8", "trainer.val_check_interval=4")
     assert [step for step, _, _ in recorder.validations] == [4, 8]  # an epoch has 3 batches

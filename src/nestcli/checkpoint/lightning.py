@@ -20,13 +20,21 @@ from nestcli.model.module import CONFIG_KEY
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file in the same folder, syncs it and renames it, so that a name is always a whole file."""
+    """Writes a temporary file in the same folder, syncs it and renames it, so that a name is always a whole file.
+
+    Reads tensors and plain data only, whatever Lightning asks for: 2.4, which NeMo pins, would run code in a file.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         with atomic_file(path) as file:
             save_tensors(checkpoint, file)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return load_lightning_checkpoint(path)
 
 
 def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:

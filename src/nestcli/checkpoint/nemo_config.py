@@ -131,6 +131,7 @@ def to_nemo(config: DictConfig) -> dict[str, Any]:
     Raises CheckpointError for settings with which NeMo cannot build the model.
     """
     model = copy.deepcopy(resolved(config)["model"])
+    model["encoder"].pop("backend", None)  # whose code trained it is no part of the model
     if model["mask_position"] != "pre_conv":
         raise CheckpointError(
             f"model.mask_position={model['mask_position']} cannot go into a .nemo file: NeMo 3.0.0 builds such a model "

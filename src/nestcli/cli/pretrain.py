@@ -28,10 +28,10 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pretrain a NEST encoder; continues the run that is found in the experiment's folder."""
-    from nestcli.config import load_config, split_words
+    from nestcli.config import load_training_config, split_words
 
     name, overrides = split_words(words or [])
-    config = load_config(name, overrides)
+    config = load_training_config(name, overrides)
     console.note("loading ...")
 
     from nestcli.training.run import Pretraining
@@ -57,6 +57,8 @@ def pretrain(
 def _show_plan(plan: RunPlan) -> None:
     hours = f"{plan.train_seconds / 3600:.2f} h"
     console.note(f"model      {plan.parameters:,} parameters on {plan.device}")
+    if plan.encoder == "nemo":
+        console.note("encoder    NeMo's own ConformerEncoder")
     console.note(f"train      {plan.train_utterances:,} utterances, {hours}; {plan.noise_clips:,} noise files")
     console.note(f"validation {plan.val_utterances:,} utterances, {plan.val_seconds / 3600:.2f} h")
     console.note(f"folder     {plan.folder}")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from nestcli.config import load_config
+from nestcli.config import load_training_config
 from nestcli.data.prepare import PrepareOptions, PrepareSummary, prepare
 from nestcli.demo.corpus import CorpusSummary, make_corpus
 from nestcli.demo.pictures import draw_batch, draw_loss_curve
@@ -66,7 +66,7 @@ def take_tour(out: Path, overrides: list[str], guide: Guide, *, minutes: float =
         guide.progress,
     )
     noise = prepare([corpus.noise], out / "noise", PrepareOptions(kind="noise"), guide.progress)
-    config = load_config("demo", [*_data_overrides(out, speech, noise), *overrides])
+    config = load_training_config("demo", [*_data_overrides(out, speech, noise), *overrides])
     guide.chapter("3  Pretraining the demo preset")
     run = Pretraining(config, guide.display())
     result = run.fit()

@@ -47,6 +47,7 @@ class EncoderConfig:
     stochastic_depth_start_layer: int
     use_pytorch_sdpa: bool = False
     conv_norm_ignore_padding: bool = False
+    backend: str = "nest"  # whose code trains; the model is the same, and everything but training uses ours
 
     def __post_init__(self) -> None:
         fixed = {
@@ -74,6 +75,8 @@ class EncoderConfig:
             raise ValueError(f"stochastic_depth_mode: {self.stochastic_depth_mode!r}: use linear or uniform.")
         if self.stochastic_depth_drop_prob and not 1 <= self.stochastic_depth_start_layer <= self.n_layers:
             raise ValueError(f"stochastic_depth_start_layer: {self.stochastic_depth_start_layer} is not a layer.")
+        if self.backend not in ("nest", "nemo"):
+            raise ValueError(f"backend: {self.backend!r} is not an encoder: use nest or nemo.")
         self._check_convolution()
 
     def _check_convolution(self) -> None:
@@ -81,6 +84,8 @@ class EncoderConfig:
             raise ValueError(f"conv_norm_type: {self.conv_norm_type!r}: use batch_norm, layer_norm or group_normN.")
         if self.conv_norm_ignore_padding and self.conv_norm_type != "batch_norm":
             raise ValueError("conv_norm_ignore_padding: only batch_norm can leave padding out.")
+        if self.conv_norm_ignore_padding and self.backend == "nemo":
+            raise ValueError("conv_norm_ignore_padding: NeMo's encoder cannot do that. Set model.encoder.backend=nest.")
         if len(self.conv_padding) != 2 or sum(self.conv_padding) + 1 != self.conv_kernel_size:
             raise ValueError(f"conv_context_size: {self.conv_context_size} must add up to conv_kernel_size - 1.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,10 +12,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nestcli.config import resolved, seed_of
+from nestcli.model.conformer import ConformerEncoder, EncoderConfig
+from nestcli.model.nemo_encoder import NemoEncoder
 from nestcli.model.nest import NestConfig, NestModel, NestOutput
 from nestcli.model.optim import build_optimizer, build_schedule
 
 CONFIG_KEY = "nest_config"
+_ENCODERS: dict[str, Callable[[EncoderConfig], Any]] = {"nest": ConformerEncoder, "nemo": NemoEncoder}
 _TRAIN, _VALIDATION = 0, 1
 
 
@@ -41,7 +44,8 @@ class NestModule(LightningModule):
         self.config = config
         self.seed = seed_of(config)
         torch.manual_seed(self.seed)
-        self.model = NestModel(NestConfig.from_config(config))
+        nest = NestConfig.from_config(config)
+        self.model = NestModel(nest, _ENCODERS[nest.encoder.backend])
         if str(config.trainer.precision) == "bf16-true":
             self.model.use_half(torch.bfloat16)
         self._validation = torch.zeros(4, dtype=torch.float64)

@@ -6,6 +6,7 @@ frames and tokens, M model width, C codes, G codebooks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -103,10 +104,12 @@ class NestModel(nn.Module):
     NeMo's too: NeMo builds encoder and decoder twice, so their weights are drawn a second time here.
     """
 
-    def __init__(self, config: NestConfig) -> None:
+    def __init__(
+        self, config: NestConfig, encoder_class: Callable[[EncoderConfig], ConformerEncoder] = ConformerEncoder
+    ) -> None:
         super().__init__()
         self.mask_after_subsampling = config.mask_after_subsampling
-        encoder, decoder = ConformerEncoder(config.encoder), MultiSoftmaxDecoder(config.decoder)
+        encoder, decoder = encoder_class(config.encoder), MultiSoftmaxDecoder(config.decoder)
         quantizer = RandomProjectionQuantizer(config.quantizer)
         mask_processor = RandomBlockMasking(config.masking)
         encoder.reset_parameters()

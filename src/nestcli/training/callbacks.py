@@ -79,7 +79,14 @@ class MetricsWriter(Callback):
         self._started = (self.totals.seconds, self.totals.audio_seconds)
         if trainer.is_global_zero:
             _drop_lines_after(self.path, trainer.global_step)
+            self._row = _line_at(self.path, trainer.global_step)  # validation may come before the next step
         self._clock = time.monotonic()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not hasattr(trainer.fit_loop.epoch_loop, "update_restart_stage"):
+            # Lightning 2.4, which NeMo pins, repeats the end of the validation that a checkpoint was written after, and
+            # takes its mean for the whole. Without its counters it repeats all of it, with the same result.
+            checkpoint["loops"]["fit_loop"].pop("epoch_loop.val_loop.batch_progress", None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._used_lr = cast(NestModule, pl_module).learning_rate
@@ -180,6 +187,15 @@ def _drop_lines_after(path: Path, step: int) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
+
+
+def _line_at(path: Path, step: int) -> dict[str, Any]:
+    """The last line of metrics.jsonl if it is that of a step, without what validation added."""
+    if not path.is_file():
+        return {}
+    line = path.read_text(encoding="utf-8").splitlines()[-1:]
+    row: dict[str, Any] = json.loads(line[0]) if line and _step_of(line[0]) == step else {}
+    return {key: value for key, value in row.items() if not key.startswith("val_")}
 
 
 def _finite(value: float) -> float | None:

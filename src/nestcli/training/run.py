@@ -49,6 +49,7 @@ class RunPlan:
     resumes_at: int  # optimiser steps already done
     device: str
     parameters: int
+    encoder: str  # nest or nemo: whose code it is
     train_utterances: int
     train_seconds: float
     noise_clips: int
@@ -110,6 +111,7 @@ class Pretraining:
             resumes_at=self._resumes_at,
             device=device_name(self.config),
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
+            encoder=self.module.model.encoder.config.backend,
             train_utterances=len(self.data.train_speech),
             train_seconds=float(self.data.train_speech.durations.sum()),
             noise_clips=len(noise.manifest) if noise else 0,
@@ -144,7 +146,7 @@ class Pretraining:
             quieten()
             trainer = self._trainer(trainer_callbacks)
             try:
-                trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes, weights_only=True)
+                trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
             except SystemExit:  # Lightning's answer to Ctrl-C
                 raise KeyboardInterrupt from None
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -279,6 +281,8 @@ def _first_change(content: Mapping[str, Any], config: DictConfig) -> str | None:
         return None
     stored = dict(leaves(content[CONFIG_KEY]["model"]))
     for key, value in leaves(resolved(config)["model"]):
+        if key == "encoder.backend":  # changes the code that trains, not the model
+            continue
         if key.startswith(("encoder.", "quantizer.", "decoder.", "masking.")) and stored.get(key) != value:
             return f"model.{key} is {stored.get(key)} there and {value} here"
     return None

@@ -276,7 +276,7 @@ def test_page_replaces_a_file_and_makes_its_folder(tmp_path: Path) -> None:
 def test_page_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(NestError, match=rf"{place}: the page cannot be written \(.+\)\. Name a file"):
+    with pytest.raises(NestError, match=rf"{place} cannot be written: .+\. Name a file"):
         write_page(report(Section("masking", [good()])), tmp_path / place)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
 

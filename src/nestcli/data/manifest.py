@@ -15,7 +15,6 @@ import weakref
 import zlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from nestcli.data.cuts import cut_to_row, looks_like_cut
 from nestcli.errors import DataError
+from nestcli.files import write_text
 
 MAX_LINE = 1 << 20  # bytes
 MAX_SECONDS = 1e6
@@ -121,33 +121,7 @@ def read_manifests(paths: str | Sequence[str], *, require_duration: bool = True)
 
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines: a file of that name is either complete or not there at all."""
-    write_atomically(path, (_dump(row) + "\n" for row in rows))
-
-
-def write_atomically(path: str | os.PathLike[str], pieces: Iterable[str]) -> None:
-    """Write text to a temporary file in the same folder, then give it its name; raises DataError."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise DataError(f"{target} cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_text(path, (_dump(row) + "\n" for row in rows), DataError)
 
 
 def _dump(row: Mapping[str, Any]) -> str:

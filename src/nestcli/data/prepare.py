@@ -21,9 +21,10 @@ from typing import Any, Literal, TypeVar
 from nestcli.data.audio import AudioReport, inspect_audio
 from nestcli.data.collect import Collection, Item, collect
 from nestcli.data.cores import available_cores
-from nestcli.data.manifest import write_atomically, write_manifest
+from nestcli.data.manifest import write_manifest
 from nestcli.data.split import for_validation
 from nestcli.errors import DataError
+from nestcli.files import write_text
 
 VAL_FRACTION = {"speech": 0.05, "noise": 0.0}
 SHORT = 1.0  # s; `nest pretrain` leaves out shorter utterances unless told otherwise
@@ -116,7 +117,7 @@ def prepare(
     manifests = _write(folder, accepted, in_val)
     summary = _summarise(options.kind, accepted, rejected, in_val, manifests, collection.passed_over)
     text = json.dumps(summary.as_json(), ensure_ascii=False, indent=2)
-    write_atomically(folder / "summary.json", [text, "\n"])
+    write_text(folder / "summary.json", [text, "\n"], DataError)
     return summary
 
 

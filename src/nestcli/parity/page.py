@@ -6,12 +6,10 @@ Everything that comes from the report is escaped. What a colour says, a word or 
 from __future__ import annotations
 
 import math
-import os
 import platform
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from html import escape
 from itertools import zip_longest
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 
 from nestcli import __version__
-from nestcli.errors import NestError
+from nestcli.files import atomic_file
 from nestcli.parity.drawing import scientific
 from nestcli.parity.figures import curves_figure, pictures_figure
 from nestcli.parity.report import SECTIONS, Check, KnownDifference, Report, Section
@@ -33,16 +31,8 @@ _GOOD, _BAD = '<span class="good">✓ same</span>', '<span class="bad">✗ diffe
 def write_page(report: Report, path: Path) -> None:
     """Write the report as an HTML page; an existing file is replaced only by a whole one. Raises NestError."""
     document = document_of(report, datetime.now(timezone.utc))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(document.encode("utf-8", errors="replace"))
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise NestError(f"{path}: the page cannot be written ({reason}). Name a file in a folder of yours.") from error
-    finally:
-        _remove(temporary)
+    with atomic_file(path, remedy="Name a file in a folder of yours.") as file:
+        file.write(document.encode("utf-8", errors="replace"))
 
 
 def document_of(report: Report, date: datetime) -> str:
@@ -60,11 +50,6 @@ def document_of(report: Report, date: datetime) -> str:
         + "\n".join(part for part in parts if part)
         + "\n</main>\n</body>\n</html>\n"
     )
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
 
 
 # ---- verdict ---------------------------------------------------------------------------------------------------------

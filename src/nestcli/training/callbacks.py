@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.data.batch import NoiseBatch
+from nestcli.files import write_text
 from nestcli.model.module import NestModule
 
 
@@ -184,9 +184,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, kept)
 
 
 def _line_at(path: Path, step: int) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, last_checkpoint, load_lightning_checkpoint
 from nestcli.config import leaves, resolved, section
 from nestcli.data.datamodule import NestDataModule
-from nestcli.data.manifest import write_atomically
 from nestcli.errors import CheckpointError, ConfigError, RunFailedError
+from nestcli.files import write_text
 from nestcli.model.module import CONFIG_KEY, NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.callbacks import MetricsWriter, NestCheckpoint, Reporter
@@ -132,7 +132,7 @@ class Pretraining:
         """Train to the end; raises NestError for what the user can mend."""
         _make_folder(self.folder)
         if not getattr(rank_zero_only, "rank", 0):
-            write_atomically(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
+            write_text(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
         checkpoints = self._checkpoint_callback()
         metrics = MetricsWriter(
             self.folder / "metrics.jsonl",

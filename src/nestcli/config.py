@@ -128,10 +128,11 @@ def load_training_config(name_or_path: str = BASE, overrides: Iterable[str] = ()
 
     Commands that only look at a model do not ask the variable: it is the same model. Raises ConfigError.
     """
-    return load_config(name_or_path, [*_words_of_environment(), *overrides])
+    return load_config(name_or_path, [*words_of_environment(), *overrides])
 
 
-def _words_of_environment() -> list[str]:
+def words_of_environment() -> list[str]:
+    """The overrides that environment variables stand for. Raises ConfigError."""
     value = os.environ.get(NEMO_VARIABLE, "").strip()
     if not value:
         return []

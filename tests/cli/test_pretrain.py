@@ -48,6 +48,9 @@ def test_train_resume_finish_count(words: list[str], tmp_path: Path) -> None:
     [last] = (folder / "checkpoints").glob("*-last.ckpt")
     counted = nest("count-params", str(last), "--json", cwd=tmp_path)
     assert json.loads(counted.stdout)["nemo"]["difference"] == 0
+    further = nest("pretrain", str(last), "trainer.max_steps=5", cwd=tmp_path)  # a checkpoint carries its configuration
+    assert "at step 4" in further.stderr
+    assert "trained to step 5" in further.stderr
 
 
 def test_unreadable_audio_ends_training_with_its_name(words: list[str], tmp_path: Path) -> None:

@@ -33,3 +33,15 @@ def read_named(words: Sequence[str]) -> Named:
 
     loaded = load_checkpoint(name, overrides)
     return Named(name, loaded.config, loaded.state_dict)
+
+
+def read_config(words: Sequence[str], *, training: bool = False) -> Named:
+    """The same without the weights; for what trains, environment variables count too. Raises NestError."""
+    from nestcli.config import load_config, load_training_config, split_words, words_of_environment
+
+    name, overrides = split_words(words)
+    if not name.endswith(CHECKPOINTS):
+        return Named(name, (load_training_config if training else load_config)(name, overrides))
+    from nestcli.checkpoint.load import checkpoint_config
+
+    return Named(name, checkpoint_config(name, [*(words_of_environment() if training else []), *overrides]))

@@ -17,7 +17,8 @@ def pretrain(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [key=value ...]",
-            help="A preset (small, medium, large, xlarge, xxlarge, demo) or a YAML file, then overrides such as "
+            help="A preset (small, medium, large, xlarge, xxlarge, demo), a YAML file, or a .ckpt or .nemo whose "
+            "configuration is taken (its weights: init_from_ptl_ckpt=FILE, init_from_nemo=FILE); then overrides, e.g. "
             "model.train_ds.manifest_filepath=train.json trainer.max_steps=1000.",
             show_default=False,
         ),
@@ -28,10 +29,9 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pretrain a NEST encoder; continues the run that is found in the experiment's folder."""
-    from nestcli.config import load_training_config, split_words
+    from nestcli.cli.named import read_config
 
-    name, overrides = split_words(words or [])
-    config = load_training_config(name, overrides)
+    config = read_config(words or [], training=True).config
     console.note("loading ...")
 
     from nestcli.training.run import Pretraining

@@ -1,4 +1,4 @@
-"""`nest count-params`: parameters by module, beside NeMo's figure."""
+"""`nest count-params`: parameters by module beside NeMo's figure, and what training costs."""
 
 from __future__ import annotations
 
@@ -24,41 +24,74 @@ def count_params(
         ),
     ] = None,
     depth: Annotated[int, typer.Option("--depth", min=1, help="Parts of the parameters' names to count by.")] = 1,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, max=3600, help="Length of the clips for which FLOPs are counted.")
+    ] = 15.0,
     every: Annotated[bool, typer.Option("--all", help="Every preset.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Count parameters by module, trainable and frozen, against NeMo's count for the same configuration."""
+    """Count parameters by module, trainable and frozen, against NeMo's count for the same configuration.
+
+    Also the memory that training holds and its arithmetic per second of audio.
+    """
     from nestcli.config import PRESETS, split_words
 
     name, overrides = split_words(words or [])
     if every and words and "=" not in words[0]:
         raise ConfigError(f"--all counts every preset; leave out {words[0]!r}.")
-    counts = [_counted(preset, overrides, depth) for preset in (PRESETS[1:] if every else [name])]
+    counts = [_counted(preset, overrides, depth, seconds) for preset in (PRESETS[1:] if every else [name])]
     if as_json:
         console.emit_json(counts if every else counts[0])
     elif every:
-        rows = [_row(count["config"], count["total"], count["frozen"], count["nemo"]) for count in counts]
-        console.table("Parameters", ["preset", ">total", ">frozen", ">NeMo 3.0.0", ">difference"], rows)
+        _show_all(counts)
     else:
         _show(counts[0])
 
 
-def _counted(name: str, overrides: list[str], depth: int) -> dict[str, Any]:
+def _counted(name: str, overrides: list[str], depth: int, seconds: float) -> dict[str, Any]:
     config = _load(name, overrides)
     from nestcli.model.count import NEMO_VERSION, count_parameters, nemo_count
 
     counted, theirs = count_parameters(config), nemo_count(config)
-    modules = {module: trainable + frozen for module, (trainable, frozen) in counted.to_depth(depth).items()}
+    modules = counted.to_depth(depth)
     return {
         "config": name,
         "total": counted.total,
         "trainable": counted.trainable,
         "frozen": counted.frozen,
-        "modules": modules,
+        "modules": {module: sum(numbers) for module, numbers in modules.items()},
+        "trainable_by_module": {module: trainable for module, (trainable, _) in modules.items()},
         "nemo": {
             "version": NEMO_VERSION,
             "total": theirs,
             "difference": None if theirs is None else counted.total - theirs,
+        },
+        "memory": _memory(config),
+        "flops": _flops(config, seconds),
+    }
+
+
+def _memory(config: DictConfig) -> dict[str, Any]:
+    from nestcli.model.cost import precision_of, training_memory
+
+    memory = training_memory(config)
+    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    return {"precision": precision_of(config), **parts, "total": memory.total}
+
+
+def _flops(config: DictConfig, seconds: float) -> dict[str, Any]:
+    """Per second of audio, rounded to whole operations."""
+    from nestcli.model.cost import Work, batch_size, work_per_second
+
+    parts = work_per_second(config, seconds)
+    whole = sum(parts.values(), start=Work(0, 0))
+    return {
+        "clip_seconds": seconds,
+        "batch_size": batch_size(config),
+        "forward": round(whole.forward),
+        "training_step": round(whole.step),
+        "parts": {
+            part: {"forward": round(work.forward), "training_step": round(work.step)} for part, work in parts.items()
         },
     }
 
@@ -74,16 +107,63 @@ def _load(name: str, overrides: list[str]) -> DictConfig:
 
 
 def _show(count: dict[str, Any]) -> None:
-    rows = [(module, f"{number:,}") for module, number in count["modules"].items()]
-    rows += [("total", f"{count['total']:,}"), ("  trainable", f"{count['trainable']:,}")]
-    rows += [("  frozen", f"{count['frozen']:,}")]
-    nemo = count["nemo"]
-    if nemo["total"] is None:
-        rows.append((f"NeMo {nemo['version']}", "not recorded for these settings"))
-    else:
-        rows.append((f"NeMo {nemo['version']}", f"{nemo['total']:,} (difference {nemo['difference']})"))
-    console.table(f"Parameters of {count['config']}", ["module", ">parameters"], rows)
+    trainable, nemo = count["trainable_by_module"], count["nemo"]
+    rows = [
+        (module, f"{number:,}", f"{trainable[module]:,}", f"{number - trainable[module]:,}")
+        for module, number in count["modules"].items()
+    ]
+    rows.append(("total", f"{count['total']:,}", f"{count['trainable']:,}", f"{count['frozen']:,}"))
+    rows.append((f"NeMo {nemo['version']}", _nemo_total(nemo), "", ""))
+    rows.append(("difference", _difference(nemo), "", ""))
+    console.table(f"Parameters of {count['config']}", ["module", ">parameters", ">trainable", ">frozen"], rows)
+    memory, flops = count["memory"], count["flops"]
+    held = [(part, f"{memory[part]:,}", _mib(memory[part])) for part in ("weights", "gradients", "optimizer", "total")]
+    console.table("Held in training", [f"precision {memory['precision']}", ">bytes", ">MiB"], held)
+    work = [(part, _giga(numbers["forward"]), _giga(numbers["training_step"])) for part, numbers in _by_part(flops)]
+    batch = f"{flops['batch_size']} clips of {flops['clip_seconds']:g} s"
+    console.table("GFLOP by the second of audio", [batch, ">forward", ">training step"], work)
 
 
-def _row(name: str, total: int, frozen: int, nemo: dict[str, Any]) -> tuple[str, ...]:
-    return name, f"{total:,}", f"{frozen:,}", f"{nemo['total']:,}", str(nemo["difference"])
+def _by_part(flops: dict[str, Any]) -> list[tuple[str, dict[str, int]]]:
+    return [*flops["parts"].items(), ("total", flops)]
+
+
+def _show_all(counts: list[dict[str, Any]]) -> None:
+    rows = [
+        (
+            count["config"],
+            *(f"{count[key]:,}" for key in ("total", "frozen")),
+            _nemo_total(count["nemo"]),
+            _difference(count["nemo"]),
+        )
+        for count in counts
+    ]
+    columns = ["preset", ">total", ">frozen", f">NeMo {counts[0]['nemo']['version']}", ">difference"]
+    console.table("Parameters", columns, rows)
+    costs = [
+        (
+            count["config"],
+            *(_mib(count["memory"][key]) for key in ("weights", "gradients", "optimizer", "total")),
+            *(_giga(count["flops"][key]) for key in ("forward", "training_step")),
+        )
+        for count in counts
+    ]
+    columns = ["preset", ">weights", ">gradients", ">optimizer", ">total", ">forward", ">step"]
+    clip = counts[0]["flops"]["clip_seconds"]
+    console.table(f"MiB held in training; GFLOP by the second of audio, clips of {clip:g} s", columns, costs)
+
+
+def _nemo_total(nemo: dict[str, Any]) -> str:
+    return "not recorded" if nemo["total"] is None else f"{nemo['total']:,}"
+
+
+def _difference(nemo: dict[str, Any]) -> str:
+    return "" if nemo["difference"] is None else f"{nemo['difference']:,}"
+
+
+def _mib(number: int) -> str:
+    return f"{number / 2**20:,.1f}"
+
+
+def _giga(number: int) -> str:
+    return f"{number / 1e9:,.3f}"

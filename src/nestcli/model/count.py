@@ -41,10 +41,15 @@ class ParameterCount:
         return summed
 
 
-def count_parameters(config: DictConfig) -> ParameterCount:
-    """Build the model without memory for its weights and count them, by parameter."""
+def skeleton(config: DictConfig) -> NestModel:
+    """The model without memory for its weights. Raises ConfigError."""
     with torch.device("meta"):
-        model = NestModel(NestConfig.from_config(config))
+        return NestModel(NestConfig.from_config(config))
+
+
+def count_parameters(config: DictConfig) -> ParameterCount:
+    """Parameters of the model, by parameter."""
+    model = skeleton(config)
     return ParameterCount(
         {
             name: (parameter.numel(), 0) if parameter.requires_grad else (0, parameter.numel())

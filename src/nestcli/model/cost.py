@@ -1,0 +1,181 @@
+"""What training costs: memory that is held from step to step, and arithmetic by the second of audio.
+
+Sizes: B clips in a batch, T feature frames, D mel bins, S sub-sampled frames and tokens, M model width, C codes,
+G codebooks, E code width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from nestcli.errors import ConfigError
+from nestcli.model.count import skeleton
+from nestcli.model.loss import MaskedTokenLoss
+from nestcli.model.masking import disjoint_blocks, overlapping_blocks
+from nestcli.model.nest import NestConfig
+
+_MOMENTS = 2  # that AdamW keeps for every parameter, in its type
+_STEP_BYTES = 4  # AdamW's step count, one fp32 number for each parameter tensor
+_FRAMES_DRAWN = 400_000  # of masks, to find the share of tokens that are predicted; the decoder is little work
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that every process holds throughout training; docs/parameters.md tells what comes on top."""
+
+    weights: int  # parameters and buffers
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def training_memory(config: DictConfig) -> Memory:
+    """Weights in the types in which training holds them, and gradients and AdamW's states of those that learn.
+
+    Frozen parameters are listed with the optimiser, as in NeMo, but never have a gradient, and so no state. Tokens are
+    computed without gradients, so that the quantizer has none even if it is not frozen.
+    """
+    model = skeleton(config)
+    if precision_of(config) == "bf16-true":
+        model.use_half(torch.bfloat16)
+    frozen = {id(parameter) for parameter in model.quantizer.parameters()}
+    learning = [value for value in model.parameters() if value.requires_grad and id(value) not in frozen]
+    gradients = _bytes(learning)
+    return Memory(
+        weights=_bytes([*model.parameters(), *model.buffers()]),
+        gradients=gradients,
+        optimizer=_MOMENTS * gradients + _STEP_BYTES * len(learning),
+    )
+
+
+def precision_of(config: DictConfig) -> str:
+    """The `trainer.precision` key, 32 if there is none."""
+    return str(OmegaConf.select(config, "trainer.precision", default=32))
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of matrix products and convolutions, a multiply-add counted as 2."""
+
+    forward: float
+    backward: float
+
+    @property
+    def step(self) -> float:
+        """Of a training step; the optimiser's own work does not depend on the audio and is not counted."""
+        return self.forward + self.backward
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(self.forward * factor, self.backward * factor)
+
+
+def work_per_second(config: DictConfig, seconds: float) -> dict[str, Work]:
+    """Work by part of the model for a second of audio, in full batches of clips that are `seconds` long."""
+    nest = NestConfig.from_config(config)
+    samples = round(seconds * nest.preprocessor.sample_rate)
+    batch = batch_size(config)
+    selected = batch * tokens_of(nest, samples) * selected_share(nest, samples)
+    parts = batch_work(nest, samples, batch, selected)
+    return {part: work * (1 / (batch * seconds)) for part, work in parts.items()}
+
+
+def batch_size(config: DictConfig) -> int:
+    """Clips in a training batch. Raises ConfigError."""
+    size = OmegaConf.select(config, "model.train_ds.batch_size", throw_on_missing=False)
+    if not isinstance(size, int) or size < 1:
+        raise ConfigError(f"model.train_ds.batch_size: {size!r} is not a number of utterances, give at least 1.")
+    return size
+
+
+def batch_work(nest: NestConfig, samples: int, batch: int, selected: float) -> dict[str, Work]:
+    """Work by part for `batch` clips of `samples` samples of which `selected` tokens are predicted.
+
+    A product costs as much again for the gradient of each of its factors; the features have none, nor the table of
+    positions, which is projected once for the whole batch.
+    """
+    encoder, quantizer, decoder = nest.encoder, nest.quantizer, nest.decoder
+    frames = 1 + samples // nest.preprocessor.hop_length
+    B, S, M, layers = batch, tokens_of(nest, samples), encoder.d_model, encoder.n_layers
+    R = 2 * S - 1
+    mel = 2 * B * frames * nest.preprocessor.features * (1 + nest.preprocessor.n_fft // 2)
+    projection = quantizer.feat_in * quantizer.combine_time_steps * quantizer.num_books * quantizer.code_dim
+    codes = quantizer.num_books * quantizer.code_dim * quantizer.num_classes
+    products = 4 * S * M * M + (2 * S * S + S * R) * M
+    convolution = 3 * S * M * M + S * M * encoder.conv_kernel_size
+    width = encoder.feat_out if encoder.feat_out > 0 else M
+    parts = {
+        "features": Work(2 * mel, 0),  # of the clean and of the noisy audio
+        "quantizer": Work(2 * B * S * (projection + codes), 0),
+        "subsampling": _subsampling(nest, samples) * B,
+        "attention": _both(2 * B * layers * products) + _one(2 * layers * R * M * M),
+        "feed_forward": _both(2 * B * layers * 4 * encoder.ff_expansion_factor * S * M * M),
+        "convolution": _both(2 * B * layers * convolution),
+        "decoder": _both(2 * selected * width * decoder.num_classes * decoder.num_decoders),
+    }
+    if width != M:
+        parts["output"] = _both(2 * B * S * M * width)
+    return parts
+
+
+def _both(forward: float) -> Work:
+    """A product of which both factors have a gradient."""
+    return Work(forward, 2 * forward)
+
+
+def _one(forward: float) -> Work:
+    """A product of which only the weights have a gradient."""
+    return Work(forward, forward)
+
+
+def _subsampling(nest: NestConfig, samples: int) -> Work:
+    """Of one clip; with post_conv the clean audio goes through it as well, without gradients."""
+    encoder = nest.encoder
+    channels = encoder.subsampling_conv_channels if encoder.subsampling_conv_channels > 0 else encoder.d_model
+    time, bins, first = _padded_frames(nest, samples), encoder.feat_in, True
+    work = Work(0, 0)
+    for _ in range(encoder.subsampling_factor.bit_length() - 1):
+        time, bins = (time - 1) // 2 + 1, (bins - 1) // 2 + 1
+        strided = 2 * time * bins * channels * 9  # depthwise, or from the one channel of the features
+        work += _one(strided) if first else _both(strided) + _both(2 * time * bins * channels * channels)
+        first = False
+    work += _both(2 * time * bins * channels * encoder.d_model)
+    return work + Work(work.forward, 0) if nest.mask_after_subsampling else work
+
+
+def _padded_frames(nest: NestConfig, samples: int) -> int:
+    frames = 1 + samples // nest.preprocessor.hop_length
+    return frames + -frames % nest.preprocessor.pad_to
+
+
+def tokens_of(nest: NestConfig, samples: int) -> int:
+    """Sub-sampled frames of a clip, padding included."""
+    return _padded_frames(nest, samples) // nest.encoder.subsampling_factor
+
+
+def selected_share(nest: NestConfig, samples: int) -> float:
+    """The share of a clip's tokens that are masked far enough to be predicted, found by drawing masks."""
+    frames, padded = samples // nest.preprocessor.hop_length, _padded_frames(nest, samples)
+    if nest.mask_after_subsampling:
+        factor = nest.encoder.subsampling_factor
+        frames, padded = -(-frames // factor), padded // factor
+    draw = overlapping_blocks if nest.masking.allow_overlap else disjoint_blocks
+    clips = min(256, max(8, _FRAMES_DRAWN // padded))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mask_BT = draw(torch.full((clips,), frames), padded, nest.masking)
+    return float(MaskedTokenLoss(nest.loss).select(mask_BT).float().mean())

@@ -53,7 +53,7 @@ $(NEMO_INSTALLED):
 parity: setup setup-nemo
 	$(NEMO) $(VENV)/bin/nest compare small --nemo --html parity-small.html
 	$(NEMO) $(VENV)/bin/nest compare large model.encoder.n_layers=3 --nemo
-	$(NEMO) $(VENV)/bin/nest compare xlarge model.encoder.n_layers=1 --nemo --only encoder --only gradients --only training
+	$(NEMO) $(VENV)/bin/nest compare xlarge model.encoder.n_layers=1 --nemo --only encoder --only gradients
 	$(NEMO) $(VENV)/bin/python -m pytest -m nemo tests/live
 	PYTHONPATH=src $(NEMO_VENV)/bin/python -m nestcli compare demo --nemo --only encoder --only loss --only checkpoint
 	PYTHONPATH=src $(NEMO_VENV)/bin/python -m pytest -m nemo tests/live/test_nemo_encoder.py

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.named import CHECKPOINTS
+from nestcli.cli.named import read_config
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def count_params(
 
 
 def _counted(name: str, overrides: list[str], depth: int, seconds: float) -> dict[str, Any]:
-    config = _load(name, overrides)
+    config = read_config([name, *overrides]).config
     from nestcli.model.count import NEMO_VERSION, count_parameters, nemo_count
 
     counted, theirs = count_parameters(config), nemo_count(config)
@@ -94,16 +94,6 @@ def _flops(config: DictConfig, seconds: float) -> dict[str, Any]:
             part: {"forward": round(work.forward), "training_step": round(work.step)} for part, work in parts.items()
         },
     }
-
-
-def _load(name: str, overrides: list[str]) -> DictConfig:
-    if name.endswith(CHECKPOINTS):
-        from nestcli.checkpoint.load import checkpoint_config
-
-        return checkpoint_config(name, overrides)
-    from nestcli.config import load_config
-
-    return load_config(name, overrides)
 
 
 def _show(count: dict[str, Any]) -> None:

@@ -11,12 +11,14 @@ FOLDER. Whatever NeMo prints goes to standard error. `answer` is the same thing 
 Everything runs on the CPU in fp32. `model` in the parameters is the resolved `model` block of a configuration.
 """
 
+import contextlib
 import copy
 import hashlib
 import inspect
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 import traceback
@@ -446,23 +448,25 @@ def main(folder):
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # NeMo and what it loads print to standard output, which is ours alone
+    with contextlib.suppress(BrokenPipeError):
+        for number, line in enumerate(requests):
+            answers.write(json.dumps(_reply(json.loads(line), Path(folder) / f"answer-{number}.safetensors")) + "\n")
+            answers.flush()
+    shutil.rmtree(folder, ignore_errors=True)  # whoever asked has ended, perhaps killed
+
+
+def _reply(request, path):
     from safetensors.torch import load_file, save_file
 
-    for number, line in enumerate(requests):
-        request = json.loads(line)
-        try:
-            tensors = load_file(request["tensors"]) if request.get("tensors") else {}
-            facts, found = answer(request["operation"], request["parameters"], tensors)
-            del tensors
-            path = Path(folder) / f"answer-{number}.safetensors"
-            if found:
-                save_file(found, path)
-            reply = {"facts": facts, "tensors": str(path) if found else None}
-        except Exception as error:
-            traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        answers.write(json.dumps(reply) + "\n")
-        answers.flush()
+    try:
+        tensors = load_file(request["tensors"]) if request.get("tensors") else {}
+        facts, found = answer(request["operation"], request["parameters"], tensors)
+        if found:
+            save_file(found, path)
+        return {"facts": facts, "tensors": str(path) if found else None}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"[:2000]}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,167 @@
+"""The positions of members in tars, beside Python's own reader; hostile and damaged tars."""
+
+import gzip
+import io
+import os
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+
+from nestcli.data import tar_index
+from nestcli.data.tar_index import TarMembers, open_shard
+from nestcli.errors import DataError
+
+
+def write(path, members, format=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def reference(path):
+    with tarfile.open(path) as tar:
+        return {info.name.removeprefix("./"): tar.extractfile(info).read() for info in tar if info.isfile()}
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_member_is_what_tarfile_reads(tmp_path, format):
+    rng = np.random.default_rng(0)
+    names = [
+        "a.flac",
+        "./b.wav",
+        "deep/er/c.flac",
+        "f" * 90 + ".flac",
+        ("d" * 50 + "/") * 2 + "e" * 60 + ".wav",
+        "empty.wav",
+    ]
+    if format != tarfile.USTAR_FORMAT:
+        names += ["x" * 300 + ".flac", "ünï.wav"]
+    sizes = [0 if "empty" in name else int(rng.integers(1, 3000)) for name in names]
+    path = write(tmp_path / "a.tar", [(name, rng.bytes(size)) for name, size in zip(names, sizes, strict=True)], format)
+    shard = TarMembers(path)
+    assert {name: shard.read(name) for name in shard.members} == reference(path)
+
+
+def test_what_is_no_file_is_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        link = tarfile.TarInfo("passwd")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        info = tarfile.TarInfo("a.wav")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert list(TarMembers(str(tmp_path / "a.tar")).members) == ["a.wav"]
+
+
+def test_of_two_of_a_name_the_last_counts(tmp_path):
+    path = write(tmp_path / "a.tar", [("a.wav", b"old"), ("./a.wav", b"new")])
+    assert TarMembers(path).read("a.wav") == b"new"
+
+
+def test_a_tar_without_its_end_is_read(tmp_path):
+    path = write(tmp_path / "a.tar", [("a.wav", b"x" * 512)])
+    content = (tmp_path / "a.tar").read_bytes()[:1024]
+    (tmp_path / "a.tar").write_bytes(content)
+    assert TarMembers(path).read("a.wav") == b"x" * 512
+
+
+@pytest.mark.parametrize("kept", [1600, 1536 + 600, 1024 + 100])
+def test_a_cut_off_tar_names_the_last_whole_member(tmp_path, kept):
+    path = write(tmp_path / "a.tar", [("a.wav", b"x" * 500), ("b.wav", b"y" * 900)])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"a\.tar is cut off: .*last whole member is 'a\.wav'"):
+        TarMembers(path)
+
+
+def test_compressed_and_other_files_are_refused(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(gzip.compress(b"x" * 1000))
+    with pytest.raises(DataError, match="is compressed; unpack it with gunzip"):
+        TarMembers(str(path))
+    path.write_bytes(b"<html>" * 500)
+    with pytest.raises(DataError, match="no tar, or damaged"):
+        TarMembers(str(path))
+    with pytest.raises(DataError, match=r"gone\.tar cannot be read: No such file"):
+        TarMembers(str(tmp_path / "gone.tar"))
+
+
+def test_a_header_with_a_wrong_sum_is_refused(tmp_path):
+    path = write(tmp_path / "a.tar", [("a.wav", b"x")])
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[3] ^= 1
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(DataError, match="damaged"):
+        TarMembers(path)
+
+
+def patched(header, start, field):
+    """A header with a field replaced and its sum made right again."""
+    changed = bytearray(header)
+    changed[start : start + len(field)] = field
+    changed[148:156] = b" " * 8
+    changed[148:156] = b"%06o\0 " % sum(changed)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("size", [b"\x80" + b"\x7f" * 11, b"\xff" * 12, b"77777777777\0"])
+def test_giant_and_negative_sizes_are_refused_before_anything_is_read(tmp_path, size):
+    path = tmp_path / "a.tar"
+    write(path, [("a.wav", b"x")])
+    content = path.read_bytes()
+    path.write_bytes(patched(content[:512], 124, size) + content[512:])
+    with pytest.raises(DataError, match=r"cut off|damaged"):
+        TarMembers(str(path))
+
+
+def test_random_damage_ends_in_an_error_or_in_an_index(tmp_path):
+    path = tmp_path / "a.tar"
+    write(path, [(f"{number}.wav", b"x" * 700) for number in range(4)], tarfile.PAX_FORMAT)
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in rng.integers(0, len(content), 20):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            shard = TarMembers(str(path))
+        except DataError:
+            continue
+        for name in shard.members:
+            shard.read(name)
+
+
+def test_many_members(tmp_path):
+    path = write(tmp_path / "a.tar", [(f"{number}.wav", b"x") for number in range(20_000)])
+    assert len(TarMembers(path).members) == 20_000
+
+
+def test_a_shard_goes_to_other_processes_without_its_descriptor(tmp_path):
+    shard = pickle.loads(pickle.dumps(TarMembers(write(tmp_path / "a.tar", [("a.wav", b"abc")]))))
+    assert shard.read("a.wav") == b"abc"
+
+
+def test_a_shard_that_shrinks_is_noticed(tmp_path):
+    path = write(tmp_path / "a.tar", [("a.wav", b"x" * 5000)])
+    shard = TarMembers(path)
+    os.truncate(path, 1000)
+    with pytest.raises(DataError, match="has become shorter"):
+        shard.read("a.wav")
+
+
+def test_few_shards_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_index, "_OPEN_SHARDS", 2)
+    paths = [write(tmp_path / f"{number}.tar", [("a.wav", bytes([number]))]) for number in range(4)]
+    first = open_shard(paths[0])
+    assert open_shard(paths[0]) is first
+    for path in paths:
+        assert open_shard(path).read("a.wav") == bytes([paths.index(path)])
+    assert len(tar_index._opened) == 2
+    assert open_shard(paths[0]) is not first

@@ -58,7 +58,17 @@ _DEEPEST, _MOST_VALUES = 32, 20_000
 _CALLING = frozenset(("_instantiator", "_class_path", "class_path", "_recursive_", "_partial_", "_args_", "_convert_"))
 
 # Keys that are understood although NeMo's file does not carry them. docs/configuration.md describes each.
-_DATASET_KEYS = ("batch_augmentor.nemo_exact",)
+_DATASET_KEYS = (
+    "batch_augmentor.nemo_exact", "max_failed_share",
+    "concat_sampling_scale", "concat_sampling_probabilities", "concat_sampling_seed", "concat_shuffle",
+    "bucketing_weights",
+    "use_lhotse", "cuts_path", "shar_path", "input_cfg", "reweight_temperature", "use_bucketing", "batch_duration",
+    "quadratic_duration", "num_buckets", "bucket_duration_bins", "bucket_batch_size", "shuffle_buffer_size",
+)  # fmt: skip
+_TRAIN_ONLY_KEYS = (  # that NeMo's file has in train_ds alone
+    "drop_last", "trim_silence", "is_concat", "concat_sampling_technique", "concat_sampling_temperature", "is_tarred",
+    "tarred_audio_filepaths", "shuffle_n", "bucketing_strategy", "bucketing_batch_size",
+)  # fmt: skip
 _TRAINER_KEYS = (
     "deterministic", "detect_anomaly", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches",
     "max_time",
@@ -78,7 +88,7 @@ EXTRA_KEYS = frozenset(
         "model.masking.max_mask_ratio",
         "model.preprocessor.nemo_exact",
         *(f"model.{part}.{key}" for part in ("train_ds", "validation_ds") for key in _DATASET_KEYS),
-        *(f"model.validation_ds.{key}" for key in ("drop_last", "trim_silence", "is_tarred", "is_concat")),
+        *(f"model.validation_ds.{key}" for key in _TRAIN_ONLY_KEYS),
         *(f"trainer.{key}" for key in _TRAINER_KEYS),
         *(f"exp_manager.checkpoint_callback_params.{key}" for key in _CHECKPOINT_KEYS),
     )

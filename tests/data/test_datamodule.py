@@ -8,36 +8,47 @@ import pytest
 import torch
 
 from conftest import tiny_config, write_noise_wav
-from nestcli.data.batch import NoiseBatch, collate
-from nestcli.data.datamodule import BatchPlan, NestDataModule, ResumableSampler
+from nestcli.data.batch import NoiseBatch, Skipped, collate
+from nestcli.data.datamodule import NestDataModule, Position, ResumableSampler
 from nestcli.data.manifest import read_manifests
 from nestcli.data.noise import NoisePool
+from nestcli.data.order import Order
+from nestcli.data.plan import BatchPlan, Limits
+from nestcli.data.skipping import SkipCounter
 from nestcli.errors import ConfigError, DataError, NestError
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_the_ranks_together_see_every_item_once(ranks: int, shuffle: bool) -> None:
-    plans = [BatchPlan(50, 4, shuffle, False, 1, ranks, rank) for rank in range(ranks)]
-    seen = [item for plan in plans for number in range(len(plan)) for item in plan.items(plan.order(3), number)]
-    assert sorted(seen) == list(range(50))
-    assert len({len(plan) for plan in plans}) == 1
+def plan_of(n_items: int, batch_size: int) -> BatchPlan:
+    zeros = np.zeros(n_items, np.int16)
+    order = Order(zeros, zeros.astype(np.int32) - 1, "lines", 50, 1)
+    return BatchPlan(order, np.ones(n_items), (Limits(batch_size),), zeros)
 
 
-def test_dropping_the_last_batch_keeps_whole_ones_only() -> None:
-    plan = BatchPlan(50, 4, True, True, 1, 2, 1)
-    assert len(plan) == 6
-    assert all(len(plan.items(plan.order(0), number)) == 4 for number in range(len(plan)))
+def places(sampler: ResumableSampler) -> list[tuple[int, list[int]]]:
+    return [(place.epoch, place.items.tolist()) for place in sampler]
 
 
-def test_epochs_differ_and_repeat() -> None:
-    plan = BatchPlan(50, 4, True, True, 1)
-    assert not np.array_equal(plan.order(0), plan.order(1))
-    assert np.array_equal(plan.order(1), plan.order(1))
+@pytest.mark.parametrize("consumed", [0, 1, 3, 4, 9, 10])
+def test_the_sampler_goes_on_where_training_stands(consumed: int) -> None:
+    plan = plan_of(16, 4)
+    whole = ResumableSampler(plan, 10, lambda: Position(0, 0, 0))
+    drawn = places(whole)
+    assert [epoch for epoch, _ in drawn] == [0] * 4 + [1] * 4 + [2] * 2
+    position = whole.at(consumed)
+    assert position.consumed == consumed
+    rest = ResumableSampler(plan, 10, lambda: position)
+    assert places(rest) == drawn[consumed:]
+    assert rest.at(10) == Position(10, 2, 2)
 
 
-def test_the_sampler_goes_on_where_training_stands() -> None:
-    assert list(ResumableSampler(4, 10, lambda: 6)) == [(1, 2), (1, 3), (2, 0), (2, 1)]
+def test_a_position_is_told_while_the_sampler_is_ahead_of_it() -> None:
+    sampler = ResumableSampler(plan_of(8, 4), 100, lambda: Position(0, 0, 0))
+    ahead = iter(sampler)
+    for _ in range(9):  # into the fifth epoch
+        next(ahead)
+    assert [sampler.at(consumed) for consumed in (1, 2, 5)] == [
+        Position(1, 0, 1), Position(2, 1, 0), Position(5, 2, 1),
+    ]  # fmt: skip
 
 
 def batches(corpus: dict[str, Path], *overrides: str) -> list[NoiseBatch]:
@@ -143,8 +154,59 @@ def test_fewer_utterances_than_a_batch(corpus: dict[str, Path]) -> None:
         NestDataModule(tiny_config(corpus, "model.train_ds.batch_size=13")).train_dataloader()
 
 
+@pytest.fixture
+def partly_rotten(corpus: dict[str, Path], tmp_path: Path) -> Path:
+    """The training manifest with a file that is broken and one that is gone among the twelve."""
+    (tmp_path / "broken.wav").write_bytes(b"RIFF, but not really")
+    rows = [json.loads(line) for line in corpus["train"].read_text().splitlines()]
+    rows[3]["audio_filepath"], rows[7]["audio_filepath"] = str(tmp_path / "broken.wav"), str(tmp_path / "gone.wav")
+    manifest = tmp_path / "m.json"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_audio_names_the_file_and_the_remedy(corpus: dict[str, Path], tmp_path: Path, workers: int) -> None:
+def test_what_cannot_be_read_is_left_out_and_named(corpus: dict[str, Path], partly_rotten: Path, workers: int) -> None:
+    whole = batches(corpus, "model.train_ds.drop_last=false")
+    some = batches(corpus, f"model.train_ds.manifest_filepath={partly_rotten}", f"model.train_ds.num_workers={workers}")
+    for ours, theirs in zip(some, whole, strict=True):
+        assert ours.sample_ids == tuple(line for line in theirs.sample_ids if line not in (3, 7))
+    skipped = sorted((each.line.rpartition(" ")[2], each.why) for batch in some for each in batch.skipped)
+    assert [line for line, _ in skipped] == ["4", "8"]
+    assert "broken.wav" in skipped[0][1]
+    assert "gone.wav" in skipped[1][1]
+
+
+def test_what_is_left_out_is_told_once_and_counted(corpus: dict[str, Path], partly_rotten: Path) -> None:
+    told: list[str] = []
+    data = NestDataModule(tiny_config(corpus, f"model.train_ds.manifest_filepath={partly_rotten}"), told.append)
+    for _ in range(3):
+        for batch in data.train_dataloader():
+            data.on_before_batch_transfer(batch, 0)
+    assert (data.skipped.skipped, data.skipped.read) == (6, 30)
+    assert len(told) == 2
+    assert all("nest prepare-data" in message for message in told)
+
+
+def test_a_batch_of_which_nothing_is_left_keeps_its_place(corpus: dict[str, Path], partly_rotten: Path) -> None:
+    alone = batches(corpus, f"model.train_ds.manifest_filepath={partly_rotten}", "model.train_ds.batch_size=1")
+    assert len(alone) == 12
+    empty = [batch for batch in alone if batch.skipped]
+    assert [batch.counts for batch in empty] == [False, False]
+    assert {batch.sample_ids[0] for batch in empty} == {4, 8}  # the next lines stand in
+
+
+def test_too_many_unreadable_files_stop_the_run() -> None:
+    counter = SkipCounter(0.1, lambda message: None)
+    rotten = tuple(Skipped(f"m.json, line {line}", f"{line}.wav: gone") for line in range(6))
+    counter.add(40, rotten)  # 13%, but of few
+    counter.add(54, ())
+    with pytest.raises(DataError, match=r"12 of 106 utterances .*max_failed_share allows. The last: 5\.wav: gone"):
+        counter.add(0, rotten)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corpus_of_which_nothing_can_be_read(corpus: dict[str, Path], tmp_path: Path, workers: int) -> None:
     (tmp_path / "broken.wav").write_bytes(b"RIFF, but not really")
     manifest = tmp_path / "m.json"
     manifest.write_text(json.dumps({"audio_filepath": "broken.wav", "duration": 1.5}) + "\n")
@@ -154,7 +216,7 @@ def test_unreadable_audio_names_the_file_and_the_remedy(corpus: dict[str, Path],
     )  # fmt: skip
     [failed] = list(data.train_dataloader())
     assert isinstance(failed, NestError)
-    with pytest.raises(DataError, match=r"broken\.wav.*nest prepare-data"):
+    with pytest.raises(DataError, match=r"none of 21 utterances.*broken\.wav.*nest prepare-data"):
         data.on_before_batch_transfer(failed, 0)
 
 
@@ -165,12 +227,6 @@ def test_noise_that_cannot_be_read(corpus: dict[str, Path], tmp_path: Path) -> N
     failed = next(iter(data.train_dataloader()))
     assert isinstance(failed, DataError)
     assert "none of 20 noise files drawn can be read" in str(failed)
-
-
-@pytest.mark.parametrize("key", ["is_tarred", "is_concat", "trim_silence"])
-def test_what_cannot_be_read_yet_is_refused(corpus: dict[str, Path], key: str) -> None:
-    with pytest.raises(ConfigError, match=f"model.train_ds.{key}"):
-        NestDataModule(tiny_config(corpus, f"model.train_ds.{key}=true"))
 
 
 def test_a_manifest_must_be_given() -> None:

@@ -28,12 +28,16 @@ class Recorder:
         self.steps: list[StepReport] = []
         self.validations: list[tuple[int, float, float]] = []
         self.ended = False
+        self.notes: list[str] = []
 
     def step(self, report: StepReport) -> None:
         self.steps.append(report)
 
     def validation(self, step: int, loss: float, accuracy: float) -> None:
         self.validations.append((step, loss, accuracy))
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
     def finished(self) -> None:
         self.ended = True
@@ -307,15 +311,59 @@ def test_an_end_before_the_first_step_is_refused(corpus: dict[str, Path], tmp_pa
         train(corpus, tmp_path, "trainer.max_epochs=1", "trainer.accumulate_grad_batches=8")
 
 
+def rotten_manifest(corpus: dict[str, Path], folder: Path, *, all_lines: bool = False) -> Path:
+    """The training manifest, in which the first file, or every one, is gone."""
+    rows = [json.loads(line) for line in corpus["train"].read_text().splitlines()]
+    for row in rows if all_lines else rows[:1]:
+        row["audio_filepath"] = str(folder / "gone.wav")
+    manifest = folder / "train.json"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
 def test_the_display_ends_when_training_fails(corpus: dict[str, Path], tmp_path: Path) -> None:
-    manifest = tmp_path / "train.json"
-    rows = corpus["train"].read_text().splitlines()
-    gone = json.dumps({"audio_filepath": str(tmp_path / "gone.wav"), "duration": 1.5})
-    manifest.write_text("\n".join([*rows, gone]) + "\n")
+    manifest = rotten_manifest(corpus, tmp_path, all_lines=True)
     recorder = Recorder()
     config = tiny_config(
         corpus, f"exp_manager.exp_dir={tmp_path}", f"model.train_ds.manifest_filepath={manifest}", "trainer.max_steps=9"
     )
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"gone\.wav"):
         Pretraining(config, recorder).fit()
     assert recorder.ended
+
+
+def test_training_goes_on_without_a_file_that_is_gone(corpus: dict[str, Path], tmp_path: Path) -> None:
+    manifest = rotten_manifest(corpus, tmp_path)
+    result, recorder = train(corpus, tmp_path, f"model.train_ds.manifest_filepath={manifest}", "trainer.max_steps=9")
+    assert result.step == 9
+    assert [note for note in recorder.notes if "gone.wav" in note] == recorder.notes[:1]
+    assert result.skipped == [row["skipped"] for row in lines(result)][-1] == 3  # once in each of three epochs
+
+
+BUCKETED = (
+    "model.train_ds.use_lhotse=true", "model.train_ds.batch_size=null", "model.train_ds.batch_duration=5",
+    "model.train_ds.num_buckets=3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [BUCKETED, ("model.train_ds.batch_size=5", "model.train_ds.drop_last=false")])
+def test_a_resumed_run_sees_the_batches_that_it_would_have_seen(
+    corpus: dict[str, Path], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    words = (*words, "trainer.val_check_interval=5")
+    whole, _ = train(corpus, tmp_path / "whole", *words, "trainer.max_steps=12")
+    train(corpus, tmp_path / "parts", *words, "trainer.max_steps=7")
+    resumed, recorder = train(
+        corpus, tmp_path / "parts", *words, "trainer.max_steps=12", "model.train_ds.num_workers=1"
+    )
+    assert [row["train_loss"] for row in lines(resumed)] == [row["train_loss"] for row in lines(whole)]
+    assert not recorder.notes
+
+
+def test_a_run_on_changed_data_begins_an_epoch_and_says_so(corpus: dict[str, Path], tmp_path: Path) -> None:
+    train(corpus, tmp_path, "trainer.max_steps=4")
+    _, recorder = train(corpus, tmp_path, "trainer.max_steps=5", "model.train_ds.min_duration=1.25")
+    assert recorder.notes == [
+        "The training data, their batches or the number of devices are not those of the checkpoint: "
+        "the run goes on with epoch 2 from its beginning."
+    ]

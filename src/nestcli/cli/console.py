@@ -109,11 +109,13 @@ class TrainingDisplay:
             note(f"step {report.step}{f'/{report.steps}' if report.steps else ''}  {_numbers(report)}")
 
     def validation(self, step: int, loss: float, accuracy: float) -> None:
-        line = f"step {step}  validation: loss {loss:.3f}, masked-token accuracy {accuracy:.1%}"
+        self.note(f"step {step}  validation: loss {loss:.3f}, masked-token accuracy {accuracy:.1%}")
+
+    def note(self, message: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(line, markup=False)
+            self._bar.console.print(message, markup=False)
         else:
-            note(line)
+            note(message)
 
     def finished(self) -> None:
         if self._bar is not None:

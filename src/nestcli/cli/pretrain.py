@@ -59,7 +59,10 @@ def _show_plan(plan: RunPlan) -> None:
     console.note(f"model      {plan.parameters:,} parameters on {plan.device}")
     if plan.encoder == "nemo":
         console.note("encoder    NeMo's own ConformerEncoder")
-    console.note(f"train      {plan.train_utterances:,} utterances, {hours}; {plan.noise_clips:,} noise files")
+    left_out = f"; {plan.train_left_out:,} too short or too long" if plan.train_left_out else ""
+    console.note(
+        f"train      {plan.train_utterances:,} utterances, {hours}{left_out}; {plan.noise_clips:,} noise files"
+    )
     console.note(f"validation {plan.val_utterances:,} utterances, {plan.val_seconds / 3600:.2f} h")
     console.note(f"folder     {plan.folder}")
     if plan.resumes:
@@ -76,6 +79,7 @@ def _show_dry_run(trial: DryRun) -> None:
         f"one batch  {trial.batch_seconds:.1f} s of audio, {trial.masked_share:.0%} of the frames masked, "
         f"loss {trial.loss:.3f}, gradient norm {trial.gradient_norm:.3g}"
     )
+    console.note(f"padding    {trial.padding:.1%} of what the batches of an epoch hold")
     if trial.peak_gpu_bytes is not None:
         console.note(f"GPU memory {trial.peak_gpu_bytes / 2**30:.1f} GiB at most")
     console.note("Everything is ready: leave out --dry-run to train.")
@@ -85,6 +89,8 @@ def _show_result(result: RunResult) -> None:
     console.note(f"\ntrained to step {result.step:,}")
     if result.val_loss is not None:
         console.note(f"validation loss {result.val_loss:.3f}, masked-token accuracy {result.val_accuracy:.1%}")
+    if result.skipped:
+        console.note(f"left out    {result.skipped:,} utterances that could not be read")
     files = {"best": result.best, "last": result.last, "nemo": result.nemo, "metrics": result.metrics}
     for label, path in files.items():
         if path is not None:

@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A line whose audio could not be read and is left out of its batch, and why."""
+
+    line: str
+    why: str
+
+
 @dataclass(frozen=True)
 class NoiseBatch:
     """Clean speech, what is to be mixed into it, and the mixture. Source: NeMo `AudioNoiseBatch`.
 
-    `sample_ids` are lines of the data set; `counts` is False for a batch that only keeps the ranks in step.
+    `sample_ids` are lines of the data set; `counts` is False for a batch that only keeps the ranks in step;
+    `skipped` is what should be in it and could not be read.
     """
 
     audio: Tensor  # (B, N) float32
@@ -29,6 +38,7 @@ class NoiseBatch:
     noisy_audio_len: Tensor  # (B,)
     sample_ids: tuple[int, ...] = ()
     counts: bool = True
+    skipped: tuple[Skipped, ...] = ()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> NoiseBatch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))

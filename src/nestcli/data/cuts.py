@@ -23,7 +23,7 @@ def cut_to_row(cut: dict[str, Any]) -> dict[str, Any]:
         "audio_filepath": _audio_file(recording),
         "duration": cut.get("duration"),
         "offset": cut.get("start", 0.0),
-        **_supervision(cut.get("supervisions") or []),
+        **supervision(cut.get("supervisions") or []),
     }
     return {key: value for key, value in row.items() if value is not None}
 
@@ -49,7 +49,7 @@ def _audio_file(recording: dict[str, Any]) -> str:
     return path
 
 
-def _supervision(supervisions: list[Any]) -> dict[str, Any]:
+def supervision(supervisions: list[Any]) -> dict[str, Any]:
     """Speaker and language where all supervisions agree on one, and their texts in a row."""
     known = [each for each in supervisions if isinstance(each, dict)]
     row: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""From manifests to batches: the plan of an epoch, the loader's processes, the order that a resumed run continues.
+"""From manifests to batches: the loader's processes, and the order that a resumed run continues.
 
-Every draw depends on (seed, epoch, place in the plan) alone, so a run gives the same batches with any number of
-loader processes, and after a resume.
+Every draw depends on (seed, epoch, item) alone, so a run gives the same batches with any number of loader processes,
+and after a resume.
 """
 
 from __future__ import annotations
@@ -9,126 +9,101 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nestcli.config import TARGETS, require, section, seed_of
-from nestcli.data.audio import load_audio
+from nestcli.config import TARGETS, section, seed_of
 from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
-from nestcli.data.batch import NoiseBatch, Samples, collate
+from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate
 from nestcli.data.cores import available_cores
-from nestcli.data.manifest import Manifest, read_manifests
+from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
+from nestcli.data.manifest import Manifest
 from nestcli.data.noise import NoisePool
+from nestcli.data.order import Items
+from nestcli.data.plan import BatchPlan
+from nestcli.data.planning import plan_batches
+from nestcli.data.reading import read_audio
+from nestcli.data.settings import DatasetConfig
+from nestcli.data.skipping import SkipCounter
 from nestcli.errors import ConfigError, DataError, NestError
 
 MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
+_REPLACEMENTS = 20  # lines tried in place of a batch of which nothing can be read
 _MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
 _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
-_UNSUPPORTED = {
-    "is_tarred": "tarred data cannot be read yet: give a manifest of loose files",
-    "is_concat": "several weighted data sets cannot be read yet: give their manifests as one list",
-    "trim_silence": "silence is not trimmed here: trim the files beforehand",
-}
 
 
 @dataclass(frozen=True)
-class DatasetConfig:
-    """What `model.train_ds` and `model.validation_ds` say beside their manifests. Durations in seconds."""
+class Place:
+    """One batch of a run: its items in an epoch. A batch that does not count keeps the ranks in step."""
 
-    sample_rate: int
-    batch_size: int
-    shuffle: bool
-    num_workers: int
-    pin_memory: bool
-    max_duration: float | None
-    min_duration: float | None
-    drop_last: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: {self.batch_size} is not a number of utterances, give at least 1.")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers: {self.num_workers} is not a number of processes.")
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Which items form which batch. Ranks take turns: batch b of an epoch is for rank b % ranks."""
-
-    n_items: int
-    batch_size: int
-    shuffle: bool
-    drop_last: bool
-    seed: int
-    ranks: int = 1
-    rank: int = 0
-
-    def __len__(self) -> int:
-        """Batches of an epoch for each rank, the same for all of them."""
-        if self.drop_last:
-            return self.n_items // (self.batch_size * self.ranks)
-        return -(-self.n_items // (self.batch_size * self.ranks))
-
-    def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The items of an epoch in their order."""
-        if not self.shuffle:
-            return np.arange(self.n_items)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.n_items)
-
-    def items(self, order: npt.NDArray[np.int64], number: int) -> npt.NDArray[np.int64]:
-        """The items of this rank's batch `number`; empty where only other ranks have one left."""
-        first = (number * self.ranks + self.rank) * self.batch_size
-        return order[first : first + self.batch_size]
+    epoch: int
+    items: Items
+    counts: bool = True
 
 
 class NoisySpeech(Dataset[NoiseBatch | NestError]):
-    """Batches by (epoch, number): clean speech, noise and their mixture.
+    """Batches by place: clean speech, noise and their mixture.
 
-    An error that a user can mend is returned, not raised: a loader process would bury it in its own traceback.
+    Audio that cannot be read is left out of its batch and named there. An error that a user can mend is returned, not
+    raised: a loader process would bury it in its own traceback.
     """
 
-    def __init__(
-        self, speech: Manifest, noise: NoisePool | None, plan: BatchPlan, config: DictConfig, key: str
-    ) -> None:
-        self.speech, self.noise, self.plan = speech, noise, plan
+    def __init__(self, speech: Manifest, noise: NoisePool | None, seed: int, config: DictConfig, key: str) -> None:
+        self.speech, self.noise, self.seed = speech, noise, seed
         self.sample_rate = section(DatasetConfig, config, key).sample_rate
         self.mix, self.augmentation = _mixer(config, key)
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, place: tuple[int, int]) -> NoiseBatch | NestError:
-        epoch, number = place
+    def __getitem__(self, place: Place) -> NoiseBatch | NestError:
         try:
-            return self._batch(epoch, number)
+            return self._batch(place)
         except NestError as error:
             return error
 
-    def _batch(self, epoch: int, number: int) -> NoiseBatch:
-        items = self.plan.items(self._order_of(epoch), number)
-        counts = len(items) > 0
-        items = items if counts else self._order_of(epoch)[:1]
-        audios = [self._speech(int(item)) for item in items]
-        noises = [self._noise(epoch, int(item), len(audio)) for item, audio in zip(items, audios, strict=True)]
-        batch = collate(audios, noises, tuple(map(int, items)))
+    def _batch(self, place: Place) -> NoiseBatch:
+        items, audios, skipped = self._speech_of(place.items)
+        counts = place.counts
+        if not audios:
+            items, audios = self._replacement(int(place.items[0]), skipped)
+            counts = False
+        epoch = place.epoch
+        noises = [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]
+        batch = collate(audios, noises, [item % len(self.speech) for item in items])
         if self.mix is not None and self.augmentation is not None:
-            batch = self.mix(batch, self.augmentation, self._generator("mix", epoch, int(items[0])))
+            batch = self.mix(batch, self.augmentation, self._generator("mix", epoch, items[0]))
         elif self.noise is not None:
             batch = replace(batch, noisy_audio=batch.audio + batch.noise)  # as it was read: NeMo's way
-        return replace(batch, counts=counts)
+        return replace(batch, counts=counts, skipped=tuple(skipped))
+
+    def _speech_of(self, wanted: Items) -> tuple[list[int], list[Samples], list[Skipped]]:
+        """The items that can be read, their audio, and what is wrong with the others."""
+        items, audios, skipped = [], [], []
+        for item in wanted.tolist():
+            try:
+                audios.append(self._speech(item))
+                items.append(item)
+            except DataError as error:
+                skipped.append(Skipped(self.speech.where(item % len(self.speech)), str(error)))
+        return items, audios, skipped
+
+    def _replacement(self, item: int, skipped: list[Skipped]) -> tuple[list[int], list[Samples]]:
+        """The next line that can be read, to compute something on where nothing was left of a batch."""
+        for step in range(1, _REPLACEMENTS + 1):
+            line = (item + step) % len(self.speech)
+            try:
+                return [line], [self._speech(line)]
+            except DataError:
+                continue
+        raise DataError(
+            f"none of {_REPLACEMENTS + len(skipped)} utterances in a row can be read; the first: {skipped[0].why}"
+        )
 
     def _speech(self, item: int) -> Samples:
-        entry = self.speech.entry(item)
-        audio = load_audio(
-            entry.audio_filepath, sample_rate=self.sample_rate, offset=entry.offset, duration=entry.duration
-        )
+        audio = read_audio(self.speech.entry(item % len(self.speech)), sample_rate=self.sample_rate)
         shortest = int(MIN_SECONDS * self.sample_rate)
         return np.resize(audio, shortest) if len(audio) < shortest else audio
 
@@ -139,90 +114,164 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         return self.noise.draw(n_samples, self._generator("noise", epoch, item))
 
     def _generator(self, purpose: str, epoch: int, item: int) -> random.Random:
-        return random.Random(f"{self.plan.seed}/{purpose}/{epoch}/{item}")  # noqa: S311  # no secrets here
-
-    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self.plan.order(epoch))
-        return self._order[1]
+        return random.Random(f"{self.seed}/{purpose}/{epoch}/{item}")  # noqa: S311  # no secrets here
 
 
-class ResumableSampler(Sampler[tuple[int, int]]):
-    """Places (epoch, number) of a whole run, from where training stands: `consumed` tells how many were used.
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands in its data: `consumed` batches in all, the next is `number` of `epoch`."""
+
+    consumed: int
+    epoch: int
+    number: int
+
+
+class ResumableSampler(Sampler[Place]):
+    """Places of a whole run, from where training stands.
 
     The run is one long sequence over all its epochs, because counts that start anew with each epoch are what
-    Lightning loses when it resumes.
+    Lightning loses when it resumes. `at` tells where a number of consumed batches leads to, for the checkpoint.
     """
 
-    def __init__(self, batches_per_epoch: int, batches: int, consumed: Callable[[], int]) -> None:
-        self.batches_per_epoch, self.batches, self.consumed = batches_per_epoch, batches, consumed
+    def __init__(self, plan: BatchPlan, length: int, start: Callable[[], Position]) -> None:
+        self.plan, self.length, self.start = plan, length, start
+        self._began: list[Position] = []  # where each epoch began that training has not left behind
 
     def __len__(self) -> int:
-        return self.batches
+        return self.length
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for place in range(self.consumed(), self.batches):
-            yield divmod(place, self.batches_per_epoch)
+    def __iter__(self) -> Iterator[Place]:
+        position = self.start()
+        epoch, first = position.epoch, position.number
+        self._began = [Position(position.consumed - first, epoch, 0)]
+        consumed = position.consumed
+        while consumed < self.length:
+            batches = self.plan.batches(epoch)
+            if not len(batches):
+                raise DataError(f"epoch {epoch} has no batch for every device; lower batch_size, or give more data")
+            for number in range(first, min(len(batches), first + self.length - consumed)):
+                items = batches[number]
+                yield Place(epoch, items) if len(items) else Place(epoch, batches.items[:1], counts=False)
+            consumed += len(batches) - first
+            epoch, first = epoch + 1, 0
+            self._began.append(Position(consumed, epoch, 0))
+
+    def at(self, consumed: int) -> Position:
+        """The position after `consumed` batches of the run, which is at or behind the one that was drawn last."""
+        while len(self._began) > 1 and self._began[1].consumed <= consumed:
+            del self._began[0]
+        began = self._began[0] if self._began else self.start()
+        return Position(consumed, began.epoch, consumed - began.consumed + began.number)
 
 
 class NestDataModule(LightningDataModule):
     """The loaders of `model.train_ds` and `model.validation_ds`.
 
-    `batches` is the length of the training loader: one epoch, unless a run sets that of all its epochs.
+    `batches` is the length of the training loader: one epoch, unless a run sets that of all its epochs. `tell` hears
+    what a person should know: audio that was left out, data that changed since the checkpoint.
     """
 
-    def __init__(self, config: DictConfig) -> None:
+    def __init__(self, config: DictConfig, tell: Callable[[str], None] = lambda message: None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tell = config, tell
         self.batches: int | None = None
         self.seed = seed_of(config)
-        self.train_speech = _speech_manifest(config, "model.train_ds")
-        self.train_noise = _noise_pool(config, "model.train_ds")
-        self.val_speech: Manifest | None = None
-        if _wants_validation(config):
-            self.val_speech = _speech_manifest(config, "model.validation_ds")
-        self.val_noise = _noise_pool(config, "model.validation_ds") if self.val_speech else None
+        self.train = read_corpus(config, "model.train_ds")
+        self.train_noise = self._noise_pool("model.train_ds")
+        self.val = read_corpus(config, "model.validation_ds") if _wants_validation(config) else None
+        self.val_noise = self._noise_pool("model.validation_ds") if self.val else None
         self.sample_rate = int(config.model.sample_rate)
+        self.skipped = SkipCounter(self._settings("model.train_ds").max_failed_share, tell)
+        self._val_skipped = SkipCounter(1.0, tell)
+        self._sampler: ResumableSampler | None = None
+        self._restored: Position | None = None
+
+    # ---- plans and single batches ----
 
     def train_plan(self, ranks: int = 1, rank: int = 0) -> BatchPlan:
-        """The batches of a training epoch for one of `ranks` processes. Raises DataError if there are none."""
-        plan = self._plan(self.train_speech, section(DatasetConfig, self.config, "model.train_ds"), ranks, rank)
-        if len(plan) == 0:
+        """The batches of training for one of `ranks` processes. Raises DataError if there are none."""
+        plan = self._plan(self.train, "model.train_ds", ranks, rank)
+        if len(plan.batches(0)) == 0:
+            settings = self._settings("model.train_ds")
             raise DataError(
-                f"model.train_ds: {len(self.train_speech)} utterances do not fill one batch of "
-                f"{plan.batch_size} on each of {ranks} devices. Lower model.train_ds.batch_size, "
+                f"model.train_ds: {len(self.train.speech)} utterances do not fill one batch of "
+                f"{settings.batch_size} on each of {ranks} devices. Lower model.train_ds.batch_size, "
                 "or set model.train_ds.drop_last=false."
             )
         return plan
 
     def train_batch(self, epoch: int, number: int) -> NoiseBatch:
         """One batch of training, made in this process. Raises NestError."""
-        data = NoisySpeech(self.train_speech, self.train_noise, self.train_plan(), self.config, "model.train_ds")
-        return _raised(data[epoch, number])
+        batch = self._data(self.train, self.train_noise, "model.train_ds")[
+            Place(epoch, self.train_plan().batches(epoch)[number])
+        ]
+        return self._counted(batch, self.skipped)
 
     def check_validation_batch(self) -> None:
         """Make the first batch of validation, if there is any. Raises NestError."""
-        if self.val_speech is not None:
-            plan = self._plan(self.val_speech, section(DatasetConfig, self.config, "model.validation_ds"), 1, 0)
-            _raised(NoisySpeech(self.val_speech, self.val_noise, plan, self.config, "model.validation_ds")[0, 0])
+        if self.val is not None:
+            batches = self._plan(self.val, "model.validation_ds", 1, 0).batches(0)
+            data = self._data(self.val, self.val_noise, "model.validation_ds")
+            self._counted(data[Place(0, batches[0])], self._val_skipped)
+
+    # ---- Lightning's hooks ----
 
     def train_dataloader(self) -> DataLoader[NoiseBatch | NestError]:
-        settings = section(DatasetConfig, self.config, "model.train_ds")
         plan = self.train_plan(*self._ranks())
-        data = NoisySpeech(self.train_speech, self.train_noise, plan, self.config, "model.train_ds")
-        sampler = ResumableSampler(len(plan), self.batches or len(plan), self._consumed)
-        return self._loader(data, sampler, settings)
+        self._sampler = ResumableSampler(plan, self.batches or len(plan.batches(0)), lambda: self._start(plan))
+        return self._loader(self._data(self.train, self.train_noise, "model.train_ds"), self._sampler, "model.train_ds")
 
     def val_dataloader(self) -> DataLoader[NoiseBatch | NestError] | list[Any]:
-        if self.val_speech is None:
+        if self.val is None:
             return []
-        settings = section(DatasetConfig, self.config, "model.validation_ds")
-        plan = self._plan(self.val_speech, settings, *self._ranks())
-        data = NoisySpeech(self.val_speech, self.val_noise, plan, self.config, "model.validation_ds")
-        return self._loader(data, ResumableSampler(len(plan), len(plan), lambda: 0), settings)
+        plan = self._plan(self.val, "model.validation_ds", *self._ranks())
+        sampler = ResumableSampler(plan, len(plan.batches(0)), lambda: Position(0, 0, 0))
+        return self._loader(self._data(self.val, self.val_noise, "model.validation_ds"), sampler, "model.validation_ds")
 
     def on_before_batch_transfer(self, batch: NoiseBatch | NestError, dataloader_idx: int) -> NoiseBatch:
-        return _raised(batch)
+        training = self.trainer is None or self.trainer.training
+        return self._counted(batch, self.skipped if training else self._val_skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands in which data; the same on every rank."""
+        if self._sampler is None:
+            return {}
+        position = self._sampler.at(self._consumed())
+        return {
+            "consumed": position.consumed,
+            "epoch": position.epoch,
+            "number": position.number,
+            "data": self._sampler.plan.fingerprint,
+            "skipped": self.skipped.skipped,
+            "read": self.skipped.read,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
+        self.skipped.skipped, self.skipped.read = state_dict["skipped"], state_dict["read"]
+        self._restored = Position(*(state_dict[key] for key in ("consumed", "epoch", "number")))
+        if state_dict["data"] != self.train_plan(*self._ranks()).fingerprint:
+            self._restored = replace(self._restored, epoch=self._restored.epoch + 1, number=0)
+            self.tell(
+                "The training data, their batches or the number of devices are not those of the checkpoint: "
+                f"the run goes on with epoch {self._restored.epoch} from its beginning."
+            )
+
+    # ---- parts ----
+
+    def _start(self, plan: BatchPlan) -> Position:
+        """Where the next batch is in the data."""
+        consumed = self._consumed()
+        if self._restored is not None and self._restored.consumed <= consumed:
+            start = self._restored
+        else:  # from the beginning, or a checkpoint that does not say
+            start = Position(0, 0, 0)
+        epoch, number = start.epoch, start.number + consumed - start.consumed
+        while number and number >= len(plan.batches(epoch)):
+            number -= len(plan.batches(epoch))
+            epoch += 1
+        return Position(consumed, epoch, number)
 
     def _consumed(self) -> int:
         """Training batches used so far in the run, those before a resume included."""
@@ -231,20 +280,27 @@ class NestDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
-    def _plan(self, speech: Manifest, settings: DatasetConfig, ranks: int, rank: int) -> BatchPlan:
-        return BatchPlan(
-            n_items=len(speech),
-            batch_size=settings.batch_size,
-            shuffle=settings.shuffle,
-            drop_last=settings.drop_last,
-            seed=self.seed,
-            ranks=ranks,
-            rank=rank,
-        )
+    def _settings(self, key: str) -> DatasetConfig:
+        return section(DatasetConfig, self.config, key)
 
-    def _loader(
-        self, data: NoisySpeech, sampler: ResumableSampler, settings: DatasetConfig
-    ) -> DataLoader[NoiseBatch | NestError]:
+    def _plan(self, corpus: Corpus, key: str, ranks: int, rank: int) -> BatchPlan:
+        return plan_batches(corpus, self._settings(key), key, seed=self.seed, ranks=ranks, rank=rank)
+
+    def _data(self, corpus: Corpus, noise: NoisePool | None, key: str) -> NoisySpeech:
+        return NoisySpeech(corpus.speech, noise, self.seed, self.config, key)
+
+    def _noise_pool(self, key: str) -> NoisePool | None:
+        manifest = noise_manifest(self.config, key)
+        return None if manifest is None else NoisePool(manifest, self._settings(key).sample_rate)
+
+    def _counted(self, batch: NoiseBatch | NestError, counter: SkipCounter) -> NoiseBatch:
+        if isinstance(batch, NestError):
+            raise batch
+        counter.add(len(batch.sample_ids) if batch.counts else 0, batch.skipped)
+        return batch
+
+    def _loader(self, data: NoisySpeech, sampler: ResumableSampler, key: str) -> DataLoader[NoiseBatch | NestError]:
+        settings = self._settings(key)
         workers = min(settings.num_workers, available_cores())
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(
@@ -257,50 +313,13 @@ class NestDataModule(LightningDataModule):
         )
 
 
-def _raised(batch: NoiseBatch | NestError) -> NoiseBatch:
-    if isinstance(batch, NestError):
-        raise batch
-    return batch
-
-
 def _wants_validation(config: DictConfig) -> bool:
     block = config.model.validation_ds
     if block is None:
         return False
+    if any(block.get(key) is not None for key in ("input_cfg", "shar_path", "cuts_path")):
+        return True
     return OmegaConf.is_missing(block, "manifest_filepath") or block.manifest_filepath is not None
-
-
-def _speech_manifest(config: DictConfig, key: str) -> Manifest:
-    settings = section(DatasetConfig, config, key)
-    for option, why in _UNSUPPORTED.items():
-        if OmegaConf.select(config, key).get(option):
-            raise ConfigError(f"{key}.{option}: {why}.")
-    none = "; null means no validation" if key == "model.validation_ds" else ""
-    why = f"the manifest of the speech, as `nest prepare-data` writes it{none}"
-    paths = require(config, f"{key}.manifest_filepath", why)
-    speech = read_manifests(_paths(paths))
-    longest = np.inf if settings.max_duration is None else settings.max_duration
-    shortest = 0.0 if settings.min_duration is None else settings.min_duration
-    kept = speech.select((speech.durations >= shortest) & (speech.durations <= longest))
-    if len(kept) == 0:
-        raise DataError(
-            f"{key}: none of the {len(speech)} utterances lasts between {shortest:g} and {longest:g} s "
-            f"(theirs: {speech.durations.min():.2f} to {speech.durations.max():.2f} s). "
-            f"Change {key}.min_duration or {key}.max_duration."
-        )
-    return kept
-
-
-def _noise_pool(config: DictConfig, key: str) -> NoisePool | None:
-    paths = OmegaConf.select(config, f"{key}.noise_manifest")
-    return (
-        NoisePool(read_manifests(_paths(paths)), int(OmegaConf.select(config, f"{key}.sample_rate"))) if paths else None
-    )
-
-
-def _paths(value: Any) -> str | list[str]:
-    paths = [str(Path(path).expanduser()) for path in ([value] if isinstance(value, str) else value)]
-    return paths[0] if isinstance(value, str) else paths
 
 
 def _mixer(config: DictConfig, key: str) -> tuple[Any, AugmentationConfig | None]:

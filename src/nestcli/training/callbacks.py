@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.data.batch import NoiseBatch
+from nestcli.data.skipping import SkipCounter
 from nestcli.files import write_text
 from nestcli.model.module import NestModule
 
@@ -41,6 +42,8 @@ class Reporter(Protocol):
 
     def validation(self, step: int, loss: float, accuracy: float) -> None: ...
 
+    def note(self, message: str) -> None: ...
+
     def finished(self) -> None: ...
 
 
@@ -55,14 +58,22 @@ class _Totals:
 class MetricsWriter(Callback):
     """One line of metrics.jsonl for every logged step, and a report to the display for every step.
 
-    Lines carry step, epoch, train_loss, masked_accuracy, lr, audio_seconds and seconds (of training, in all), and
-    val_loss and val_masked_accuracy where validation ran at that step.
+    Lines carry step, epoch, train_loss, masked_accuracy, lr, audio_seconds, seconds (of training, in all) and skipped
+    (utterances of this process that could not be read), and val_loss and val_masked_accuracy where validation ran at
+    that step.
     """
 
     def __init__(
-        self, path: Path, reporter: Reporter, sample_rate: int, *, batches_per_epoch: int, log_every: int
+        self,
+        path: Path,
+        reporter: Reporter,
+        sample_rate: int,
+        skipped: SkipCounter,
+        *,
+        batches_per_epoch: int,
+        log_every: int,
     ) -> None:
-        self.path, self.reporter, self.sample_rate = path, reporter, sample_rate
+        self.path, self.reporter, self.sample_rate, self.skipped = path, reporter, sample_rate, skipped
         self.batches_per_epoch, self.log_every = batches_per_epoch, max(1, log_every)
         self.totals = _Totals()
         self._micro: list[tuple[float, float, float]] = []  # loss, correct, selected of the batches of a step
@@ -165,6 +176,7 @@ class MetricsWriter(Callback):
             "lr": report.learning_rate,
             "audio_seconds": round(self.totals.audio_seconds, 3),
             "seconds": round(self.totals.seconds, 3),
+            "skipped": self.skipped.skipped,
         }
 
     def _write(self, trainer: Trainer, row: dict[str, Any]) -> None:

@@ -52,6 +52,7 @@ class RunPlan:
     encoder: str  # nest or nemo: whose code it is
     train_utterances: int
     train_seconds: float
+    train_left_out: int  # utterances that are too short or too long
     noise_clips: int
     val_utterances: int
     val_seconds: float
@@ -72,6 +73,7 @@ class RunResult:
     last: Path | None
     nemo: Path | None
     metrics: Path
+    skipped: int = 0  # utterances that could not be read
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class DryRun:
 
     plan: RunPlan
     batch_seconds: float
+    padding: float  # share of an epoch's batches
     loss: float
     masked_share: float
     gradient_norm: float
@@ -93,8 +96,9 @@ class Pretraining:
         self.config, self.reporter = config, reporter
         section(TrainerConfig, config, "trainer")
         self.folder = experiment_folder(config)
-        self.data = NestDataModule(config)
-        self.length = Length.of(config.trainer, len(self.data.train_plan(n_processes(config))))
+        self.data = NestDataModule(config, reporter.note)
+        batches = self.data.train_plan(n_processes(config))
+        self.length = Length.of(config.trainer, len(batches.batches(0)))
         self.data.batches = self.length.batches
         self.module = NestModule(config)
         self.resumes = self._checkpoint_to_resume()
@@ -104,7 +108,7 @@ class Pretraining:
 
     @property
     def plan(self) -> RunPlan:
-        noise, val = self.data.train_noise, self.data.val_speech
+        noise, train, val = self.data.train_noise, self.data.train, self.data.val
         return RunPlan(
             folder=self.folder,
             resumes=self.resumes,
@@ -112,11 +116,12 @@ class Pretraining:
             device=device_name(self.config),
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
             encoder=self.module.model.encoder.config.backend,
-            train_utterances=len(self.data.train_speech),
-            train_seconds=float(self.data.train_speech.durations.sum()),
+            train_utterances=len(train.speech),
+            train_seconds=float(train.speech.durations.sum()),
+            train_left_out=train.left_out,
             noise_clips=len(noise.manifest) if noise else 0,
-            val_utterances=len(val) if val else 0,
-            val_seconds=float(val.durations.sum()) if val else 0.0,
+            val_utterances=len(val.speech) if val else 0,
+            val_seconds=float(val.speech.durations.sum()) if val else 0.0,
             steps=self.length.steps,
             starts_from=self._starts_from,
             ignored_start=self._starts[0].key if self.resumes and self._starts else None,
@@ -138,6 +143,7 @@ class Pretraining:
             self.folder / "metrics.jsonl",
             self.reporter,
             self.data.sample_rate,
+            self.data.skipped,
             batches_per_epoch=self.length.batches_per_epoch,
             log_every=int(self.config.trainer.log_every_n_steps),
         )
@@ -159,6 +165,7 @@ class Pretraining:
             last=self._written(checkpoints.last_model_path) if checkpoints else None,
             nemo=checkpoints.nemo if checkpoints and checkpoints.nemo and checkpoints.nemo.is_file() else None,
             metrics=metrics.path,
+            skipped=self.data.skipped.skipped,
         )
 
     def dry_run(self) -> DryRun:
@@ -184,6 +191,7 @@ class Pretraining:
         return DryRun(
             plan=plan,
             batch_seconds=float(batch.audio_len.sum()) / self.data.sample_rate,
+            padding=self.data.train_plan().padding_waste(),
             loss=float(output.loss.detach()),
             masked_share=float(output.mask_BT.sum()) / max(1, frames),
             gradient_norm=float(torch.stack(gradients).norm()),
@@ -240,7 +248,7 @@ class Pretraining:
                 f"exp_manager.checkpoint_callback_params.monitor: {monitor!r} is not logged. "
                 f"Use one of {', '.join(_MONITORS)}."
             )
-        monitor = monitor if self.data.val_speech else None
+        monitor = monitor if self.data.val else None
         filename = options.pop("filename", None) or f"{manager.name}--{{{monitor}:.4f}}-{{epoch}}"
         if monitor is None:  # nothing to compare by: keep the newest only
             filename, options["save_top_k"] = f"{manager.name}--{{step}}", 1
@@ -258,7 +266,7 @@ class Pretraining:
     def _trainer(self, callbacks: list[Any]) -> Trainer:
         try:
             return Trainer(
-                **trainer_options(self.config, self.length, validates=self.data.val_speech is not None),
+                **trainer_options(self.config, self.length, validates=self.data.val is not None),
                 callbacks=callbacks,
                 logger=make_loggers(self.config, self.folder),
                 plugins=[AtomicCheckpointIO()],

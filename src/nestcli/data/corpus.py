@@ -1,0 +1,226 @@
+"""What `model.train_ds` and `model.validation_ds` name, as a corpus: its lines, and the data sets that they are of.
+
+NeMo has three ways to name data, and all are read here: manifests of loose files, tars beside manifests
+(`is_tarred`), and Lhotse's (`use_lhotse`: cuts, Shar, weighted lists, `input_cfg`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from nestcli.config import require, section
+from nestcli.data.manifest import Manifest, joined, read_manifests
+from nestcli.data.settings import DatasetConfig
+from nestcli.data.shards import expand, read_shar, read_tarred
+from nestcli.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set, and its weight where data sets are drawn from by weights."""
+
+    manifest: Manifest
+    weight: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """The lines to train on or to validate with, and the data set of each. `weights` are those of the data sets.
+
+    `in_buckets`: each data set is a bucket of NeMo's, whose lines come together. `left_out` lines are too short or too
+    long.
+    """
+
+    speech: Manifest
+    part_of: npt.NDArray[np.int16]
+    n_parts: int
+    weights: tuple[float, ...] | None
+    in_buckets: bool
+    left_out: int
+
+
+def read_corpus(config: DictConfig, key: str) -> Corpus:
+    """Open what the block at `key` names. Raises ConfigError and DataError."""
+    settings = section(DatasetConfig, config, key)
+    block = OmegaConf.select(config, key)
+    parts = _lhotse_parts(block, settings) if settings.use_lhotse else None
+    nested = False
+    if parts is None:
+        none = "; null means no validation" if key == "model.validation_ds" else ""
+        why = f"the manifest of the speech, as `nest prepare-data` writes it{none}"
+        manifests = _plain(require(config, f"{key}.manifest_filepath", why))
+        tars = _plain(block.get("tarred_audio_filepaths"))
+        if (settings.is_tarred or settings.use_lhotse) and tars is not None:
+            parts, nested = _tarred_parts(manifests, tars, settings.is_concat)
+        elif settings.is_tarred:
+            raise ConfigError(
+                f"{key}.tarred_audio_filepaths is not set: name the tars of the data, or is_tarred=false."
+            )
+        else:
+            parts, nested = _loose_parts(manifests, settings.is_concat, weighted=settings.use_lhotse)
+    return _filtered(key, parts, settings, in_buckets=nested and not settings.is_concat and not settings.use_lhotse)
+
+
+def noise_manifest(config: DictConfig, key: str) -> Manifest | None:
+    """Open the noise of the block at `key`, if it names any."""
+    paths = _plain(OmegaConf.select(config, f"{key}.noise_manifest"))
+    return read_manifests(expand(paths)) if paths else None
+
+
+# --- naming
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _is_nested(paths: Any) -> bool:
+    return isinstance(paths, list) and any(isinstance(each, list) for each in paths)
+
+
+def _loose_parts(manifests: Any, is_concat: bool, *, weighted: bool) -> tuple[list[Part], bool]:
+    """One data set, or one of each element of a list."""
+    if weighted and (found := _weighted(manifests)):
+        return [Part(read_manifests(expand(path)), weight) for path, weight in found], True
+    if _is_nested(manifests) or (is_concat and isinstance(manifests, list)):
+        return [Part(read_manifests(expand(each))) for each in manifests], True
+    return [Part(read_manifests(expand(manifests)))], False
+
+
+def _tarred_parts(manifests: Any, tars: Any, is_concat: bool) -> tuple[list[Part], bool]:
+    if not (_is_nested(manifests) or (is_concat and isinstance(manifests, list))):
+        return [Part(read_tarred(manifests, _flat(tars)))], False
+    if not isinstance(tars, list) or len(tars) != len(manifests):
+        n_tars = len(tars) if isinstance(tars, list) else 1
+        raise ConfigError(
+            f"tarred_audio_filepaths names tars of {n_tars} data sets and manifest_filepath manifests of "
+            f"{len(manifests)}; give one entry of each for every data set."
+        )
+    return [Part(read_tarred(_flat(own), _flat(their))) for own, their in zip(manifests, tars, strict=True)], True
+
+
+def _flat(paths: Any) -> list[str]:
+    """The paths in lists of any depth."""
+    return [path for each in paths for path in _flat(each)] if isinstance(paths, list) else [str(paths)]
+
+
+def _weighted(paths: Any) -> list[tuple[str, float]]:
+    """Pairs of path and weight, if that is what a list holds."""
+    pairs = [each for each in paths if _is_weighted(each)] if isinstance(paths, list) else []
+    if pairs and len(pairs) < len(paths):
+        raise ConfigError(f"{paths}: give a weight to all or to none of the data sets, as [[PATH, WEIGHT], ...].")
+    return [(path, float(weight)) for path, weight in pairs]
+
+
+def _is_weighted(each: Any) -> bool:
+    return isinstance(each, list) and len(each) == 2 and isinstance(each[1], int | float)
+
+
+def _lhotse_parts(block: DictConfig, settings: DatasetConfig) -> list[Part] | None:
+    """The data sets that Lhotse's own keys name; None if none of them is set."""
+    temperatures = settings.reweight_temperature
+    if (entries := _plain(block.get("input_cfg"))) is not None:
+        levels = list(temperatures) if isinstance(temperatures, tuple) else temperatures
+        return _parts_of_input(entries, levels)
+    if (path := _plain(block.get("shar_path"))) is not None:
+        if found := _weighted(path):
+            return [Part(read_shar(each), weight) for each, weight in found]
+        return [Part(read_shar(each)) for each in (path if isinstance(path, list) else [path])]
+    if (path := _plain(block.get("cuts_path"))) is not None:
+        return [Part(read_manifests(expand(path)))]
+    return None
+
+
+def _parts_of_input(entries: Any, temperatures: list[float] | float | None) -> list[Part]:
+    """The data sets of an `input_cfg`; groups in it multiply their weight to those inside. Source: NeMo."""
+    if isinstance(entries, str):
+        try:
+            entries = _plain(OmegaConf.load(Path(entries).expanduser()))
+        except (OSError, YAMLError) as error:
+            raise ConfigError(f"input_cfg: {entries} cannot be read: {' '.join(str(error).split())}.") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(each, dict) for each in entries):
+        raise ConfigError(
+            "input_cfg is no list of data sets; give [{type: nemo, manifest_filepath: ..., weight: ...}]."
+        )
+    here, below = (
+        (temperatures[:1], temperatures[1:]) if isinstance(temperatures, list) else ([temperatures], temperatures)
+    )
+    weights = _entry_weights(entries, here[0] if here else None)
+    found = []
+    for entry, weight in zip(entries, weights, strict=True):
+        inner = _parts_of_entry(entry, below)
+        total = sum(1.0 if part.weight is None else part.weight for part in inner)
+        found += [Part(part.manifest, weight * (1.0 if part.weight is None else part.weight) / total) for part in inner]
+    return found
+
+
+def _entry_weights(entries: Sequence[dict[str, Any]], temperature: float | None) -> list[float]:
+    """Shares of one level of an input_cfg: as given, raised to the temperature; alike where none is given."""
+    if all(entry.get("weight") is None for entry in entries):
+        return [1 / len(entries)] * len(entries)
+    raised = []
+    for entry in entries:
+        weight = entry.get("weight")
+        if not isinstance(weight, int | float) or not weight > 0:
+            raise ConfigError(f"input_cfg: the weight of {entry} must be above 0; give one to all or to none.")
+        raised.append(float(weight) ** (1.0 if temperature is None else temperature))
+    return [weight / sum(raised) for weight in raised]
+
+
+def _parts_of_entry(entry: dict[str, Any], temperatures: list[float] | float | None) -> list[Part]:
+    kind = entry.get("type")
+    keys = {"nemo": "manifest_filepath", "nemo_tarred": "tarred_audio_filepaths", "lhotse": "cuts_path",
+            "lhotse_shar": "shar_path", "group": "input_cfg"}  # fmt: skip
+    if kind not in keys:
+        raise ConfigError(f"input_cfg: the type {kind!r} is not one of {', '.join(keys)}.")
+    if keys[kind] not in entry or (kind == "nemo_tarred" and "manifest_filepath" not in entry):
+        raise ConfigError(f"input_cfg: an entry of type {kind} lacks {keys[kind]}: {entry}.")
+    if kind == "group":
+        return _parts_of_input(entry["input_cfg"], temperatures)
+    if kind == "lhotse_shar":
+        return [Part(read_shar(entry["shar_path"]))]
+    if kind == "nemo_tarred":
+        return [Part(read_tarred(_flat(entry["manifest_filepath"]), _flat(entry["tarred_audio_filepaths"])))]
+    return [Part(read_manifests(expand(entry[keys[kind]])))]
+
+
+# --- filtering
+
+
+def _filtered(key: str, parts: Sequence[Part], settings: DatasetConfig, *, in_buckets: bool) -> Corpus:
+    """All parts as one, without what is too short or too long."""
+    repeats = settings.bucketing_weights if in_buckets and settings.bucketing_weights else (1,) * len(parts)
+    if len(repeats) != len(parts):
+        raise ConfigError(f"{key}.bucketing_weights: {len(repeats)} weights for {len(parts)} buckets.")
+    speech = joined([part.manifest for part, times in zip(parts, repeats, strict=True) for _ in range(times)])
+    sizes = [len(part.manifest) * times for part, times in zip(parts, repeats, strict=True)]
+    part_of = np.repeat(np.arange(len(parts), dtype=np.int16), sizes)
+    longest = np.inf if settings.max_duration is None else settings.max_duration
+    if settings.bucket_batch_size and settings.buckets and settings.bucket_duration_bins:
+        longest = min(longest, settings.bucket_duration_bins[-1])
+    shortest = settings.min_duration or 0.0
+    kept = np.flatnonzero((speech.durations >= shortest) & (speech.durations <= longest))
+    if len(kept) == 0:
+        raise DataError(
+            f"{key}: none of the {len(speech)} utterances lasts between {shortest:g} and {longest:g} s "
+            f"(theirs: {speech.durations.min():.2f} to {speech.durations.max():.2f} s). "
+            f"Change {key}.min_duration or {key}.max_duration."
+        )
+    weights = tuple(part.weight for part in parts)
+    named = all(weight is not None for weight in weights) and len(parts) > 1
+    return Corpus(
+        speech=speech if len(kept) == len(speech) else speech.select(kept),
+        part_of=part_of[kept],
+        n_parts=len(parts),
+        weights=tuple(weight or 0.0 for weight in weights) if named else None,
+        in_buckets=in_buckets and len(parts) > 1,
+        left_out=len(speech) - len(kept),
+    )

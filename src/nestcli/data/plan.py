@@ -1,0 +1,196 @@
+"""Which items form which batch, of which rank, at which step: computed for a whole epoch, known before it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from nestcli.data.order import Items, Order
+
+Integers = npt.NDArray[np.int64]
+Seconds = npt.NDArray[np.float64]
+Sequence = Literal["filled", "random", "buckets", "shuffled buckets"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a batch is full: at `size` items, or when another would make its padded length exceed `duration` s.
+
+    Long items count for more where `quadratic` is set: d + d²/quadratic. Source: Lhotse `TimeConstraint`.
+    """
+
+    size: int | None
+    duration: float | None = None
+    quadratic: float | None = None
+
+    def ends(self, durations: Seconds, *, drop_last: bool = False) -> list[int]:
+        """Where batches end in a sequence of items; `drop_last` leaves out a last one that could hold more."""
+        size = self.size or len(durations)
+        if self.duration is None:
+            ends = list(range(size, len(durations) + 1, size)) if size else []
+            return ends if drop_last or len(durations) % size == 0 else [*ends, len(durations)]
+        weighed = durations if self.quadratic is None else durations + durations**2 / self.quadratic
+        ends, longest, count = [], 0.0, 0
+        for place, duration in enumerate(weighed.tolist()):
+            longer = duration if duration > longest else longest
+            if count and (count == size or (count + 1) * longer > self.duration):
+                ends.append(place)
+                longest, count = duration, 1
+            else:
+                longest, count = longer, count + 1
+        return [*ends, len(durations)] if count else ends
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one epoch for one rank; an empty one where only other ranks have one left."""
+
+    items: Items
+    starts: Integers
+    chosen: Integers  # number of each batch among all; -1 for none
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, number: int) -> Items:
+        batch = self.chosen[number]
+        return self.items[self.starts[batch] : self.starts[batch + 1]] if batch >= 0 else self.items[:0]
+
+
+@dataclass(frozen=True)
+class _Formed:
+    """All batches of an epoch, bucket after bucket: their items, the items' places in the epoch's order, where each
+    batch starts (and the end), and its bucket."""
+
+    items: Items
+    places: Integers
+    starts: Integers
+    buckets: Integers
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Batches out of buckets: only items of one bucket come together, and all ranks have the same one at a step.
+
+    `durations` are in seconds, one a line; `bucket_of` a line's bucket. `sequence` is how steps follow: as they fill
+    up, at random, bucket after bucket, or so with the buckets shuffled. With `drop_last`, smaller last batches of
+    plain data and steps that do not have a batch for every rank are left out.
+    """
+
+    order: Order
+    durations: Seconds
+    limits: tuple[Limits, ...]  # of every bucket
+    bucket_of: npt.NDArray[np.int16]
+    drop_last: bool = False
+    sequence: Sequence = "filled"
+    ranks: int = 1
+    rank: int = 0
+    _epochs: dict[int, Batches] = field(default_factory=dict, repr=False)
+
+    def batches(self, epoch: int) -> Batches:
+        """The batches of an epoch for this rank; the last one asked for is kept."""
+        if epoch not in self._epochs:
+            made = self._batches(epoch)
+            self._epochs.clear()
+            self._epochs[epoch] = made
+        return self._epochs[epoch]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the batches: the data, their order, sizes, ranks."""
+        order = self.order
+        digest = blake2b(digest_size=16)
+        for column in (self.durations, self.bucket_of, order.part_of, order.shard_of):
+            digest.update(column.tobytes())
+        settings = (self.limits, self.drop_last, self.sequence, self.ranks)
+        digest.update(repr((settings, order.shuffle, order.window, order.seed, order.mixing)).encode())
+        return digest.hexdigest()
+
+    def padding_waste(self, epoch: int = 0) -> float:
+        """The share of padding in the audio of an epoch's batches."""
+        formed = self._formed(epoch)
+        sizes = np.diff(formed.starts)
+        if not len(sizes):
+            return 0.0
+        lengths = self.durations[formed.items % len(self.durations)]
+        longest = np.maximum.reduceat(lengths, formed.starts[:-1])
+        return 1 - float(lengths.sum() / (longest * sizes).sum())
+
+    # ---- forming ----
+
+    def _batches(self, epoch: int) -> Batches:
+        formed = self._formed(epoch)
+        steps = self._steps(formed.buckets)
+        chosen = steps[self._in_sequence(steps, formed, epoch)]
+        return Batches(formed.items, formed.starts, chosen[:, self.rank])
+
+    def _formed(self, epoch: int) -> _Formed:
+        items = self.order.items(epoch)
+        places = np.arange(len(items))
+        bounds = [0, len(items)]
+        if len(self.limits) > 1:
+            buckets = self.bucket_of[items % len(self.durations)]
+            places = np.argsort(buckets, kind="stable")
+            bounds = np.searchsorted(buckets[places], np.arange(len(self.limits) + 1)).tolist()
+            items = items[places]
+        lengths = self.durations[items % len(self.durations)]
+        starts, bucket_of_batch = [0], []
+        for bucket, (limits, (first, last)) in enumerate(zip(self.limits, pairwise(bounds), strict=True)):
+            ends = limits.ends(lengths[first:last], drop_last=self.drop_last and len(self.limits) == 1)
+            starts.extend(first + end for end in ends)
+            bucket_of_batch.extend([bucket] * len(ends))
+        return _Formed(items[: starts[-1]], places, np.array(starts), np.array(bucket_of_batch, np.int64))
+
+    def _steps(self, bucket_of_batch: Integers) -> Integers:
+        """(steps, ranks) numbers of batches; each step is of one bucket, as long as that has enough for all ranks."""
+        batches = np.arange(len(bucket_of_batch))
+        counts = np.bincount(bucket_of_batch, minlength=len(self.limits))
+        place_in_bucket = batches - (np.cumsum(counts) - counts)[bucket_of_batch]
+        whole = place_in_bucket < (counts // self.ranks * self.ranks)[bucket_of_batch]
+        rest = batches[~whole]
+        missing = -len(rest) % self.ranks
+        rest = rest[: len(rest) + missing - self.ranks] if missing and self.drop_last else rest
+        rest = np.append(rest, np.full(-len(rest) % self.ranks, -1))
+        return np.concatenate([batches[whole], rest]).reshape(-1, self.ranks)
+
+    def _in_sequence(self, steps: Integers, formed: _Formed, epoch: int) -> Integers:
+        """The order of the steps."""
+        rng = np.random.default_rng((self.order.seed, epoch, 7))
+        first = steps[:, 0]
+        if self.sequence == "random":
+            return rng.permutation(len(steps))
+        if self.sequence == "filled":
+            return np.argsort(formed.places[formed.starts[1:] - 1][first], kind="stable")
+        if self.sequence == "shuffled buckets":
+            return np.argsort(rng.permutation(len(self.limits))[formed.buckets[first]], kind="stable")
+        return np.arange(len(steps))
+
+
+def duration_bins(durations: Seconds, n_buckets: int) -> list[float]:
+    """The inner bounds of `n_buckets` buckets that hold about the same number of seconds each.
+
+    Source: Lhotse `estimate_duration_buckets`. There may be fewer where many items are of the same length.
+    """
+    lengths = np.sort(durations)
+    share = lengths.sum() / n_buckets
+    bins: list[float] = []
+    total = 0.0
+    for length in lengths.tolist():
+        if total > share:
+            bins.append(length)
+            total = 0.0
+        total += length
+    return bins
+
+
+def bucketed(
+    durations: Seconds, bins: tuple[float, ...] | list[float], *, upper_inclusive: bool
+) -> npt.NDArray[np.int16]:
+    """The bucket of every duration between the bounds; len(bins) for those beyond the last."""
+    return np.searchsorted(np.array(bins), durations, side="left" if upper_inclusive else "right").astype(np.int16)

@@ -1,0 +1,81 @@
+"""An utterance's samples, wherever its audio stands: a loose file, a remote one, or a member of a shard."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+from nestcli.data import remote
+from nestcli.data.audio import Samples, load_audio
+from nestcli.data.manifest import Entry
+from nestcli.data.shards import file_id, without_sub
+from nestcli.data.tar_index import TarMembers, open_shard
+from nestcli.errors import DataError
+
+_NO_AUDIO = (".json", ".jsonl", ".txt", ".lab")  # what stands beside audio in shards, under the same name
+
+
+def read_audio(
+    entry: Entry, *, sample_rate: int, offset: float | None = None, duration: float | None = None
+) -> Samples:
+    """An entry's audio, or a part of it, as mono float32 at `sample_rate` Hz; times in seconds.
+
+    Raises DataError if nothing can be read.
+    """
+    start = entry.offset if offset is None else offset
+    length = entry.duration if duration is None else duration
+    if entry.shard is None and not remote.is_remote(entry.audio_filepath):
+        return load_audio(entry.audio_filepath, sample_rate=sample_rate, offset=start, duration=length)
+    with _as_file(_content(entry)) as path:
+        try:
+            return load_audio(path, sample_rate=sample_rate, offset=start, duration=length)
+        except DataError as error:
+            raise DataError(str(error).replace(path, entry.name)) from None
+
+
+def _content(entry: Entry) -> bytes:
+    if entry.shard is None:
+        return remote.read_bytes(entry.audio_filepath)
+    shard = open_shard(entry.shard)
+    return shard.read(_member(shard, entry))
+
+
+def _member(shard: TarMembers, entry: Entry) -> str:
+    """The member that a line means: by its whole name, else as NeMo finds it, by its name without folder and ending."""
+    if entry.audio_filepath in shard.members:
+        return entry.audio_filepath
+    wanted = file_id(entry.audio_filepath)
+    by_id = _by_id(shard)
+    for name in (entry.audio_filepath, wanted, without_sub(wanted)):
+        if name in by_id:
+            return by_id[name]
+    raise DataError(f"{entry.name}: there is no such member in the shard; were manifest and tars written together?")
+
+
+@lru_cache(maxsize=64)
+def _by_id(shard: TarMembers) -> dict[str, str]:
+    """Members by their names without ending, with and without folders."""
+    found: dict[str, str] = {}
+    for name in shard.members:
+        if not name.endswith(_NO_AUDIO):
+            found.setdefault(name.rpartition(".")[0] or name, name)
+            found.setdefault(file_id(name), name)
+    return found
+
+
+@contextmanager
+def _as_file(content: bytes) -> Iterator[str]:
+    """The path of a file with this content, in memory where the system has such files: libsndfile reads it faster."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("nest-audio", os.MFD_CLOEXEC)
+        with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123  (not a path)
+            file.write(content)
+            yield f"/proc/self/fd/{descriptor}"
+    else:
+        with tempfile.NamedTemporaryFile(prefix="nest-audio-") as file:
+            file.write(content)
+            file.flush()
+            yield file.name

@@ -1,0 +1,316 @@
+"""The scan of one manifest: every line is checked once, and what is kept of it are a few numbers."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import math
+import os
+import stat
+import weakref
+import zlib
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from json.decoder import JSONDecoder
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from nestcli.data import remote
+from nestcli.data.cores import available_cores
+from nestcli.data.cuts import cut_to_row, looks_like_cut
+from nestcli.data.pool import Died, local_pool
+from nestcli.errors import DataError
+
+MAX_LINE = 1 << 20  # bytes
+MAX_SECONDS = 1e6
+NO_SHARD = -1
+_RANGE = 1 << 25  # bytes of a manifest that one process scans at a time: some 200,000 lines
+_MAX_UNPACKED = 1 << 32  # bytes kept of one .gz
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+Row = dict[str, Any]
+ToRow = Callable[[Row], Row]
+
+
+class Source:
+    """The bytes of a manifest: a file, read in place, or the unpacked lines of a .gz, held in memory.
+
+    Lines of a .gz cannot be read in place. What is kept of them is a NeMo row each, some 200 bytes, rather
+    than a temporary file: nothing to clean up, no question where there is room, and forked workers share it.
+    """
+
+    def __init__(self, path: str, to_row: ToRow) -> None:
+        self.path = path
+        self.to_row = to_row
+        local = remote.local_copy(path) if remote.is_remote(path) else path
+        self.absolute = str(Path(local).absolute())  # workers may stand in another folder
+        self.folder = path.rpartition("/")[0] if remote.is_remote(path) else str(Path(self.absolute).parent)
+        self.unpacked: npt.NDArray[np.uint8] | None = None
+        self._descriptor: int | None = None
+
+    def read(self, position: int, size: int) -> bytes:
+        if self.unpacked is not None:
+            return self.unpacked[position : position + size].tobytes()
+        if self._descriptor is None:
+            self._descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._descriptor)
+        return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+
+class Scan:
+    """The columns of one manifest while they grow: a line's place in the file, its times, its shard."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.positions, self.sizes, self.lines = array("q"), array("i"), array("i")
+        self.durations, self.offsets, self.shards = array("d"), array("d"), array("i")
+        self.unpacked = bytearray()
+
+    @property
+    def columns(self) -> tuple[array[Any], ...]:
+        return self.positions, self.sizes, self.lines, self.durations, self.offsets, self.shards
+
+    def add(self, line: int, position: int, size: int, duration: float, offset: float, shard: int) -> None:
+        self.positions.append(position)
+        self.sizes.append(size)
+        self.lines.append(line)
+        self.durations.append(duration)
+        self.offsets.append(offset)
+        self.shards.append(shard)
+
+
+def to_row(record: Row) -> Row:
+    """What a line says, as a row of a NeMo manifest; raises ValueError for what is no utterance."""
+    if "audio_filepath" in record:
+        return record
+    if "audio_filename" in record:  # NeMo takes this name too
+        return {"audio_filepath": record.pop("audio_filename"), **record}
+    if looks_like_cut(record):
+        return cut_to_row(record)
+    if "sources" in record:
+        raise ValueError("this is a Lhotse recording; write cuts, as CutSet.from_manifests makes them")
+    raise ValueError('there is no "audio_filepath"; every line must name its audio file')
+
+
+def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) -> Scan:
+    """Read and check every line of one manifest. Raises DataError naming file and line."""
+    if not remote.is_remote(path):
+        _check_file(path)
+    found = Scan(Source(path, to_row))
+    try:
+        if path.endswith(".gz"):
+            with gzip.open(found.source.absolute, "rb") as file:
+                _scan_lines(cast(IO[bytes], file), found, require_duration, packed=True)
+            found.source.unpacked = np.frombuffer(found.unpacked, np.uint8)
+        else:
+            _scan_ranges(found, require_duration)
+    except _BadLineError as bad:
+        raise DataError(f"{path}, line {bad.line}: {bad.why}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}. Write it again.") from None
+    if not found.lines:
+        raise DataError(f"{path} has no lines. A manifest has one JSON object a line for each utterance.")
+    return found
+
+
+class _BadLineError(Exception):
+    def __init__(self, line: int, why: str) -> None:
+        super().__init__(line, why)
+        self.line, self.why = line, why
+
+
+# --- ranges of a large file, each scanned in a process of its own
+
+
+def _scan_ranges(found: Scan, require_duration: bool) -> None:
+    bounds = _line_starts(found.source.absolute, _RANGE)
+    tasks = [_Range(found.source, require_duration, *pair) for pair in itertools.pairwise(bounds)]
+    workers = min(len(tasks), available_cores())
+    if workers < 2:
+        parts: Iterable[_Part | _BadLineError | Died] = map(_scan_range, tasks)
+        _gather(found, parts)
+        return
+    with local_pool(workers) as pool:
+        _gather(found, pool.in_order(_scan_range, tasks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """The bytes from `start` to `end` of a manifest; both are starts of lines."""
+
+    source: Source
+    require_duration: bool
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a range held: the columns of a Scan, and the number of all its lines, empty ones among them."""
+
+    columns: tuple[array[Any], ...]
+    n_lines: int
+
+
+def _line_starts(path: str, step: int) -> list[int]:
+    """Places in a file, about `step` bytes apart, at which lines start: the first is 0, the last is its end."""
+    size = Path(path).stat().st_size
+    bounds = [0]
+    with Path(path).open("rb") as file:
+        while (wanted := bounds[-1] + step) < size:
+            file.seek(wanted)
+            file.readline(MAX_LINE + 1)
+            bounds.append(min(file.tell(), size))
+    return bounds if bounds[-1] == size else [*bounds, size]
+
+
+def _scan_range(task: _Range) -> _Part | _BadLineError:
+    part = Scan(task.source)
+    try:
+        with Path(task.source.absolute).open("rb") as file:
+            file.seek(task.start)
+            n_lines = _scan_lines(file, part, task.require_duration, packed=False, end=task.end)
+    except _BadLineError as bad:
+        return bad
+    return _Part(part.columns, n_lines)
+
+
+def _gather(found: Scan, parts: Iterable[_Part | _BadLineError | Died]) -> None:
+    n_lines = 0
+    for part in parts:
+        if isinstance(part, Died):
+            raise DataError(f"{found.source.path} could not be read: {part.detail}")
+        if isinstance(part, _BadLineError):
+            raise _BadLineError(n_lines + part.line, part.why)
+        for column, more in zip(found.columns, part.columns, strict=True):
+            column.extend(more)
+        if n_lines:
+            first = len(found.lines) - len(part.columns[2])
+            np.frombuffer(found.lines, np.int32)[first:] += n_lines
+        n_lines += part.n_lines
+
+
+# --- lines
+
+
+def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed: bool, end: float = math.inf) -> int:
+    """Read lines from where the file stands to `end`; how many there were.
+
+    Most lines are plain and pass in a few µs; any other goes through `parse`, which has the messages.
+    """
+    json_value: Callable[[str, int], tuple[Any, int]] = JSONDecoder().scan_once  # type: ignore[attr-defined]
+    position, number = file.tell(), 0
+    while position < end and (line := file.readline(MAX_LINE + 1)):
+        number += 1
+        start, size = position, len(line)
+        position += size
+        if not packed:
+            try:
+                text = line.decode()
+                row, length = json_value(text, 0)
+                path, duration, offset = row["audio_filepath"], row["duration"], row.get("offset", 0.0)
+                if (
+                    text[length:] == "\n"
+                    and type(path) is str
+                    and type(duration) is float
+                    and type(offset) is float
+                    and 0 <= duration <= MAX_SECONDS
+                    and 0 <= offset <= MAX_SECONDS
+                    and path
+                    and not (":" in path or "|" in path or "\0" in path)
+                ):
+                    found.add(number, start, size, duration, offset, _shard(row))
+                    continue
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration):
+                pass
+        if line.isspace():
+            continue
+        try:
+            row, duration, offset = parse(line, found.source.to_row)
+            if require_duration and math.isnan(duration):
+                raise ValueError('there is no "duration"; `nest prepare-data` measures it')
+        except ValueError as error:
+            raise _BadLineError(number, str(error)) from None
+        if packed:
+            start, size = _keep(row, found)
+        found.add(number, start, size, duration, offset, _shard(row))
+    return number
+
+
+def _shard(row: Row) -> int:
+    """The `shard_id` of a row of tarred data; NO_SHARD where it says nothing usable."""
+    shard = row.get("shard_id", NO_SHARD)
+    return shard if type(shard) is int and 0 <= shard < 1 << 31 else NO_SHARD
+
+
+def _keep(row: Row, found: Scan) -> tuple[int, int]:
+    """Append a row to what is held in memory of a .gz; its place there."""
+    kept = json.dumps(row, ensure_ascii=True).encode()
+    start = len(found.unpacked)
+    if start + len(kept) > _MAX_UNPACKED:
+        raise DataError(f"{found.source.path} holds more than {_MAX_UNPACKED >> 30} GiB. Unpack it with gunzip.")
+    found.unpacked += kept
+    return start, len(kept)
+
+
+def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
+    """The row, duration and offset of one line; raises ValueError saying what is wrong and what to do."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"the line is longer than {MAX_LINE >> 20} MiB; is this a manifest?")
+    try:
+        record = json.loads(str(line.removeprefix(_BYTE_ORDER_MARK), "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_why_no_json(line, error)) from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{_short(record)} is no JSON object; a manifest has one {{...}} a line")
+    row = to_row(record) if "audio_filepath" not in record else record
+    _check_path(row["audio_filepath"])
+    return row, _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, str) or not path:
+        raise ValueError(f'"audio_filepath" is {_short(path)}; it must name one file')
+    if path.startswith(("pipe:", "|")) or path.endswith("|") or "\0" in path:
+        raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
+    if "://" in path:
+        remote.check_remote(path)
+
+
+def _seconds(row: Row, key: str, default: float) -> float:
+    value = row.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f'"{key}" is {_short(value)}; it must be a number of seconds from 0 to {MAX_SECONDS:g}')
+    return float(value)
+
+
+def _why_no_json(line: bytes, error: Exception) -> str:
+    if line.startswith(b"{") and not line.endswith(b"\n"):
+        return "the line is cut off: the file was not written to its end. Write it again"
+    if isinstance(error, json.JSONDecodeError):
+        return f"this is not JSON ({error.msg} at column {error.colno}); a manifest has one {{...}} a line"
+    return f"this is not JSON ({str(error)[:80]})"
+
+
+def _check_file(path: str) -> None:
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:
+        raise DataError(f"manifest {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(mode):
+        raise DataError(f"manifest {path} is a folder, a pipe or a device; name a file of JSON lines")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

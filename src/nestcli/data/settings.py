@@ -1,0 +1,109 @@
+"""The keys of `model.train_ds` and `model.validation_ds`, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TECHNIQUES = ("temperature", "random", "round-robin")
+STRATEGIES = ("fixed_order", "synced_randomized", "fully_randomized")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What the block says beside its paths. Durations in seconds; names and meanings are NeMo's."""
+
+    sample_rate: int
+    shuffle: bool
+    num_workers: int
+    pin_memory: bool
+    max_duration: float | None
+    min_duration: float | None
+    batch_size: int | None = None
+    drop_last: bool = False
+    max_failed_share: float = 0.1
+    trim_silence: bool = False
+    # several data sets
+    is_concat: bool = False
+    concat_sampling_technique: str = "temperature"
+    concat_sampling_temperature: float = 5.0
+    concat_sampling_scale: float = 1.0
+    concat_sampling_probabilities: tuple[float, ...] | None = None
+    concat_sampling_seed: int | None = None
+    concat_shuffle: bool = True
+    # tars, and one data set a bucket
+    is_tarred: bool = False
+    shuffle_n: int | None = None
+    bucketing_strategy: str = "synced_randomized"
+    bucketing_batch_size: int | tuple[int, ...] | None = None
+    bucketing_weights: tuple[int, ...] | None = None
+    # Lhotse
+    use_lhotse: bool = False
+    use_bucketing: bool | None = None
+    batch_duration: float | None = None
+    quadratic_duration: float | None = None
+    num_buckets: int | None = None
+    bucket_duration_bins: tuple[float, ...] | None = None
+    bucket_batch_size: tuple[int, ...] | None = None
+    shuffle_buffer_size: int | None = None
+    reweight_temperature: float | tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is None and not self.use_lhotse:
+            raise ValueError("batch_size: null is not a number of utterances, give at least 1.")
+        for key in ("batch_size", "num_buckets", "shuffle_n", "shuffle_buffer_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"{key}: {value} is not a number of {_COUNTED.get(key, 'utterances')}, give at least 1."
+                )
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers: {self.num_workers} is not a number of processes.")
+        for key in ("batch_duration", "quadratic_duration", "concat_sampling_temperature", "concat_sampling_scale"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"{key}: {value} must be above 0.")
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share: {self.max_failed_share} is no share; give 0 to 1.")
+        if self.trim_silence:
+            raise ValueError("trim_silence: silence is not trimmed here: trim the files beforehand.")
+        self._check_concat()
+        self._check_buckets()
+
+    def _check_concat(self) -> None:
+        if self.concat_sampling_technique not in TECHNIQUES:
+            raise ValueError(
+                f"concat_sampling_technique: {self.concat_sampling_technique!r} is not one of {', '.join(TECHNIQUES)}."
+            )
+        shares = self.concat_sampling_probabilities
+        if shares is not None and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
+            raise ValueError(f"concat_sampling_probabilities: {list(shares)} do not add up to 1.")
+
+    def _check_buckets(self) -> None:
+        if self.bucketing_strategy not in STRATEGIES:
+            raise ValueError(f"bucketing_strategy: {self.bucketing_strategy!r} is not one of {', '.join(STRATEGIES)}.")
+        if self.bucketing_weights is not None and min(self.bucketing_weights, default=0) < 1:
+            raise ValueError(f"bucketing_weights: {list(self.bucketing_weights)} must be whole numbers from 1 on.")
+        bins, sizes = self.bucket_duration_bins, self.bucket_batch_size
+        if bins is not None and (not bins or list(bins) != sorted(bins) or bins[0] <= 0):
+            raise ValueError(f"bucket_duration_bins: {list(bins)} must be seconds in rising order.")
+        if sizes is not None and (bins is None or len(bins) != len(sizes) or min(sizes) < 1):
+            raise ValueError(
+                f"bucket_batch_size: {list(sizes)} must be one size from 1 on for each of bucket_duration_bins "
+                f"({0 if bins is None else len(bins)})."
+            )
+        by_bins = self.use_lhotse and sizes is not None
+        if self.batch_size is None and self.batch_duration is None and not by_bins:
+            raise ValueError("batch_size: give it, or batch_duration, or bucket_batch_size.")
+
+    @property
+    def buckets(self) -> bool:
+        """Whether batches come out of buckets of similar length. Unlike in NeMo, naming buckets is enough."""
+        named = self.num_buckets or self.bucket_duration_bins or self.bucket_batch_size
+        wanted = bool(named) if self.use_bucketing is None else self.use_bucketing
+        return self.use_lhotse and wanted
+
+
+_COUNTED = {"num_buckets": "buckets"}
+PATH_KEYS = (
+    "manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "input_cfg", "noise_manifest",
+)  # fmt: skip

@@ -1,0 +1,158 @@
+"""Reading of tarred data: which manifest goes with which tars, in NeMo's layout and in Lhotse's Shar.
+
+A shard is opened when its first utterance is read, not before: opening a corpus reads manifests alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestcli.data import remote
+from nestcli.data.cuts import supervision
+from nestcli.data.manifest import Manifest, joined, of_scan, split_paths
+from nestcli.data.scan import NO_SHARD, scan
+from nestcli.data.tar_index import open_shard
+from nestcli.errors import DataError
+
+# `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; it takes the other brackets too.
+_RANGE = re.compile(r"(?:_OP_|[{(\[<])(\d+)\.\.(\d+)(?:_CL_|[})\]>])")
+_LAST_NUMBER = re.compile(r"(\d+)\D*$")
+_MOST_SHARDS = 1_000_000
+_CUTS, _AUDIO = "cuts", "recording"  # the fields of a Shar that are read
+
+
+def expand(paths: str | Sequence[str]) -> list[str]:
+    """The files that paths with ranges stand for: `audio__OP_0..2_CL_.tar` are three. Raises DataError."""
+    names = split_paths(paths) if isinstance(paths, str) else [str(path) for path in paths]
+    return [name for each in names for name in _expanded(each)]
+
+
+def _expanded(path: str) -> list[str]:
+    elsewhere = remote.is_remote(path)
+    found = _RANGE.search(path) if elsewhere or not Path(path).exists() else None
+    if found is None:
+        return [path if elsewhere else str(Path(path).expanduser())]
+    first, last = found.groups()
+    if not int(first) <= int(last) < int(first) + _MOST_SHARDS:
+        raise DataError(f"{path}: the range {found[0]} names no files; write it as _OP_0..7_CL_")
+    width = len(first) if first.startswith("0") else 0
+    numbers = range(int(first), int(last) + 1)
+    before, after = path[: found.start()], path[found.end() :]
+    return [name for number in numbers for name in _expanded(f"{before}{number:0{width}}{after}")]
+
+
+def read_tarred(manifest_paths: str | Sequence[str], tar_paths: str | Sequence[str]) -> Manifest:
+    """Open a tarred data set of NeMo: one manifest of all shards, or one a shard.
+
+    A line goes with the tar whose name ends in its `shard_id`; without one, with its manifest's own tar, or with the
+    tar that holds its file. Lines of shards that are not given are left out, as in NeMo. Raises DataError.
+    """
+    tars, names = expand(tar_paths), expand(manifest_paths)
+    if not tars or not names:
+        raise DataError("tarred data needs both its manifest and its tars; one of them is empty")
+    by_number = _by_number(tars)
+    manifests = []
+    for place, name in enumerate(names):
+        found = scan(name)
+        stated = np.array(found.shards)
+        if (stated == NO_SHARD).all():
+            own = np.full(len(stated), place) if len(names) == len(tars) else None
+            manifests.append(_with_shards(of_scan(found), own, tars))
+        else:
+            numbers = np.array([by_number.get(int(number), NO_SHARD) for number in stated], np.int32)
+            manifests.append(_with_shards(of_scan(found), numbers, tars))
+    manifest = joined(manifests)
+    if not len(manifest):
+        raise DataError(f"no line of {names[0]} belongs to any of the {len(tars)} tars given, {tars[0]} the first")
+    return manifest
+
+
+def _by_number(tars: Sequence[str]) -> dict[int, int]:
+    """The tar of each shard_id: by the last number in its name, or by its place where these are not all different."""
+    numbers = [_LAST_NUMBER.search(Path(tar).stem) for tar in tars]
+    found = [int(number[1]) for number in numbers if number]
+    if len(set(found)) < len(tars):
+        found = list(range(len(tars)))
+    return {number: place for place, number in enumerate(found)}
+
+
+def _with_shards(manifest: Manifest, shard_of: np.ndarray | None, tars: Sequence[str]) -> Manifest:
+    if shard_of is None:
+        shard_of = _found_in(manifest, tars)
+    kept = np.flatnonzero(shard_of != NO_SHARD)
+    columns = manifest.select(kept)
+    return Manifest(**{**vars(columns), "shard_of": shard_of[kept].astype(np.int32), "shards": tuple(tars)})
+
+
+def _found_in(manifest: Manifest, tars: Sequence[str]) -> np.ndarray:
+    """The tar that holds each line's file, by looking into all of them."""
+    if len(tars) == 1:
+        return np.zeros(len(manifest), np.int32)
+    place_of = {file_id(name): place for place, tar in enumerate(tars) for name in open_shard(tar).members}
+    ids = (file_id(manifest.row(line)["audio_filepath"]) for line in range(len(manifest)))
+    return np.array([place_of.get(each, place_of.get(without_sub(each), NO_SHARD)) for each in ids], np.int32)
+
+
+def file_id(name: str) -> str:
+    """The name by which NeMo finds a line's file in a tar: without folders and ending."""
+    return name.rpartition("/")[2].rpartition(".")[0] or name.rpartition("/")[2]
+
+
+def without_sub(name: str) -> str:
+    """The file of a line that is one of several of it: NeMo's `NAME-sub2` are cut out of NAME."""
+    stem, _, number = name.rpartition("-sub")
+    return stem if number.isdigit() else name
+
+
+def read_shar(path: str | dict[str, Any]) -> Manifest:
+    """Open a Lhotse Shar: a folder, or {cuts: [...], recording: [...]} with ranges. Raises DataError."""
+    cuts, tars = _shar_files(path)
+    if not cuts or len(cuts) != len(tars):
+        raise DataError(
+            f"{path}: there are {len(cuts)} files of cuts and {len(tars)} of recordings; a Shar has "
+            "cuts.000000.jsonl.gz and recording.000000.tar, as `nest prepare-data --shards N --format shar` writes them"
+        )
+    manifests = []
+    for cut_file, tar in zip(cuts, tars, strict=True):
+        manifest = of_scan(scan(cut_file, to_row=_shar_row))
+        manifests.append(_with_shards(manifest, np.zeros(len(manifest), np.int32), [tar]))
+    return joined(manifests)
+
+
+def _shar_files(path: str | dict[str, Any]) -> tuple[list[str], list[str]]:
+    if isinstance(path, str):
+        if remote.is_remote(path):
+            raise DataError(
+                f"{path}: a remote folder is not listed; name its files: shar_path={{cuts: "
+                ".../cuts._OP_000000..000007_CL_.jsonl.gz, recording: .../recording._OP_000000..000007_CL_.tar}"
+            )
+        folder = Path(path).expanduser()
+        cuts = sorted(str(file) for pattern in ("cuts.*.jsonl.gz", "cuts.*.jsonl") for file in folder.glob(pattern))
+        return cuts, sorted(str(file) for file in folder.glob("recording.*.tar"))
+    if missing := {_CUTS, _AUDIO} - path.keys():
+        raise DataError(f"shar_path: {sorted(missing)[0]} is missing; give cuts and recording")
+    return expand(path[_CUTS]), expand(path[_AUDIO])
+
+
+def _shar_row(cut: dict[str, Any]) -> dict[str, Any]:
+    """A cut of a Shar as a row of a manifest; its audio is the member of that name. Raises ValueError."""
+    if "audio_filepath" in cut:
+        return cut
+    recording = cut.get("recording")
+    sources = recording.get("sources") if isinstance(recording, dict) else None
+    kinds = {each.get("type") if isinstance(each, dict) else None for each in sources or [None]}
+    if kinds != {"shar"} or not isinstance(cut.get("id"), str):
+        raise ValueError("this is no cut of a Shar; its recording must be a placeholder of type shar")
+    if cut.get("type", "MonoCut") != "MonoCut":
+        raise ValueError(f"a {cut['type']} cannot be read; save MonoCuts")
+    row = {
+        "duration": cut.get("duration"),
+        "offset": cut.get("start", 0.0),
+        **supervision(cut.get("supervisions") or []),
+    }
+    return {"audio_filepath": cut["id"], **{key: value for key, value in row.items() if value is not None}}

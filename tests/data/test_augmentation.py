@@ -3,12 +3,14 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import Golden, assert_close
 from nestcli.data.augmentation import (
     AugmentationConfig,
+    Mixture,
     _random_split,
     mix_one_speaker_or_noise,
     mix_speakers_and_noise,
@@ -82,6 +84,76 @@ def test_what_came_in_is_not_changed_and_lengths_hold(mix, seed: int) -> None:
     for row, length in zip(ours.noisy_audio, batch.audio_len, strict=True):
         assert not row[length:].any(), "something was mixed into the padding"
     assert ours.noisy_audio.abs().max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_that_is_asked_for_gives_what_noise_in_the_batch_gives(seed: int) -> None:
+    batch = random_batch(seed)
+    asked: list[int] = []
+
+    def noise_of(item: int, count: int) -> np.ndarray:
+        asked.append(item)
+        assert count <= batch.audio_len[item]
+        return batch.noise[item, : min(count, int(batch.noise_len[item]))].numpy()
+
+    config = replace(FULL, prob=0.7)
+    without = replace(batch, noise=torch.zeros(3, 0), noise_len=torch.zeros(3, dtype=torch.int64))
+    ours = mix_speakers_and_noise(without, config, random.Random(seed), noise_of)
+    theirs = mix_speakers_and_noise(batch, config, random.Random(seed))
+    assert torch.equal(ours.noisy_audio, theirs.noisy_audio)
+    assert len(asked) == len(set(asked)) < 3 or seed
+
+
+@pytest.mark.parametrize("mix", [mix_speakers_and_noise, mix_one_speaker_or_noise])
+@pytest.mark.parametrize("loud", [1.0, 6.0])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_record_says_what_was_done(mix, loud: float, seed: int) -> None:
+    """A plain reference: put the pieces together again from the record, sample by sample."""
+    batch = random_batch(seed)
+    batch = replace(batch, audio=batch.audio * loud)
+    record: list[Mixture | None] = []
+    ours = mix(batch, replace(FULL, prob=0.7), random.Random(seed), None, record)
+    assert len(record) == 3
+    for item, done in enumerate(record):
+        length = int(batch.audio_len[item])
+        if done is None:
+            assert torch.equal(ours.noisy_audio[item], batch.audio[item])
+            continue
+        noise = np.zeros(len(batch.audio[item]))
+        for segment in done.segments:
+            assert (segment.source is None) == (done.mode == "noise")
+            row, count = (
+                (batch.noise[item], batch.noise_len[item])
+                if segment.source is None
+                else (batch.audio[segment.source], batch.audio_len[segment.source])
+            )
+            sound = row[: int(count)].numpy()
+            for place in range(segment.length):
+                noise[segment.start + place] = sound[(segment.source_start + place) % len(sound)] * done.gain
+        assert np.abs(noise - ours.noise[item].numpy()).max() < 1e-6
+        noisy = (batch.audio[item].numpy() + noise) * done.scale
+        assert np.abs(noisy - ours.noisy_audio[item].numpy()).max() < 1e-6
+        energies = [(signal[:length] ** 2).mean() for signal in (batch.audio[item].numpy(), noise)]
+        if mix is mix_speakers_and_noise:
+            assert 10 * np.log10(energies[0] / energies[1]) == pytest.approx(done.ratio_db, abs=1e-3)
+
+
+def test_noise_shorter_than_its_place_is_repeated() -> None:
+    batch = random_batch(noise_len=7)
+    ours = mix_speakers_and_noise(batch, replace(FULL, noise_ratio=1.0, max_num_segments=1), random.Random(0))
+    mixed = ours.noise[0][ours.noise[0] != 0]
+    assert torch.equal(mixed[:7], mixed[7:14])
+
+
+@pytest.mark.parametrize("mix", [mix_speakers_and_noise, mix_one_speaker_or_noise])
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_mix_rates_at_the_ends(mix, rate: float) -> None:
+    config = replace(FULL, min_mix_rate=rate, max_mix_rate=rate, noise_ratio=1.0, max_num_segments=1)
+    ours = mix(random_batch(noise_len=400), config, random.Random(0))
+    mixed = (ours.noise != 0).sum(dim=1)
+    assert (mixed <= ours.audio_len).all()
+    assert (mixed > 0).all()
+    assert rate == 0 or torch.equal(mixed, ours.audio_len)
 
 
 @pytest.mark.parametrize("ratio_db", [-5.0, 0.0, 12.0])

@@ -121,12 +121,15 @@ def test_noise_stays_inside_its_line_and_silence_becomes_white_noise(tmp_path: P
     (tmp_path / "ramp.json").write_text(json.dumps(line) + "\n")
     pool = NoisePool(read_manifests(str(tmp_path / "ramp.json")), 16000)
     for seed in range(20):
-        clip = pool.draw(8000, random.Random(seed))
+        clip = pool.draw(8000, random.Random(seed)).samples
         assert len(clip) == 8000
         assert ramp[80000] <= clip.min() <= clip.max() <= ramp[112000 - 1]
-    assert len(pool.draw(64000, random.Random(0))) == 32000
+    assert len(pool.draw(64000, random.Random(0)).samples) == 32000
     (tmp_path / "silent.json").write_text(json.dumps({"audio_filepath": "silent.wav", "duration": 10.0}) + "\n")
-    white = NoisePool(read_manifests(str(tmp_path / "silent.json")), 16000).draw(8000, random.Random(0))
+    part = pool.draw(8000, random.Random(3), keep=3000)
+    assert np.array_equal(part.samples, pool.draw(8000, random.Random(3)).samples[:3000])
+    assert part.offset == pool.draw(8000, random.Random(3)).offset
+    white = NoisePool(read_manifests(str(tmp_path / "silent.json")), 16000).draw(8000, random.Random(0)).samples
     assert -91 < 20 * np.log10(white.std()) < -45
 
 
@@ -220,10 +223,20 @@ def test_a_corpus_of_which_nothing_can_be_read(corpus: dict[str, Path], tmp_path
         data.on_before_batch_transfer(failed, 0)
 
 
+def test_noise_that_is_gone_is_passed_over_and_told(corpus: dict[str, Path], tmp_path: Path) -> None:
+    rows = [*corpus["noise"].read_text().splitlines(), json.dumps({"audio_filepath": "gone.wav", "duration": 1.5})]
+    (tmp_path / "n.json").write_text("\n".join(rows) + "\n")
+    words = [f"model.train_ds.noise_manifest={tmp_path / 'n.json'}", "model.train_ds.batch_augmentor.prob=1"]
+    loaded = batches(corpus, *words, "model.train_ds.batch_augmentor.noise_ratio=1")
+    assert all((batch.noisy_audio != batch.audio).any(dim=1).all() for batch in loaded)
+    assert {each.line.rpartition("/")[2] for batch in loaded for each in batch.skipped} == {"n.json, line 4"}
+
+
 def test_noise_that_cannot_be_read(corpus: dict[str, Path], tmp_path: Path) -> None:
     manifest = tmp_path / "n.json"
     manifest.write_text(json.dumps({"audio_filepath": "gone.wav", "duration": 1.5}) + "\n")
-    data = NestDataModule(tiny_config(corpus, f"model.train_ds.noise_manifest={manifest}"))
+    words = ["model.train_ds.batch_augmentor.prob=1", "model.train_ds.batch_augmentor.noise_ratio=1"]
+    data = NestDataModule(tiny_config(corpus, f"model.train_ds.noise_manifest={manifest}", *words))
     failed = next(iter(data.train_dataloader()))
     assert isinstance(failed, DataError)
     assert "none of 20 noise files drawn can be read" in str(failed)

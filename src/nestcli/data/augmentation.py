@@ -1,6 +1,7 @@
 """Mixing noise and foreign speech into a batch, as array operations.
 
-Pure functions of a batch and an explicit `random.Random`: nothing that came in is changed. From the same seed the
+Functions of a batch and an explicit `random.Random` that change nothing that came in. Noise is asked for when an item
+turns out to need some, and no more of it than is used. From the same seed the
 draws are those of NeMo's `SpeakerNoiseAugmentation` and `MultiSpeakerNoiseAugmentation`. Unless `nemo_exact` is set,
 four things differ from NeMo in the result: an item that is not augmented stays clean and whole, segments never run
 out, noise mode falls back to speech where there is no noise, and a mixture beyond full scale is turned down.
@@ -10,14 +11,41 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from nestcli.data.batch import NoiseBatch
+from nestcli.data.batch import NoiseBatch, Samples
+
+NoiseOf = Callable[[int, int], Samples]  # (item, samples): the item's noise, or all of it where it is shorter
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece that was mixed in; places in samples. `source` is another item of the batch, None for noise.
+
+    It starts at `source_start` of the source, and begins anew there where the source ends before the piece does.
+    """
+
+    start: int
+    length: int
+    source: int | None
+    source_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """What was done to an item: the ratio in dB of its energy to that of the pieces over the whole item, the factor on
+    the pieces, and the factor on the result where it was beyond full scale."""
+
+    mode: Literal["noise", "speech"]
+    ratio_db: float
+    segments: tuple[Segment, ...]
+    gain: float
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,71 +84,150 @@ class AugmentationConfig:
                 raise ValueError(f"{key}: {getattr(self, key)} must be at least 1.")
 
 
-def mix_speakers_and_noise(batch: NoiseBatch, config: AugmentationConfig, rng: random.Random) -> NoiseBatch:
+def mix_speakers_and_noise(
+    batch: NoiseBatch,
+    config: AugmentationConfig,
+    rng: random.Random,
+    noise_of: NoiseOf | None = None,
+    record: list[Mixture | None] | None = None,
+) -> NoiseBatch:
     """Mix segments of noise, or of several other speakers of the batch, into each item with probability `prob`.
 
-    Source: arXiv:2408.13106 section 2.4; NeMo `MultiSpeakerNoiseAugmentation`. The ratio in dB holds over the whole
-    item, not over the mixed part alone.
+    Noise is that of the batch, or what `noise_of` gives. `record` takes what was done to every item. The ratio in dB
+    holds over the whole item, not over the mixed part alone. Source: arXiv:2408.13106 section 2.4; NeMo
+    `MultiSpeakerNoiseAugmentation`.
     """
-    mixed: list[Tensor | None] = []
-    for item in range(len(batch.audio)):
-        mixed.append(None if rng.random() > config.prob else _scattered_segments(item, batch, config, rng))
-    return _assembled(batch, mixed, config)
+    return _mixed(batch, config, rng, noise_of, record, _scattered_segments)
 
 
-def mix_one_speaker_or_noise(batch: NoiseBatch, config: AugmentationConfig, rng: random.Random) -> NoiseBatch:
+def mix_one_speaker_or_noise(
+    batch: NoiseBatch,
+    config: AugmentationConfig,
+    rng: random.Random,
+    noise_of: NoiseOf | None = None,
+    record: list[Mixture | None] | None = None,
+) -> NoiseBatch:
     """Mix one stretch of noise, or of one other speaker, into each item with probability `prob`.
 
-    Source: NeMo `SpeakerNoiseAugmentation`. The ratio in dB is that of the item to the whole noise.
+    As `mix_speakers_and_noise`, but the ratio in dB is that of the item to the whole noise. Source: NeMo
+    `SpeakerNoiseAugmentation`.
     """
-    mixed: list[Tensor | None] = []
-    for item in range(len(batch.audio)):
-        mixed.append(None if rng.random() > config.prob else _one_stretch(item, batch, config, rng))
-    return _assembled(batch, mixed, config)
+    return _mixed(batch, config, rng, noise_of, record, _one_stretch)
 
 
-def _assembled(batch: NoiseBatch, mixed: Sequence[Tensor | None], config: AugmentationConfig) -> NoiseBatch:
-    if config.nemo_exact:  # an item without a mixture keeps its raw noise, and the noise's length
-        noise = torch.stack([raw if new is None else new for raw, new in zip(batch.noise, mixed, strict=True)])
-        changed = torch.tensor([new is not None for new in mixed])
-        noise_len = torch.where(changed, batch.audio_len, batch.noise_len)
-        return replace(
-            batch,
-            noise=noise,
-            noise_len=noise_len,
-            noisy_audio=batch.audio + noise,
-            noisy_audio_len=noise_len,
-        )
-    silence = torch.zeros_like(batch.audio[0])
-    noise = torch.stack([silence if new is None else new for new in mixed])
-    noisy = batch.audio + noise
-    peaks = noisy.abs().amax(dim=1, keepdim=True)
-    noisy = torch.where((peaks > 1) & (noise != 0).any(dim=1, keepdim=True), noisy / peaks, noisy)
-    return replace(batch, noise=noise, noise_len=batch.audio_len, noisy_audio=noisy, noisy_audio_len=batch.audio_len)
+@dataclass(frozen=True)
+class _Given:
+    """A batch as arrays, and where its noise comes from."""
+
+    audio: Samples  # (B, N)
+    lengths: list[int]
+    noise_of: NoiseOf
+    config: AugmentationConfig
+    rng: random.Random
+
+    def speech(self, item: int) -> Samples:
+        return self.audio[item, : self.lengths[item]]
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What is to be mixed into one item: sounds, where they go and come from, and the sound that the ratio is about."""
+
+    is_noise: bool
+    ratio_db: float
+    sounds: list[Samples]
+    segments: list[Segment]
+    energy: float  # mean of squares
+
+
+def _mixed(
+    batch: NoiseBatch,
+    config: AugmentationConfig,
+    rng: random.Random,
+    noise_of: NoiseOf | None,
+    record: list[Mixture | None] | None,
+    choose: Callable[[int, _Given], _Pieces | None],
+) -> NoiseBatch:
+    raw = batch.noise.numpy()
+    raw_lengths = batch.noise_len.tolist()
+    given = _Given(
+        batch.audio.numpy(),
+        batch.audio_len.tolist(),
+        noise_of or (lambda item, count: raw[item, : min(count, raw_lengths[item])]),
+        config,
+        rng,
+    )
+    # an item that is left alone keeps its raw noise in NeMo, and the noise's length
+    noise = raw.copy() if config.nemo_exact else np.zeros_like(given.audio)
+    noisy = given.audio.copy()
+    noise_len = batch.noise_len.clone() if config.nemo_exact else batch.audio_len
+    for item in range(len(noisy)):
+        pieces = None if rng.random() > config.prob else choose(item, given)
+        done = None
+        if pieces is not None:
+            done = _mix_in(item, given, pieces, noise, noisy)
+            if config.nemo_exact:
+                noise_len[item] = given.lengths[item]
+        elif config.nemo_exact:
+            noisy[item] += noise[item]
+        if record is not None:
+            record.append(done)
+    return replace(
+        batch,
+        noise=torch.from_numpy(noise),
+        noise_len=noise_len,
+        noisy_audio=torch.from_numpy(noisy),
+        noisy_audio_len=noise_len,
+    )
+
+
+def _mix_in(item: int, given: _Given, pieces: _Pieces, noise: Samples, noisy: Samples) -> Mixture:
+    """Write the pieces into the item's rows of noise and of noisy audio."""
+    speech = given.speech(item)
+    gain = _gain(_energy(speech), pieces.energy, pieces.ratio_db)
+    noise[item] = 0
+    for segment, sound in zip(pieces.segments, pieces.sounds, strict=True):
+        place = slice(segment.start, segment.start + segment.length)
+        np.multiply(sound, np.float32(gain), out=noise[item, place])
+        noisy[item, place] += noise[item, place]
+    scale = 1.0
+    if gain > 0 and not given.config.nemo_exact:
+        row = noisy[item, : len(speech)]
+        peak = float(max(row.max(), -row.min()))
+        if peak > 1:
+            row /= np.float32(peak)
+            scale = 1 / peak
+    mode: Literal["noise", "speech"] = "noise" if pieces.is_noise else "speech"
+    return Mixture(mode, pieces.ratio_db, tuple(pieces.segments), gain, scale)
 
 
 # ---- several segments and speakers -------------------------------------------------------------------------------
 
 
-def _scattered_segments(item: int, batch: NoiseBatch, config: AugmentationConfig, rng: random.Random) -> Tensor | None:
-    length = int(batch.audio_len[item])
+def _scattered_segments(item: int, given: _Given) -> _Pieces | None:
+    config, rng, length = given.config, given.rng, given.lengths[item]
     ranged = config.min_mix_rate < config.max_mix_rate
     rate = rng.uniform(config.min_mix_rate, config.max_mix_rate) if ranged else config.min_mix_rate
     mix_len = max(1, _share_of(length, rate))
     n_segments = rng.randint(config.min_num_segments, config.max_num_segments)
-    n_speakers = min(rng.randint(config.min_num_speakers, config.max_num_speakers), len(batch.audio))
+    n_speakers = min(rng.randint(config.min_num_speakers, config.max_num_speakers), len(given.lengths))
     segment_lens = _random_split(mix_len, n_segments, rng, always_draw=config.nemo_exact)
-    source = _chosen_source(item, batch, config, rng)
+    source = _chosen_source(item, given, mix_len)
     if source is None:
         return None
-    ratio_db, is_noise = source
-    segments = (
-        _noise_segments(item, batch, segment_lens)
-        if is_noise
-        else _speech_segments(item, batch, segment_lens, n_speakers, rng)
-    )
-    signal = _placed(segments, batch.audio.size(1), length - mix_len, rng)
-    return signal * _gain(batch.audio[item, :length], signal[:length], ratio_db)
+    ratio_db, clip = source
+    if clip is not None:
+        sources = _noise_segments(clip, segment_lens)
+    else:
+        sources = _speech_segments(item, given, segment_lens, n_speakers)
+    starts = _places(segment_lens, length - mix_len, rng)
+    sounds = [sound for sound, _, _ in sources]
+    segments = [
+        Segment(start, len(sound), other, source_start)
+        for start, (sound, other, source_start) in zip(starts, sources, strict=True)
+    ]
+    energy = sum(_energy(sound) * len(sound) for sound in sounds) / length
+    return _Pieces(clip is not None, ratio_db, sounds, segments, energy)
 
 
 def _share_of(length: int, rate: float) -> int:
@@ -146,104 +253,112 @@ def _random_split(total: int, n_parts: int, rng: random.Random, *, always_draw: 
     return [int(counts[i]) for i in np.argsort(first)] if len(parts) else []
 
 
-def _chosen_source(
-    item: int, batch: NoiseBatch, config: AugmentationConfig, rng: random.Random
-) -> tuple[float, bool] | None:
-    """The ratio in dB and whether noise is mixed (else speech); None if neither is to be had."""
-    alone = len(batch.audio) == 1
-    wants_noise = rng.random() < config.noise_ratio or alone
-    if wants_noise and not config.nemo_exact and not bool(batch.noise[item, : batch.noise_len[item]].any()):
+def _chosen_source(item: int, given: _Given, wanted: int) -> tuple[float, Samples | None] | None:
+    """The ratio in dB, and `wanted` samples of noise, or None for speech; None at all if neither is to be had."""
+    config, rng, alone = given.config, given.rng, len(given.lengths) == 1
+    if rng.random() < config.noise_ratio or alone:
+        clip = given.noise_of(item, wanted)
+        if config.nemo_exact or is_audible(clip):
+            return rng.uniform(config.min_r_noise, config.max_r_noise), clip
         if alone:
             return None
-        wants_noise = False
-    if wants_noise:
-        return rng.uniform(config.min_r_noise, config.max_r_noise), True
-    return rng.uniform(config.min_r_speech, config.max_r_speech), False
+    return rng.uniform(config.min_r_speech, config.max_r_speech), None
 
 
-def _noise_segments(item: int, batch: NoiseBatch, segment_lens: Sequence[int]) -> list[Tensor]:
-    """Consecutive slices of the item's noise, repeated to the width of the batch."""
-    repeated = _tiled(batch.noise[item, : batch.noise_len[item]], batch.audio.size(1))
-    return list(torch.split(repeated[: sum(segment_lens)], list(segment_lens)))
+_Source = tuple[Samples, int | None, int]  # a piece, the item that it is of (None: noise), and where it starts there
 
 
-def _speech_segments(
-    item: int, batch: NoiseBatch, segment_lens: Sequence[int], n_speakers: int, rng: random.Random
-) -> list[Tensor]:
+def _noise_segments(clip: Samples, segment_lens: Sequence[int]) -> list[_Source]:
+    """Consecutive slices of the noise, which is repeated where it is too short."""
+    repeated = _tiled(clip, sum(segment_lens))
+    pieces: list[_Source] = []
+    start = 0
+    for length in segment_lens:
+        pieces.append((repeated[start : start + length], None, start % max(1, len(clip))))
+        start += length
+    return pieces
+
+
+def _speech_segments(item: int, given: _Given, segment_lens: Sequence[int], n_speakers: int) -> list[_Source]:
     """Slices of other items, each speaker once and then any of them."""
-    others = [other for other in range(len(batch.audio)) if other != item]
+    rng = given.rng
+    others = [other for other in range(len(given.lengths)) if other != item]
     speakers = rng.sample(others, k=min(n_speakers, len(others)))
-    segments, turn = [], 0
+    pieces: list[_Source] = []
+    turn = 0
     for wanted in segment_lens:
-        speech = batch.audio[speakers[turn], : batch.audio_len[speakers[turn]]]
+        speech, start = given.speech(speakers[turn]), 0
         if wanted > len(speech):
-            segments.append(_tiled(speech, wanted))
+            piece = _tiled(speech, wanted)
         else:
             start = rng.randint(0, len(speech) - wanted - 1) if len(speech) > wanted else 0
-            segments.append(speech[start : start + wanted])
+            piece = speech[start : start + wanted]
+        pieces.append((piece, speakers[turn], start))
         turn += 1
         if turn >= len(speakers):
             turn = rng.randint(0, len(speakers) - 1)
-    return segments
+    return pieces
 
 
-def _placed(segments: Sequence[Tensor], width: int, slack: int, rng: random.Random) -> Tensor:
-    """Segments in their order at random places of a signal of `width` samples; `slack` is what they leave free."""
-    signal = torch.zeros(width)
+def _places(lengths: Sequence[int], slack: int, rng: random.Random) -> list[int]:
+    """Random starts of segments that keep their order and do not overlap; `slack` is what they leave free."""
+    starts = []
     low, high = 0, slack
-    for segment in segments:
+    for length in lengths:
         start = rng.randint(low, high - 1) if low < high else low
-        signal[start : start + len(segment)] = segment
-        low = start + len(segment)
-        high += len(segment)
-    return signal
+        starts.append(start)
+        low = start + length
+        high += length
+    return starts
 
 
 # ---- one stretch ---------------------------------------------------------------------------------------------------
 
 
-def _one_stretch(item: int, batch: NoiseBatch, config: AugmentationConfig, rng: random.Random) -> Tensor | None:
-    length = int(batch.audio_len[item])
+def _one_stretch(item: int, given: _Given) -> _Pieces | None:
+    config, rng, length = given.config, given.rng, given.lengths[item]
     shortest, longest = (_share_of(length, rate) for rate in (config.min_mix_rate, config.max_mix_rate))
     if config.min_mix_rate < config.max_mix_rate:
         mix_len = rng.randint(shortest, max(shortest, longest - 1))
     else:
         mix_len = max(1, shortest)
     start = rng.randint(0, length - mix_len - 1) if mix_len < length else 0
-    source = _chosen_source(item, batch, config, rng)
+    source = _chosen_source(item, given, given.audio.shape[1])
     if source is None:
         return None
-    ratio_db, is_noise = source
-    if is_noise:
-        sound = batch.noise[item, : batch.noise_len[item]]
-    else:
-        other = rng.choice([other for other in range(len(batch.audio)) if other != item])
-        sound = batch.audio[other, : batch.audio_len[other]]
+    ratio_db, sound = source
+    is_noise, other = sound is not None, None
+    if sound is None:
+        other = rng.choice([other for other in range(len(given.lengths)) if other != item])
+        sound = given.speech(other)
     if len(sound) <= mix_len:
         sound, sound_start = _tiled(sound, mix_len), 0
     else:
         sound_start = rng.randint(0, len(sound) - mix_len - 1)
-    signal = torch.zeros(batch.audio.size(1))
-    signal[start : start + mix_len] = sound[sound_start : sound_start + mix_len]
-    return signal * _gain(batch.audio[item, :length], sound, ratio_db)
+    piece = sound[sound_start : sound_start + mix_len]
+    return _Pieces(is_noise, ratio_db, [piece], [Segment(start, mix_len, other, sound_start)], _energy(sound))
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _tiled(sound: Tensor, width: int) -> Tensor:
+def is_audible(sound: Samples) -> bool:
+    """Whether any sample is not zero; the first ones tell of nearly every sound."""
+    return bool(sound[:1024].any() or sound.any())
+
+
+def _tiled(sound: Samples, width: int) -> Samples:
     """The sound repeated to `width` samples, or cut to it."""
     if len(sound) == 0:
-        return torch.zeros(width)
-    return sound.repeat(width // len(sound) + 1)[:width] if len(sound) < width else sound[:width]
+        return np.zeros(width, np.float32)
+    return np.resize(sound, width) if len(sound) < width else sound[:width]
 
 
-def _gain(speech: Tensor, sound: Tensor, ratio_db: float) -> float:
-    """The factor that puts the mean energy of `sound` `ratio_db` below that of `speech`; 0 if it is silent."""
-    sound_energy = _mean_energy(sound)
-    return math.sqrt(_mean_energy(speech) / (10 ** (ratio_db / 10) * sound_energy)) if sound_energy > 0 else 0.0
+def _gain(speech_energy: float, sound_energy: float, ratio_db: float) -> float:
+    """The factor that puts a sound's mean energy `ratio_db` below that of the speech; 0 if it is silent."""
+    return math.sqrt(speech_energy / (10 ** (ratio_db / 10) * sound_energy)) if sound_energy > 0 else 0.0
 
 
-def _mean_energy(sound: Tensor) -> float:
-    """In float64 and by NumPy, whose sum does not depend on the number of threads as PyTorch's does."""
-    return float(np.square(sound.numpy(), dtype=np.float64).mean())
+def _energy(sound: Samples) -> float:
+    """The mean of the squares. NumPy sums pairwise, which is exact to 1e-7 and does not depend on threads."""
+    return float(np.square(sound).mean()) if len(sound) else 0.0

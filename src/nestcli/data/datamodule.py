@@ -70,14 +70,28 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         if not audios:
             items, audios = self._replacement(int(place.items[0]), skipped)
             counts = False
-        epoch = place.epoch
-        noises = [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]
-        batch = collate(audios, noises, [item % len(self.speech) for item in items])
-        if self.mix is not None and self.augmentation is not None:
-            batch = self.mix(batch, self.augmentation, self._generator("mix", epoch, items[0]))
-        elif self.noise is not None:
-            batch = replace(batch, noisy_audio=batch.audio + batch.noise)  # as it was read: NeMo's way
+        batch = self._noisy(place.epoch, items, audios)
+        if self.noise is not None:
+            skipped += self.noise.take_skipped()
         return replace(batch, counts=counts, skipped=tuple(skipped))
+
+    def _noisy(self, epoch: int, items: list[int], audios: list[Samples]) -> NoiseBatch:
+        lines = [item % len(self.speech) for item in items]
+        if self.mix is None or self.augmentation is None:
+            batch = collate(audios, self._noises(epoch, items, audios), lines)
+            return replace(batch, noisy_audio=batch.audio + batch.noise)  # as it was read: NeMo's way
+        generator = self._generator("mix", epoch, items[0])
+        if self.augmentation.nemo_exact:
+            return self.mix(collate(audios, self._noises(epoch, items, audios), lines), self.augmentation, generator)
+
+        def noise_of(place: int, count: int) -> Samples:  # the same draws, but only of what is mixed in
+            return self._noise(epoch, items[place], len(audios[place]), count)
+
+        batch = collate(audios, [np.zeros(0, np.float32)] * len(items), lines)
+        return self.mix(batch, self.augmentation, generator, noise_of)
+
+    def _noises(self, epoch: int, items: list[int], audios: list[Samples]) -> list[Samples]:
+        return [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]
 
     def _speech_of(self, wanted: Items) -> tuple[list[int], list[Samples], list[Skipped]]:
         """The items that can be read, their audio, and what is wrong with the others."""
@@ -107,11 +121,11 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         shortest = int(MIN_SECONDS * self.sample_rate)
         return np.resize(audio, shortest) if len(audio) < shortest else audio
 
-    def _noise(self, epoch: int, item: int, n_samples: int) -> Samples:
+    def _noise(self, epoch: int, item: int, n_samples: int, keep: int | None = None) -> Samples:
         if self.noise is None:
             exact = self.augmentation is not None and self.augmentation.nemo_exact
             return np.zeros(n_samples if exact else 0, np.float32)
-        return self.noise.draw(n_samples, self._generator("noise", epoch, item))
+        return self.noise.draw(n_samples, self._generator("noise", epoch, item), keep).samples
 
     def _generator(self, purpose: str, epoch: int, item: int) -> random.Random:
         return random.Random(f"{self.seed}/{purpose}/{epoch}/{item}")  # noqa: S311  # no secrets here
@@ -322,7 +336,7 @@ def _wants_validation(config: DictConfig) -> bool:
     return OmegaConf.is_missing(block, "manifest_filepath") or block.manifest_filepath is not None
 
 
-def _mixer(config: DictConfig, key: str) -> tuple[Any, AugmentationConfig | None]:
+def _mixer(config: DictConfig, key: str) -> tuple[Callable[..., NoiseBatch] | None, AugmentationConfig | None]:
     block = OmegaConf.select(config, f"{key}.batch_augmentor")
     if block is None:
         return None, None

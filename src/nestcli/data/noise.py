@@ -3,56 +3,77 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import numpy as np
 
-from nestcli.data.audio import load_audio
-from nestcli.data.batch import Samples
+from nestcli.data.augmentation import is_audible
+from nestcli.data.batch import Samples, Skipped
 from nestcli.data.manifest import Manifest
+from nestcli.data.reading import read_audio
 from nestcli.errors import DataError
 
 ATTEMPTS = 20
-WHITE_NOISE_DB = (
-    -90,
-    -46,
-)  # level of what stands in for a silent clip: an integer of dBFS, the upper end excluded
+WHITE_NOISE_DB = (-90, -46)  # stands in for silent clips: an integer of dBFS, the upper end excluded
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Noise, and where it is from: a line of the manifest and the place in its file in seconds; None if made up."""
+
+    samples: Samples
+    line: int | None
+    offset: float
 
 
 class NoisePool:
     """Draws clips of noise: any line with the same chance, then any place in it.
 
     Source: NeMo `sample_noise`. Unlike there, a clip stays inside the line's offset and duration, channels are
-    averaged, and a clip counts as silent when it has no energy, not when its sum is zero.
+    averaged, and a clip counts as silent when it has no energy, not when its sum is zero. Lines that cannot be read are
+    passed over; `take_skipped` tells of them.
     """
 
     def __init__(self, manifest: Manifest, sample_rate: int) -> None:
         self.manifest, self.sample_rate = manifest, sample_rate
+        self._skipped: list[Skipped] = []
 
-    def draw(self, n_samples: int, rng: random.Random) -> Samples:
-        """A clip of `n_samples`, or a whole shorter line. Raises DataError if 20 lines in a row cannot be read."""
+    def draw(self, n_samples: int, rng: random.Random, keep: int | None = None) -> Clip:
+        """A clip of `n_samples`, or a whole shorter line; of it the first `keep` samples.
+
+        Raises DataError if 20 lines in a row cannot be read.
+        """
+        clip: Clip | None = None
         problem: DataError | None = None
-        clip: Samples = np.zeros(0, np.float32)
         for _ in range(ATTEMPTS):
+            line = rng.randrange(len(self.manifest))
             try:
-                clip = self._load(rng.randrange(len(self.manifest)), n_samples, rng)
+                clip = self._load(line, n_samples, rng, n_samples if keep is None else min(keep, n_samples))
             except DataError as error:
                 problem = error
+                self._skipped.append(Skipped(self.manifest.where(line), str(error)))
                 continue
-            if clip.any():
+            if is_audible(clip.samples):
                 return clip
-        if len(clip) == 0 and problem is not None:
+        if clip is None and problem is not None:
             raise DataError(f"none of {ATTEMPTS} noise files drawn can be read; the last: {problem}")
-        return _white_noise(n_samples, rng)
+        return Clip(_white_noise(n_samples, rng)[:keep], None, 0.0)
 
-    def _load(self, line: int, n_samples: int, rng: random.Random) -> Samples:
+    def take_skipped(self) -> list[Skipped]:
+        """The lines that could not be read since this was last asked."""
+        skipped, self._skipped = self._skipped, []
+        return skipped
+
+    def _load(self, line: int, n_samples: int, rng: random.Random, keep: int) -> Clip:
         entry = self.manifest.entry(line)
         wanted = n_samples / self.sample_rate
         offset, duration = entry.offset, entry.duration
         if duration > wanted:
             offset += rng.uniform(0, duration - wanted)
             duration = wanted
-        clip = load_audio(entry.audio_filepath, sample_rate=self.sample_rate, offset=offset, duration=duration)
-        return clip[:n_samples]
+        kept = min(duration, (keep + 0.5) / self.sample_rate)  # the half keeps rounding from costing a sample
+        samples = read_audio(entry, sample_rate=self.sample_rate, offset=offset, duration=kept)
+        return Clip(samples[:keep], line, offset)
 
 
 def _white_noise(n_samples: int, rng: random.Random) -> Samples:

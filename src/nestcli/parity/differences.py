@@ -158,7 +158,7 @@ def _noise_with_offset(context: Context) -> Proof:
         manifest.write_text(json.dumps(line) + "\n", encoding="utf-8")
         theirs = context.nemo.ask("sample_noise", {"line": line, "seed": 0, "draws": draws, "samples": rate})
         pool, rng = NoisePool(read_manifests(str(manifest)), rate), random.Random(0)
-        ours = [pool.draw(rate, rng) for _ in range(draws)]
+        ours = [pool.draw(rate, rng).samples for _ in range(draws)]
     inside, theirs_inside = (
         sum(float(clip.mean()) > 0.25 for clip in side) for side in (ours, theirs.tensors.values())
     )

@@ -8,12 +8,13 @@ NEMO_VENV := .venv-nemo
 NEMO_INSTALLED := $(NEMO_VENV)/.installed-3.0.0
 NEMO := NEST_NEMO_PYTHON=$(NEMO_VENV)/bin/python
 
-.PHONY: help demo test test-all check parity format setup setup-nemo clean
+.PHONY: help demo test test-all test-ray check parity format setup setup-nemo clean
 
 help:
 	@echo "make demo      set up, then run nest demo (results in nest_demo/)"
 	@echo "make test      set up, then the default tests"
 	@echo "make test-all  the slow tests too"
+	@echo "make test-ray  set up Ray (70 MB), prepare data on a cluster of this machine's"
 	@echo "make check     format, lint, types, import directions"
 	@echo "make parity    set up NeMo 3.0.0 beside us (2.2 GB), compare everything with it"
 
@@ -30,10 +31,14 @@ demo: setup
 	$(VENV)/bin/nest demo --out nest_demo
 
 test: setup
-	$(VENV)/bin/python -m pytest -m "not slow and not nemo and not gpu"
+	$(VENV)/bin/python -m pytest -m "not slow and not nemo and not gpu and not ray"
 
 test-all: setup
-	$(VENV)/bin/python -m pytest -m "not nemo and not gpu"
+	$(VENV)/bin/python -m pytest -m "not nemo and not gpu and not ray"
+
+test-ray: setup
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[ray]"
+	$(VENV)/bin/python -m pytest -m ray
 
 check: setup
 	$(VENV)/bin/ruff format --check .

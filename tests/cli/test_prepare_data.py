@@ -76,6 +76,12 @@ def test_limits_reach_the_check(folder, tmp_path):
     assert document["rejections"] == {"too_long": 2, "too_short": 2}
 
 
+def test_json_is_printed_when_everything_is_rejected(folder, tmp_path):
+    result = call(folder, "--out", tmp_path / "out", "--min-duration", "1000", "--strict", "--json")
+    assert isinstance(result.exception, RunFailedError)
+    assert json.loads(result.stdout)["accepted"] == 0
+
+
 def test_mistakes_are_one_message(folder, tmp_path):
     result = call(folder / "gone", "--out", tmp_path / "out")
     assert isinstance(result.exception, DataError)

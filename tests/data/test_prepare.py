@@ -11,7 +11,7 @@ import soundfile as sf
 
 from nestcli.data.audio import load_audio
 from nestcli.data.manifest import read_manifests, write_manifest
-from nestcli.data.prepare import PrepareOptions, prepare
+from nestcli.data.prepare import PrepareOptions, first_rejection, prepare
 from nestcli.data.split import for_validation
 from nestcli.errors import DataError
 
@@ -22,7 +22,8 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared record
 
 def write(path, seconds=0.5, rate=RATE, level=0.1):
     path.parent.mkdir(parents=True, exist_ok=True)
-    sf.write(path, level * np.random.default_rng(0).standard_normal(int(seconds * rate)), rate)
+    rng = np.random.default_rng(list(os.fsencode(path)))  # no two files alike
+    sf.write(path, level * rng.standard_normal(int(seconds * rate)), rate)
     return path
 
 
@@ -134,9 +135,11 @@ def test_a_folder_and_its_manifest_name_the_same_audio(corpus, out, tmp_path):
 
 def test_nothing_of_an_earlier_run_stays_when_nothing_can_be_used(corpus, out):
     prepare([corpus], out, PrepareOptions())
-    with pytest.raises(DataError, match="nothing can be used"):
-        prepare([corpus], out, PrepareOptions(min_duration=1000))
-    assert sorted(path.name for path in out.iterdir()) == ["rejected.jsonl"]
+    summary = prepare([corpus], out, PrepareOptions(min_duration=1000))
+    assert (summary.accepted, summary.rejections) == (0, {"too_short": 20})
+    assert summary.manifests == {"train": None, "val": None}
+    visible = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    assert visible == ["rejected.jsonl", "summary.json"]
 
 
 def test_what_is_there_twice_is_taken_once(corpus, out):
@@ -326,8 +329,9 @@ def test_nothing_to_take_says_why(tmp_path, out):
         prepare([tmp_path / "in"], out, PrepareOptions())
     (tmp_path / "in" / "a.wav").touch()
     (tmp_path / "in" / "b.wav").write_text("<html>")
-    with pytest.raises(DataError, match=r"1 empty, 1 unreadable"):
-        prepare([tmp_path / "in"], out, PrepareOptions())
+    summary = prepare([tmp_path / "in"], out, PrepareOptions())
+    assert (summary.accepted, summary.rejections) == (0, {"empty": 1, "unreadable": 1})
+    assert "a.wav: the file has no bytes" in first_rejection(out)
     assert len(rows(out / "rejected.jsonl")) == 2
 
 

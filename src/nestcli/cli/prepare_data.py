@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 def prepare_data(
     inputs: Annotated[
-        list[Path],
-        typer.Argument(metavar="INPUT...", help="Audio folders, audio files, manifests, Lhotse cuts."),
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Audio folders, audio files, globs, manifests, Lhotse cuts or recordings, Kaldi data folders.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the manifests.")],
     kind: Annotated[Literal["speech", "noise"], typer.Option("--kind", help="What the audio is used for.")] = "speech",
@@ -44,20 +47,44 @@ def prepare_data(
     max_duration: Annotated[
         float | None, typer.Option("--max-duration", metavar="SECONDS", help="Reject what is longer.")
     ] = None,
+    segment: Annotated[
+        float | None,
+        typer.Option("--segment", metavar="SECONDS", help="Cut what is longer into pieces, at quiet places."),
+    ] = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Write FLAC of one channel to DIR/audio: what is not needed stays out.")
+    ] = False,
+    sample_rate: Annotated[
+        int, typer.Option("--sample-rate", metavar="HZ", help="Of converted files and shards.")
+    ] = 16000,
+    channel: Annotated[
+        int | None,
+        typer.Option("--channel", metavar="N", help="Keep this channel, from 0, instead of the average of all."),
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option("--shards", metavar="N", help="Also pack the audio into N tars for training.")
+    ] = None,
+    shard_format: Annotated[
+        Literal["nemo-tar", "shar"], typer.Option("--format", help="Of the shards: NeMo's tars or Lhotse's Shar.")
+    ] = "nemo-tar",
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", "-j", metavar="N", help="Files checked at once. Default: one a core."),
+        typer.Option("--jobs", "-j", metavar="N", help="Processes that work. Default: one a core."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: local, auto, HOST:PORT."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Check audio and write manifests for training.
 
-    Decodes every file to its end. What is broken, cut off, empty, silent or there twice is left out and
+    Decodes every file to its end. What is broken, cut off, empty, silent, clipped or there twice is left out and
     listed in DIR/rejected.jsonl with the reason; the rest goes to DIR/train_manifest.json and
-    DIR/val_manifest.json.
+    DIR/val_manifest.json. A run that was interrupted goes on with the same command.
     """
-    from nestcli.data.prepare import PrepareOptions, prepare
+    from nestcli.data.prepare import PrepareOptions, first_rejection, prepare
 
     options = PrepareOptions(
         kind=kind,
@@ -66,14 +93,26 @@ def prepare_data(
         speaker_pattern=speaker_pattern,
         min_duration=min_duration,
         max_duration=max_duration,
+        segment=segment,
+        convert=convert,
+        sample_rate=sample_rate,
+        channel=channel,
+        shards=shards,
+        shard_format=shard_format,
         jobs=jobs,
+        ray=ray,
     )
     with console.progress("checking audio") as advance:
         summary = prepare(inputs, out, options, advance)
     if as_json:
         console.emit_json(summary.as_json())
-    else:
+    elif summary.accepted:
         _show(summary, out, pattern_given=speaker_pattern is not None)
+    if not summary.accepted:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in summary.rejections.items())
+        raise RunFailedError(
+            f"nothing can be used ({reasons}); see {out / 'rejected.jsonl'}. The first: {first_rejection(out)}"
+        )
     if strict and summary.rejected:
         raise RunFailedError(f"{summary.rejected} inputs were rejected (--strict); see {out / 'rejected.jsonl'}")
 
@@ -81,13 +120,15 @@ def prepare_data(
 def _show(summary: PrepareSummary, out: Path, *, pattern_given: bool) -> None:
     """Print the table, what deserves a remark, and the next command."""
     console.table("", [f"{summary.kind} in {out}", ">"], _rows(summary))
+    console.note(f"Lengths and levels are drawn in {out / 'summary.svg'}.")
     for remark in _remarks(summary, out, pattern_given):
         console.note(remark)
-    console.note(f"next: {_next_command(summary.kind, summary.manifests, out)}")
+    console.note(f"next: {_next_command(summary, out)}")
 
 
 def _rows(summary: PrepareSummary) -> list[tuple[str, str]]:
     durations = " / ".join(f"{summary.durations[key]:.2f} s" for key in ("min", "median", "max"))
+    levels = " / ".join(f"{summary.levels[key]:.0f} dBFS" for key in ("min", "median", "max"))
     rates = ", ".join(f"{hz / 1000:g} ({count:,})" for hz, count in summary.sample_rates.items())
     rows = [
         ("accepted", f"{summary.accepted:,}"),
@@ -95,12 +136,15 @@ def _rows(summary: PrepareSummary) -> list[tuple[str, str]]:
         ("  for validation", f"{summary.utterances['val']:,}"),
         ("hours", f"{summary.hours:,.2f}"),
         ("shortest, median, longest", durations),
+        ("quietest, median, loudest", levels),
         ("sample rates, kHz (files)", rates),
     ]
     if summary.speakers:
         rows.append(("speakers", f"{summary.speakers:,}"))
     rows.append(("rejected", f"{summary.rejected:,}"))
     rows.extend((f"  {reason}", f"{count:,}") for reason, count in summary.rejections.items())
+    for side, keys in summary.shards.items():
+        rows.append((f"shards of {side}", str(keys.get("tarred_audio_filepaths") or keys.get("shar_path"))))
     if summary.passed_over:
         rows.append(("passed over, not audio by name", f"{summary.passed_over:,}"))
     return rows
@@ -120,15 +164,20 @@ def _remarks(summary: PrepareSummary, out: Path, pattern_given: bool) -> list[st
     return remarks
 
 
-def _next_command(kind: str, manifests: dict[str, str | None], out: Path) -> str:
-    """What to type next, with this run's paths as the user wrote them."""
-    if kind == "noise":
-        keys = {"train": "model.train_ds.noise_manifest"}
-        others = ["model.train_ds.manifest_filepath=SPEECH_MANIFEST", "model.validation_ds.manifest_filepath=null"]
-    else:
-        keys = {"train": "model.train_ds.manifest_filepath", "val": "model.validation_ds.manifest_filepath"}
-        others = ["model.train_ds.noise_manifest=null"]
-        if not manifests["val"]:
-            others.append("model.validation_ds.manifest_filepath=null")
-    words = [f"{key}={out / f'{side}_manifest.json'}" for side, key in keys.items() if manifests[side]]
-    return shlex.join(["nest", "pretrain", "nest_fast-conformer", *words, *others])
+def _next_command(summary: PrepareSummary, out: Path) -> str:
+    """What to type next, with this run's paths as the user wrote them, or its shards."""
+    blocks = {"train": "model.train_ds", "val": "model.validation_ds"}
+    if summary.kind == "noise":
+        words = [f"model.train_ds.noise_manifest={out / 'train_manifest.json'}"]
+        words += ["model.train_ds.manifest_filepath=SPEECH_MANIFEST", "model.validation_ds.manifest_filepath=null"]
+        return shlex.join(["nest", "pretrain", "nest_fast-conformer", *words])
+    words = []
+    for side, block in blocks.items():
+        if keys := summary.shards.get(side):
+            words += [f"{block}.{key}={str(value).lower() if value is True else value}" for key, value in keys.items()]
+        elif summary.manifests[side]:
+            words.append(f"{block}.manifest_filepath={out / f'{side}_manifest.json'}")
+    words.append("model.train_ds.noise_manifest=null")
+    if not summary.manifests["val"]:
+        words.append("model.validation_ds.manifest_filepath=null")
+    return shlex.join(["nest", "pretrain", "nest_fast-conformer", *words])

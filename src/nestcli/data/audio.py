@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +31,9 @@ Samples = npt.NDArray[np.float32]
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
 SILENCE_DB = -100.0  # RMS in dBFS; one bit of 16 is -90
+FULL_SCALE = 0.999  # of a sample that may be cut off; 16 bits end at 0.99997
+_TRAILING = 1 << 15  # bytes
+_CLIPPED_RUN = 3  # samples in a row at full scale; a loud but whole signal has one or two at its peaks
 
 _LOAD_BLOCK = 1 << 23  # samples of all channels decoded in one go: 32 MiB, a minute of 48 kHz stereo
 _INSPECT_BLOCK = 1 << 18
@@ -43,7 +47,8 @@ class AudioReport:
     """What decoding a whole file showed; `reason` is None for a good one.
 
     `frames` were decoded at `sample_rate` Hz and last `duration` s. `peak` and `rms_db` (dBFS) are those of
-    the average of the channels, which is what `load_audio` returns. `detail` says in words what is wrong.
+    the average of the channels, which is what `load_audio` returns. `clipped` is the share of samples in runs at full
+    scale, `digest` a hash of the samples and their rate. `detail` says in words what is wrong.
     """
 
     sample_rate: int = 0
@@ -52,6 +57,8 @@ class AudioReport:
     duration: float = 0.0
     peak: float = 0.0
     rms_db: float = -math.inf
+    clipped: float = 0.0
+    digest: str = ""
     reason: str | None = None
     detail: str = ""
 
@@ -63,8 +70,15 @@ class _Sound(sf.SoundFile):  # type: ignore[misc]  # soundfile has no types
     earlier frames that the next ones refer to. It does not where a file says that it cannot seek.
     """
 
+    channel: int | None = None  # the one that is kept; None for the average of all
+
     def seekable(self) -> bool:
         return False
+
+    def keep(self, channel: int | None) -> None:
+        if channel is not None and not 0 <= channel < self.channels:
+            raise _BadAudioError("no_such_channel", f"there is no channel {channel}: there are {self.channels}, from 0")
+        self.channel = channel
 
 
 class _BadAudioError(Exception):
@@ -74,17 +88,24 @@ class _BadAudioError(Exception):
 
 
 def load_audio(
-    path: str | os.PathLike[str], *, sample_rate: int, offset: float = 0.0, duration: float | None = None
+    path: str | os.PathLike[str],
+    *,
+    sample_rate: int,
+    offset: float = 0.0,
+    duration: float | None = None,
+    channel: int | None = None,
 ) -> Samples:
     """Read a file, or `duration` s of it from `offset` s on, as mono float32 at `sample_rate` Hz.
 
-    Channels are averaged. Times are the file's own and truncated to its samples, as in NeMo's AudioSegment;
-    the result is shorter than `duration` where the file ends before. Raises DataError if nothing can be read.
+    Channels are averaged, unless one is named, from 0. Times are the file's own and truncated to its samples, as in
+    NeMo's AudioSegment; the result is shorter than `duration` where the file ends before. Raises DataError if nothing
+    can be read.
     """
     try:
         with _decoder(os.fspath(path)) as sound:
             file_rate: int = sound.samplerate
             count = None if duration is None else int(duration * file_rate)
+            sound.keep(channel)
             samples = _read_mono(sound, int(offset * file_rate), count)
     except _BadAudioError as bad:
         raise _data_error(path, bad.detail) from None
@@ -251,10 +272,14 @@ def _blocks(sound: _Sound, size: int, count: int) -> Iterator[Samples]:
 def _decode(sound: _Sound, count: int) -> Samples:
     """Decode up to `count` frames and average the channels."""
     if sound.subtype != "PCM_16":
-        return _average(sound.read(count, dtype="float32"))
+        return _one_channel(sound.read(count, dtype="float32"), sound.channel)
     samples: Samples = sound.read(count, dtype="int16").astype(np.float32)
     samples *= 1 / 32768  # what libsndfile computes for float32, to the bit, in half its time
-    return _average(samples)
+    return _one_channel(samples, sound.channel)
+
+
+def _one_channel(samples: Samples, channel: int | None) -> Samples:
+    return _average(samples) if channel is None or samples.ndim == 1 else samples[:, channel].copy()
 
 
 def _average(samples: Samples) -> Samples:
@@ -283,11 +308,15 @@ def _resample(samples: Samples, rate: int, target: int) -> Samples:
 
 def _inspect(path: str, sound: _Sound) -> AudioReport:
     """Decode all of an open file; the report of what was decoded carries the first thing that is wrong."""
-    frames, peak, energy, failure = 0, 0.0, 0.0, ""
+    frames, peak, energy, clipped, failure = 0, 0.0, 0.0, 0, ""
+    digest = blake2b(str(sound.samplerate).encode(), digest_size=16)
     try:
         for block in _blocks(sound, _INSPECT_BLOCK // sound.channels, sound.frames):
             frames += len(block)
-            peak = float(np.maximum(peak, np.maximum(block.max(), -block.min())))  # NaN stays NaN
+            digest.update(block.data)
+            highest = max(float(block.max()), -float(block.min()))
+            peak = math.nan if math.isnan(highest) else max(peak, highest)
+            clipped += _clipped_samples(block) if highest >= FULL_SCALE else 0
             with np.errstate(all="ignore"):
                 energy += float(np.dot(block, block))
     except sf.LibsndfileError as error:
@@ -295,10 +324,39 @@ def _inspect(path: str, sound: _Sound) -> AudioReport:
     rms_db = 10 * math.log10(energy / frames) if energy > 0 and math.isfinite(energy) else -math.inf
     if failure:
         reason, detail = _decoding_failure(path, sound, failure)
+    elif _undeclared_bytes(path, sound) > 0:
+        reason, detail = "wrong_duration", f"its header declares {frames} samples, and there are more behind them"
     else:
         reason, detail = _first_fault(path, sound, frames, peak, energy, rms_db)
     rate = sound.samplerate
-    return AudioReport(rate, sound.channels, frames, frames / rate, peak, rms_db, reason or None, detail)
+    return AudioReport(
+        sample_rate=rate,
+        channels=sound.channels,
+        frames=frames,
+        duration=frames / rate,
+        peak=peak,
+        rms_db=rms_db,
+        clipped=clipped / max(1, frames),
+        digest=digest.hexdigest(),
+        reason=reason or None,
+        detail=detail,
+    )
+
+
+def _undeclared_bytes(path: str, sound: _Sound) -> int:
+    """Bytes behind the declared end of a FLAC file, beyond what a tag or a buffer explains."""
+    if sound.format != "FLAC" or not isinstance(sound.name, int):
+        return 0
+    size = Path(path).stat().st_size
+    return max(0, size - os.lseek(sound.name, 0, os.SEEK_CUR) - _TRAILING - size // 10)
+
+
+def _clipped_samples(block: Samples) -> int:
+    """Samples in runs of three or more at full scale."""
+    high = np.concatenate([[False], np.abs(block) >= FULL_SCALE, [False]])
+    edges = np.flatnonzero(high[1:] != high[:-1])
+    runs = edges[1::2] - edges[::2]
+    return int(runs[runs >= _CLIPPED_RUN].sum())
 
 
 def _first_fault(path: str, sound: _Sound, frames: int, peak: float, energy: float, rms_db: float) -> tuple[str, str]:

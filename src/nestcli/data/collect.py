@@ -1,7 +1,8 @@
-"""What there is to check: audio in folders, audio files, and the lines of manifests, in input order."""
+"""What there is to check, in input order: folders, files, globs, manifests of NeMo and Lhotse, folders of Kaldi."""
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestcli.data.manifest import Manifest, read_manifests
+from nestcli.data import remote
+from nestcli.data.cuts import recording_to_row
+from nestcli.data.kaldi import is_kaldi, read_kaldi
+from nestcli.data.manifest import Manifest, of_scan
+from nestcli.data.scan import scan, to_row
 from nestcli.errors import DataError
 
 # also what nobody here can read: it shall be rejected with its reason, not passed over
@@ -17,7 +22,8 @@ AUDIO_SUFFIXES = frozenset(
     ".wav .wave .flac .mp3 .mp2 .ogg .oga .opus .sph .nist .aif .aiff .aifc .au .snd .caf .w64 .rf64"  # noqa: SIM905
     " .voc .wv .amr .awb .gsm .m4a .mp4 .aac .wma .webm .mka .ape".split()
 )
-OUTPUTS = frozenset(["train_manifest.json", "val_manifest.json", "rejected.jsonl", "summary.json"])
+OUTPUTS = frozenset(["train_manifest.json", "val_manifest.json", "rejected.jsonl", "summary.json", "summary.svg"])
+OUTPUT_FOLDERS = frozenset(["audio", "train_shards", "val_shards"])
 MANIFEST_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
@@ -26,7 +32,8 @@ class Item:
     """One utterance to check: a whole file, or the segment that a manifest names.
 
     `path` is absolute; `key` is the path relative to the input that it came with, or as its manifest writes
-    it. Times are in seconds; the duration is NaN where no manifest states one.
+    it. Times are in seconds; the duration is NaN where no manifest states one. `facts` is what is known without a
+    manifest to read it from again; `refused` says why the item cannot be looked at.
     """
 
     path: str
@@ -36,10 +43,12 @@ class Item:
     speaker: str | None = None
     manifest: Manifest | None = None
     index: int = -1
+    facts: dict[str, Any] | None = None
+    refused: str | None = None
 
     def known(self) -> dict[str, Any]:
         """All that the item's manifest says about it, read again from there."""
-        return {} if self.manifest is None else self.manifest.row(self.index)
+        return dict(self.facts or {}) if self.manifest is None else self.manifest.row(self.index)
 
     def where(self) -> str:
         """The manifest's line, for messages."""
@@ -62,13 +71,12 @@ def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
 
     Raises DataError, before anything is listed, for an input that does not exist.
     """
-    paths = [Path(each) for each in inputs]
-    for path in paths:
-        if not os.path.lexists(path):
-            raise DataError(f"{path} does not exist; give folders, audio files or manifests")
+    paths = [path for each in inputs for path in _existing(os.fspath(each))]
     collection = Collection()
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and is_kaldi(path):
+            collection.items.extend(_kaldi_items(path))
+        elif path.is_dir():
             _add_folder(path, out, collection)
         elif path.name.lower().endswith(MANIFEST_SUFFIXES):
             collection.items.extend(_manifest_items(str(path)))
@@ -77,10 +85,26 @@ def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
     return collection
 
 
+def _existing(given: str) -> list[Path]:
+    """The input, or, where there is no such file, those that it matches as a glob."""
+    if os.path.lexists(given):
+        return [Path(given)]
+    if remote.is_remote(given):
+        raise DataError(f"{given} is a remote address; copy the audio to this machine, or a disk that it sees, first")
+    if glob.has_magic(given):
+        if found := sorted(glob.glob(given, recursive=True)):  # noqa: PTH207  (absolute patterns, "~", hidden files)
+            return [Path(each) for each in found]
+        raise DataError(f"nothing matches {given}; give folders, audio files or manifests")
+    raise DataError(f"{given} does not exist; give folders, audio files or manifests")
+
+
 def _add_folder(root: Path, out: Path, collection: Collection) -> None:
     base = str(root.absolute())
     own = OUTPUTS if root.resolve() == out.resolve() else frozenset()
+    made = {f"{base}/{name}" for name in OUTPUT_FOLDERS} if own else set()
     for folder, names in _walk(base, os.path.realpath(out)):
+        if any(folder == each or folder.startswith(f"{each}/") for each in made):
+            continue
         for name in names:
             if folder == base and name in own:
                 continue
@@ -108,16 +132,39 @@ def _walk(root: str, out: str) -> Iterator[tuple[str, list[str]]]:
         yield folder, sorted(name for name in names if not name.startswith("."))
 
 
+def _any_row(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of a manifest, or one of Lhotse's recordings, which is all of its file."""
+    is_recording = "sources" in record and "recording" not in record and "audio_filepath" not in record
+    return recording_to_row(record) if is_recording else to_row(record)
+
+
 def _manifest_items(path: str) -> Iterator[Item]:
-    manifest = read_manifests([path], require_duration=False)
+    manifest = of_scan(scan(path, require_duration=False, to_row=_any_row))
     for index in range(len(manifest)):
         entry = manifest.entry(index)
+        elsewhere = remote.is_remote(entry.audio_filepath)
         yield Item(
-            path=os.path.abspath(entry.audio_filepath),  # noqa: PTH100  (folds "..", as pathlib does not)
+            # abspath folds "..", as pathlib does not
+            path=entry.audio_filepath if elsewhere else os.path.abspath(entry.audio_filepath),  # noqa: PTH100
             key=str(manifest.row(index)["audio_filepath"]),
             offset=entry.offset,
             duration=entry.duration,
             speaker=entry.speaker,
             manifest=manifest,
             index=index,
+            refused="it is at a remote address; copy it to this machine first" if elsewhere else None,
+        )
+
+
+def _kaldi_items(folder: Path) -> Iterator[Item]:
+    for utterance in read_kaldi(folder):
+        command = "wav.scp has a command in place of a file, and commands are not run; write its output to a file"
+        yield Item(
+            path=utterance.path or f"{folder.absolute()}/wav.scp: {utterance.name}",
+            key=utterance.name,
+            offset=utterance.offset,
+            duration=math.nan if utterance.duration is None else utterance.duration,
+            speaker=utterance.known.get("speaker"),
+            facts=utterance.known,
+            refused=command if utterance.path is None else None,
         )

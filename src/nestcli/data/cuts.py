@@ -28,6 +28,11 @@ def cut_to_row(cut: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None}
 
 
+def recording_to_row(recording: dict[str, Any]) -> dict[str, Any]:
+    """Turn a Lhotse recording of one audio file into a row of a NeMo manifest; raises ValueError for any other."""
+    return {"audio_filepath": _audio_file(recording), "id": str(recording.get("id", ""))}
+
+
 def _audio_file(recording: dict[str, Any]) -> str:
     """The path of the recording's only source, which must be a file of one channel without transforms."""
     sources = recording.get("sources")

@@ -1,7 +1,6 @@
-"""From folders, files and manifests to checked manifests: collect, check, judge, split, write.
+"""From folders, files and manifests to checked manifests: collect, check, judge, shape, split, write, pack.
 
-Every step is a function of its own over items in input order, so that a later stage (conversion, segments,
-shards) can take the accepted utterances from here.
+Every step is a function of its own over items in input order; the result depends on inputs and options only.
 """
 
 from __future__ import annotations
@@ -11,35 +10,41 @@ import math
 import os
 import re
 import statistics
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from nestcli.data.audio import AudioReport, inspect_audio
+from nestcli.data.check import check_files
 from nestcli.data.collect import Collection, Item, collect
 from nestcli.data.cores import available_cores
+from nestcli.data.journal import Journal, open_journal
 from nestcli.data.manifest import write_manifest
+from nestcli.data.picture import draw_summary
+from nestcli.data.pool import Pool, local_pool
+from nestcli.data.shape import ShapeOptions, ShapeTask, file_name, shape
+from nestcli.data.shards_write import ShardSet, write_shards
 from nestcli.data.split import for_validation
+from nestcli.data.verdict import Accepted, Limits, Rejected, judge, length_fault
 from nestcli.errors import DataError
 from nestcli.files import write_text
 
 VAL_FRACTION = {"speech": 0.05, "noise": 0.0}
 SHORT = 1.0  # s; `nest pretrain` leaves out shorter utterances unless told otherwise
-_STATED_SLACK = 0.5  # s by which a manifest may promise more than its file holds, in rounded durations
 
-Progress = Callable[[int, int], None]
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
+Progress = Callable[..., None]  # (done, total, doing)
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareOptions:
     """What to make of the inputs; durations in seconds, None for no limit.
 
-    `val_fraction` None is 0.05 for speech and 0 for noise. `jobs` None is one thread a core.
+    `val_fraction` None is 0.05 for speech and 0 for noise. `jobs` None is one process a core; `ray` is the address of
+    a cluster that works instead. `channel` None averages all channels; it and `sample_rate` are those of converted
+    files and shards.
     """
 
     kind: Literal["speech", "noise"] = "speech"
@@ -48,12 +53,22 @@ class PrepareOptions:
     speaker_pattern: str | None = None
     min_duration: float | None = None
     max_duration: float | None = None
+    segment: float | None = None
+    convert: bool = False
+    channel: int | None = None
+    sample_rate: int = 16000
+    shards: int | None = None
+    shard_format: Literal["nemo-tar", "shar"] = "nemo-tar"
     jobs: int | None = None
+    ray: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareSummary:
-    """What was prepared, as it stands in summary.json; durations in seconds."""
+    """What was prepared, as it stands in summary.json; durations in seconds, levels in dBFS.
+
+    `shards` are the keys of `model.train_ds` and `model.validation_ds` that make `nest pretrain` read the shards.
+    """
 
     kind: str
     accepted: int
@@ -65,40 +80,26 @@ class PrepareSummary:
     speakers: int
     without_speaker: int
     durations: dict[str, float]
+    levels: dict[str, float]
     shorter_than_1s: int
     sample_rates: dict[int, int]
     passed_over: int
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class _Accepted:
-    item: Item
-    offset: float
-    duration: float
-    speaker: str | None
-    sample_rate: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Rejected:
-    item: Item
-    reason: str
-    detail: str
 
 
 def prepare(
     inputs: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     options: PrepareOptions,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total, doing="": None,
 ) -> PrepareSummary:
     """Check every input and write train_manifest.json, val_manifest.json, rejected.jsonl and summary.json.
 
-    The result depends on inputs and options only, not on `jobs`. Raises DataError for a wrong call or input,
-    and when nothing can be accepted.
+    The result depends on inputs and options only, not on who works how fast; a run that was interrupted goes on where
+    it was. Raises DataError for a wrong call or input; where nothing can be accepted the summary says so.
     """
     fraction = _checked_fraction(options)
     find_speaker = _speaker_finder(options.speaker_pattern)
@@ -106,19 +107,42 @@ def prepare(
     if not collection.items:
         raise DataError(_nothing_found(inputs, collection))
     folder = _make_folder(Path(out))
-    reports = _check(collection.items, options.jobs, progress)
-    accepted, rejected = _judge(collection.items, reports, options, find_speaker)
-    write_manifest(folder / "rejected.jsonl", (_rejected_row(each) for each in rejected))
-    if not accepted:
-        for stale in ("train_manifest.json", "val_manifest.json", "summary.json"):
-            (folder / stale).unlink(missing_ok=True)  # of an earlier run, that rejected.jsonl no longer belongs to
-        raise DataError(_nothing_accepted(rejected, folder))
-    in_val = for_validation(_groups(accepted, options.split_by), fraction)
-    manifests = _write(folder, accepted, in_val)
+    with open_journal(folder) as journal, _pool(options) as pool:
+        paths = list(dict.fromkeys(item.path for item in collection.items if item.refused is None))
+        reports = check_files(paths, pool, journal, progress)
+        limits = Limits(options.min_duration, options.max_duration, cut=options.segment is not None)
+        accepted, rejected = judge(collection.items, reports, limits, find_speaker)
+        reports.clear()
+        accepted, rejected = _shaped(accepted, rejected, folder, options, limits, pool, journal, progress)
+        in_val = for_validation(_groups(accepted, options.split_by), fraction) if accepted else []
+        write_manifest(folder / "rejected.jsonl", (_rejected_row(each) for each in rejected))
+        manifests = _write(folder, accepted, in_val)
+        shards = _packed(folder, manifests, options, pool, progress) if options.shards else {}
     summary = _summarise(options.kind, accepted, rejected, in_val, manifests, collection.passed_over)
+    summary = replace(summary, shards={side: made.config for side, made in shards.items()})
     text = json.dumps(summary.as_json(), ensure_ascii=False, indent=2)
+    draw_summary(folder / "summary.svg", options.kind, accepted)
     write_text(folder / "summary.json", [text, "\n"], DataError)
     return summary
+
+
+def first_rejection(out: str | os.PathLike[str]) -> str:
+    """The first input that was left out and why, for a message."""
+    with (Path(out) / "rejected.jsonl").open(encoding="utf-8") as file:
+        row = json.loads(file.readline())
+    return f"{row['audio_filepath']}: {row['detail']}"
+
+
+@contextmanager
+def _pool(options: PrepareOptions) -> Iterator[Pool]:
+    if options.ray is None:
+        with local_pool(options.jobs or available_cores()) as pool:
+            yield pool
+        return
+    from nestcli.data.ray_pool import ray_pool
+
+    with ray_pool(options.ray) as pool:
+        yield pool
 
 
 # --- the call
@@ -132,6 +156,12 @@ def _checked_fraction(options: PrepareOptions) -> float:
     low, high = options.min_duration or 0.0, options.max_duration
     if not math.isfinite(low) or (high is not None and not low <= high):
         raise DataError(f"no duration lies between {low:g} s and {high} s; raise the maximum")
+    if options.segment is not None and not options.segment > 0:
+        raise DataError(f"pieces of {options.segment:g} s are not possible; give --segment more than 0")
+    if options.channel is not None and not (options.convert or options.shards):
+        raise DataError("a channel is chosen for converted files and shards; add --convert or --shards")
+    if options.shards is not None and options.shards < 1:
+        raise DataError(f"{options.shards} shards hold nothing; give 1 or more")
     if options.jobs is not None and options.jobs < 1:
         raise DataError(f"{options.jobs} jobs do no work; give 1 or more")
     return fraction
@@ -172,103 +202,86 @@ def _nothing_found(inputs: Sequence[str | os.PathLike[str]], collection: Collect
     return f"there is no audio in {where}{others}. Give folders, audio files or manifests."
 
 
-def _nothing_accepted(rejected: Sequence[_Rejected], folder: Path) -> str:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in _count_reasons(rejected).items())
-    example = f"{rejected[0].item.path}: {rejected[0].detail}"
-    return f"nothing can be used ({reasons}); see {folder / 'rejected.jsonl'}. The first: {example}"
+# --- shaping and packing
 
 
-# --- checking
-
-
-def _check(items: Sequence[Item], jobs: int | None, progress: Progress) -> dict[str, AudioReport]:
-    """Decode every file once, however many utterances are in it."""
-    paths = list(dict.fromkeys(item.path for item in items))
-    reports: dict[str, AudioReport] = {}
-    for report in _in_order(inspect_audio, paths, jobs or available_cores()):
-        reports[paths[len(reports)]] = report
-        if len(reports) % 16 == 0 or len(reports) == len(paths):
-            progress(len(reports), len(paths))
-    return reports
-
-
-def _in_order(work: Callable[[_In], _Out], items: Iterable[_In], jobs: int) -> Iterator[_Out]:
-    """Do the work in threads; results come in the order of the items, and few are ever waiting."""
-    waiting: deque[Future[_Out]] = deque()
-    with ThreadPoolExecutor(jobs) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 8 * jobs:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-# --- judging
-
-
-def _judge(
-    items: Sequence[Item],
-    reports: dict[str, AudioReport],
+def _shaped(
+    accepted: list[Accepted],
+    rejected: list[Rejected],
+    folder: Path,
     options: PrepareOptions,
-    find_speaker: Callable[[Item], str | None],
-) -> tuple[list[_Accepted], list[_Rejected]]:
-    accepted: list[_Accepted] = []
-    rejected: list[_Rejected] = []
-    seen: set[tuple[str, float, float]] = set()
-    for item in items:
-        report = reports[item.path]
-        offset, duration = _segment(item, report)
-        identity = (os.path.realpath(item.path), offset, duration)  # whichever input named it, stated length or not
-        if fault := _fault(item, report, duration, options, identity in seen):
-            rejected.append(_Rejected(item, *fault))
-        else:
-            accepted.append(_Accepted(item, offset, duration, find_speaker(item), report.sample_rate))
-        seen.add(identity)
-    return accepted, rejected
+    limits: Limits,
+    pool: Pool,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[list[Accepted], list[Rejected]]:
+    """The utterances after cutting and converting; those that became too short or could not be made are rejected."""
+    if options.segment is None and not options.convert:
+        return accepted, rejected
+    audio = folder.absolute() / "audio"
+    for stale in audio.rglob(".*.tmp"):  # of a run that was killed
+        stale.unlink(missing_ok=True)
+    how = ShapeOptions(options.segment, str(audio) if options.convert else None, options.sample_rate, options.channel)
+    tasks = [_shape_task(each, how) for each in accepted]
+    final = Limits(limits.min_duration, limits.max_duration, cut=False)
+    kept: list[Accepted] = []
+    shaped = shape(tasks, pool, journal, partial(progress, doing="(cutting and converting)"))
+    for whole, pieces in zip(accepted, shaped, strict=True):
+        if isinstance(pieces, str):
+            rejected.append(Rejected(whole.item, "not_converted", pieces))
+            continue
+        for piece in pieces:
+            fault = length_fault(piece.duration, final)
+            if fault:
+                rejected.append(Rejected(whole.item, *fault))
+                continue
+            path = piece.path if options.convert else None
+            rate = options.sample_rate if options.convert else whole.sample_rate
+            kept.append(replace(whole, offset=piece.offset, duration=piece.duration, path=path, sample_rate=rate))
+    return kept, rejected
 
 
-def _fault(
-    item: Item, report: AudioReport, duration: float, options: PrepareOptions, seen_before: bool
-) -> tuple[str, str] | None:
-    """The first reason to leave an item out, and what to say about it."""
-    if not _is_utf8(item.path):
-        return "bad_name", "the file's name is not UTF-8; rename it"
-    if seen_before:
-        return "duplicate_path", "the same audio is in the inputs already"
-    if report.reason is not None:
-        return report.reason, report.detail
-    stated_end = item.offset + (0.0 if math.isnan(item.duration) else item.duration)
-    if not math.isnan(item.duration) and item.duration <= 0:
-        return "bad_duration", f"its manifest gives it {item.duration:g} s"
-    if duration <= 0 or stated_end > report.duration + _STATED_SLACK:
-        return "truncated", f"{item.where()} goes beyond the file's {report.duration:.2f} s"
-    if options.min_duration is not None and duration < options.min_duration:
-        return "too_short", f"{duration:.2f} s are less than {options.min_duration:g} s"
-    if options.max_duration is not None and duration > options.max_duration:
-        return "too_long", f"{duration:.2f} s are more than {options.max_duration:g} s"
-    return None
+def _shape_task(utterance: Accepted, how: ShapeOptions) -> ShapeTask:
+    item = utterance.item
+    name = file_name(item.key, item.path)
+    if item.offset or not math.isnan(item.duration):  # a part of its file has a name of its own
+        name += f"-{round(item.offset * 1000):08d}-{round((item.offset + utterance.duration) * 1000):08d}"
+    return ShapeTask(item.path, utterance.offset, utterance.duration, name, how)
 
 
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _packed(
+    folder: Path, manifests: dict[str, str | None], options: PrepareOptions, pool: Pool, progress: Progress
+) -> dict[str, ShardSet]:
+    """Shards of both sides; those of validation in proportion."""
+    assert options.shards is not None
+    shards: dict[str, ShardSet] = {}
+    counts = {side: _n_lines(path) for side, path in manifests.items() if path is not None}
+    for side, count in counts.items():
+        share = 1.0 if side == "train" else count / counts.get("train", count)
+        path = manifests[side]
+        assert path is not None
+        shards[side] = write_shards(
+            path,
+            folder / f"{side}_shards",
+            shards=min(max(1, round(options.shards * share)), count),
+            format=options.shard_format,
+            sample_rate=options.sample_rate,
+            channel=options.channel,
+            pool=pool,
+            progress=partial(progress, doing=f"(packing the shards of {side})"),
+        )
+    return shards
 
 
-def _segment(item: Item, report: AudioReport) -> tuple[float, float]:
-    """Offset and duration in seconds, in whole microseconds and never beyond the decoded end."""
-    if report.frames == 0:
-        return item.offset, 0.0
-    end = report.frames * 1_000_000 // report.sample_rate
-    start = math.ceil(item.offset * 1e6)
-    wanted = end if math.isnan(item.duration) else round(item.duration * 1e6)
-    return item.offset, min(wanted, end - start) / 1e6
+def _n_lines(path: str) -> int:
+    with Path(path).open("rb") as file:
+        return sum(1 for _ in file)
 
 
-def _groups(accepted: Sequence[_Accepted], by: str) -> list[str | None]:
+# --- splitting and writing
+
+
+def _groups(accepted: Sequence[Accepted], by: str) -> list[str | None]:
     """What must stay on one side of the split: a speaker, or all that came from one path."""
     if by == "utterance":
         return [each.item.key for each in accepted]
@@ -278,10 +291,7 @@ def _groups(accepted: Sequence[_Accepted], by: str) -> list[str | None]:
     return speakers
 
 
-# --- writing
-
-
-def _write(folder: Path, accepted: Sequence[_Accepted], in_val: Sequence[bool]) -> dict[str, str | None]:
+def _write(folder: Path, accepted: Sequence[Accepted], in_val: Sequence[bool]) -> dict[str, str | None]:
     """Write both manifests; the path of each, None for one that has no lines."""
     written: dict[str, str | None] = {}
     for name, side in (("train", False), ("val", True)):
@@ -295,10 +305,10 @@ def _write(folder: Path, accepted: Sequence[_Accepted], in_val: Sequence[bool]) 
     return written
 
 
-def _row(utterance: _Accepted) -> dict[str, Any]:
+def _row(utterance: Accepted) -> dict[str, Any]:
     """The manifest's line: all that the input's manifest knew, with what was measured in place."""
     row = utterance.item.known()
-    row.update(audio_filepath=utterance.item.path, duration=utterance.duration)
+    row.update(audio_filepath=utterance.audio, duration=utterance.duration)
     row.pop("offset", None)
     if utterance.offset:
         row["offset"] = utterance.offset
@@ -307,23 +317,24 @@ def _row(utterance: _Accepted) -> dict[str, Any]:
     return row
 
 
-def _rejected_row(rejected: _Rejected) -> dict[str, Any]:
+def _rejected_row(rejected: Rejected) -> dict[str, Any]:
     return {"audio_filepath": rejected.item.path, "reason": rejected.reason, "detail": rejected.detail}
 
 
-def _count_reasons(rejected: Sequence[_Rejected]) -> dict[str, int]:
+def _count_reasons(rejected: Sequence[Rejected]) -> dict[str, int]:
     return dict(sorted(Counter(each.reason for each in rejected).items()))
 
 
 def _summarise(
     kind: str,
-    accepted: Sequence[_Accepted],
-    rejected: Sequence[_Rejected],
+    accepted: Sequence[Accepted],
+    rejected: Sequence[Rejected],
     in_val: Sequence[bool],
     manifests: dict[str, str | None],
     passed_over: int,
 ) -> PrepareSummary:
-    durations = [each.duration for each in accepted]
+    durations = [each.duration for each in accepted] or [0.0]
+    levels = [each.rms_db for each in accepted] or [0.0]
     return PrepareSummary(
         kind=kind,
         accepted=len(accepted),
@@ -334,8 +345,13 @@ def _summarise(
         rejections=_count_reasons(rejected),
         speakers=len({each.speaker for each in accepted} - {None}),
         without_speaker=sum(each.speaker is None for each in accepted),
-        durations={"min": min(durations), "median": statistics.median(durations), "max": max(durations)},
-        shorter_than_1s=sum(duration < SHORT for duration in durations),
+        durations=_spread(durations),
+        levels=_spread(levels),
+        shorter_than_1s=sum(each.duration < SHORT for each in accepted),
         sample_rates=dict(sorted(Counter(each.sample_rate for each in accepted).items())),
         passed_over=passed_over,
     )
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}

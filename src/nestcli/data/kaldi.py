@@ -1,0 +1,90 @@
+"""Kaldi data folders: wav.scp with segments, utt2spk and text where they are. No command in them is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nestcli.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One utterance of a Kaldi folder. `path` is None where wav.scp has a command in place of a file.
+
+    Times are in seconds; the duration is None where there are no segments.
+    """
+
+    name: str
+    path: str | None
+    offset: float
+    duration: float | None
+    known: dict[str, Any]
+
+
+def is_kaldi(folder: Path) -> bool:
+    return (folder / "wav.scp").is_file()
+
+
+def read_kaldi(folder: Path) -> Iterator[Utterance]:
+    """The utterances of a folder in the order of segments, or of wav.scp. Raises DataError naming file and line."""
+    recordings = {key: _audio_file(folder, rest) for key, rest in _table(folder / "wav.scp")}
+    speakers, texts = (dict(_table(folder / name)) for name in ("utt2spk", "text"))
+    spans: list[tuple[str, str, float, float | None]]
+    if (folder / "segments").is_file():
+        spans = [(name, *_segment(folder, name, rest)) for name, rest in _table(folder / "segments")]
+    else:
+        spans = [(name, name, 0.0, None) for name in recordings]
+    for name, recording, start, end in spans:
+        if recording not in recordings:
+            raise DataError(
+                f"{folder / 'segments'}: {name} is of the recording {recording}, which wav.scp does not have"
+            )
+        known = {"speaker": speakers.get(name), "text": texts.get(name)}
+        yield Utterance(
+            name=name,
+            path=recordings[recording],
+            offset=start,
+            duration=None if end is None else round(end - start, 6),
+            known={"id": name, **{key: value for key, value in known.items() if value}},
+        )
+
+
+def _table(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines `KEY REST` of a file; none if it is not there."""
+    if not path.is_file():
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(filter(str.strip, lines), 1):
+        key, *after = line.split(maxsplit=1)
+        rest = after[0] if after else ""
+        if not rest.strip():
+            if path.name == "text":  # an utterance without words
+                continue
+            raise DataError(f"{path}, line {number}: there is nothing after {key!r}")
+        yield key, rest.strip()
+
+
+def _audio_file(folder: Path, rest: str) -> str | None:
+    if rest.endswith("|") or rest.startswith("|"):
+        return None
+    path = Path(rest).expanduser()
+    if path.is_absolute() or path.exists():  # Kaldi's paths are relative to where its scripts are run
+        return str(path.absolute())
+    return str((folder / path).absolute())
+
+
+def _segment(folder: Path, name: str, rest: str) -> tuple[str, float, float]:
+    fields = rest.split()
+    try:
+        recording, start, end = fields[0], float(fields[1]), float(fields[2])
+    except (IndexError, ValueError):
+        raise DataError(f"{folder / 'segments'}: {name} needs RECORDING START END, and has {rest!r}") from None
+    if not 0 <= start < end:
+        raise DataError(f"{folder / 'segments'}: {name} goes from {start:g} to {end:g} s; it must go forward from 0 on")
+    return recording, start, end

@@ -1,0 +1,127 @@
+"""Which utterances are taken and which are left out, and why: judged from reports, in input order."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nestcli.data.audio import AudioReport
+from nestcli.data.collect import Item
+
+MAX_CLIPPED = 0.01  # share of samples in runs at full scale; speech with one in a hundred is audibly distorted
+_STATED_SLACK = 0.5  # s by which a manifest may promise more than its file holds, in rounded durations
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Durations in seconds; None for no limit. With `cut`, what is too long is cut later."""
+
+    min_duration: float | None
+    max_duration: float | None
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An utterance to use; times in seconds of its file."""
+
+    item: Item
+    offset: float
+    duration: float
+    speaker: str | None
+    sample_rate: int
+    rms_db: float
+    path: str | None = None  # of a file that was made of it
+
+    @property
+    def audio(self) -> str:
+        return self.path or self.item.path
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An input that is left out, why, and what to say about it."""
+
+    item: Item
+    reason: str
+    detail: str
+
+
+def judge(
+    items: Sequence[Item],
+    reports: dict[str, AudioReport],
+    limits: Limits,
+    find_speaker: Callable[[Item], str | None],
+) -> tuple[list[Accepted], list[Rejected]]:
+    """Sort the items into those to take and those to leave out. Of what is there twice, the first is taken."""
+    accepted: list[Accepted] = []
+    rejected: list[Rejected] = []
+    paths: set[tuple[str, float, float]] = set()
+    contents: dict[tuple[str, float, float], str] = {}
+    for item in items:
+        if item.refused is not None:
+            rejected.append(Rejected(item, "not_a_file", item.refused))
+            continue
+        report = reports[item.path]
+        offset, duration = _segment(item, report)
+        # whichever input named it, and whether that stated its length or not
+        path = (os.path.realpath(item.path), offset, duration)
+        content = (report.digest, offset, duration)
+        if fault := _fault(item, report, duration, limits, path in paths, contents.get(content)):
+            rejected.append(Rejected(item, *fault))
+        else:
+            accepted.append(Accepted(item, offset, duration, find_speaker(item), report.sample_rate, report.rms_db))
+            contents[content] = item.path
+        paths.add(path)
+    return accepted, rejected
+
+
+def _fault(
+    item: Item, report: AudioReport, duration: float, limits: Limits, seen: bool, same_as: str | None
+) -> tuple[str, str] | None:
+    """The first reason to leave an item out, and what to say about it."""
+    if not _is_utf8(item.path):
+        return "bad_name", "the file's name is not UTF-8; rename it"
+    if seen:
+        return "duplicate_path", "the same audio is in the inputs already"
+    if report.reason is not None:
+        return report.reason, report.detail
+    stated_end = item.offset + (0.0 if math.isnan(item.duration) else item.duration)
+    if not math.isnan(item.duration) and item.duration <= 0:
+        return "bad_duration", f"its manifest gives it {item.duration:g} s"
+    if duration <= 0 or stated_end > report.duration + _STATED_SLACK:
+        return "truncated", f"{item.where()} goes beyond the file's {report.duration:.2f} s"
+    if report.clipped > MAX_CLIPPED:
+        return "clipped", f"{report.clipped:.1%} of its samples are cut off at full scale"
+    if same_as is not None:
+        return "duplicate_content", f"its samples are those of {same_as}"
+    return length_fault(duration, limits)
+
+
+def length_fault(duration: float, limits: Limits) -> tuple[str, str] | None:
+    """Why an utterance is too short or too long."""
+    if limits.min_duration is not None and duration < limits.min_duration:
+        return "too_short", f"{duration:.2f} s are less than {limits.min_duration:g} s"
+    if limits.max_duration is not None and duration > limits.max_duration and not limits.cut:
+        return "too_long", f"{duration:.2f} s are more than {limits.max_duration:g} s"
+    return None
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _segment(item: Item, report: AudioReport) -> tuple[float, float]:
+    """Offset and duration in seconds, in whole microseconds and never beyond the decoded end."""
+    if report.frames == 0:
+        return item.offset, 0.0
+    end = report.frames * 1_000_000 // report.sample_rate
+    start = math.ceil(item.offset * 1e6)
+    wanted = end if math.isnan(item.duration) else round(item.duration * 1e6)
+    return item.offset, min(wanted, end - start) / 1e6

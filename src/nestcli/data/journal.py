@@ -1,4 +1,4 @@
-"""What a preparation has done so far, so that the same command goes on after any interruption."""
+"""What a long command has done so far, so that the same command goes on after any interruption."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ def open_journal(folder: Path) -> Iterator[Journal]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(
-                f"another `nest prepare-data` is writing to {folder}; wait for it, or give another --out"
-            ) from None
+            raise DataError(f"another run of nest is writing to {folder}; wait for it, or give another --out") from None
         journal = Journal(folder)
         try:
             yield journal

@@ -82,8 +82,8 @@ def test_a_clip_says_where_it_is_from(tmp_path: Path) -> None:
 def test_the_beginning_of_a_clip_is_that_of_the_whole(tmp_path: Path) -> None:
     pool = one_file(tmp_path, np.random.default_rng(0).standard_normal(3 * RATE))
     for seed in range(20):
-        whole, part = (pool.draw(RATE, random.Random(seed), keep) for keep in (None, 777 * seed))
-        assert np.array_equal(whole.samples[: 777 * seed], part.samples) or seed == 0
+        whole, part = (pool.draw(RATE, random.Random(seed), keep) for keep in (None, 777 * seed + 1))
+        assert np.array_equal(whole.samples[: 777 * seed + 1], part.samples)
         assert whole.offset == part.offset
 
 
@@ -116,7 +116,7 @@ def test_lines_that_cannot_be_read_are_passed_over_and_told(tmp_path: Path) -> N
     assert all(pool.draw(100, rng).line == 1 for _ in range(20))
     skipped = pool.take_skipped()
     assert skipped
-    assert {each.audio for each in skipped} == {str(tmp_path / "gone.wav")}
+    assert {each.audio for each in skipped} == {"gone.wav"}
     assert pool.take_skipped() == []
     with pytest.raises(DataError, match="none of 20 noise files"):
         NoisePool(replace(pool.manifest.select([0])), RATE).draw(100, rng)

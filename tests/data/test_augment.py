@@ -14,6 +14,7 @@ from nestcli.cli.augment import augment as command
 from nestcli.data.audio import load_audio
 from nestcli.data.augment import AugmentOptions, augment
 from nestcli.data.augmentation import AugmentationConfig
+from nestcli.data.noisy_copy import CopyOptions
 from nestcli.errors import ConfigError, DataError, RunFailedError
 
 RATE = 16000
@@ -67,7 +68,7 @@ def clean_of(row: dict) -> np.ndarray:
 
 
 def test_the_ratio_of_the_written_audio_is_the_recorded_one(tmp_path, speech, noise):
-    summary = augment(speech, noise, tmp_path / "out", AugmentOptions(MIXING, copies=2))
+    summary = augment(speech, noise, tmp_path / "out", AugmentOptions(CopyOptions(MIXING), copies=2))
     written = rows(tmp_path / "out")
     assert (summary.written, summary.rejected, len(written)) == (48, 0, 48)
     assert summary.modes.keys() == {"noise", "speech"}
@@ -91,7 +92,7 @@ def test_the_ratio_of_the_written_audio_is_the_recorded_one(tmp_path, speech, no
 
 
 def test_the_pieces_are_those_that_the_manifest_names(tmp_path, speech, noise):
-    augment(speech, noise, tmp_path / "out", AugmentOptions(MIXING))
+    augment(speech, noise, tmp_path / "out", AugmentOptions(CopyOptions(MIXING)))
     for row in rows(tmp_path / "out"):
         done = row["augmentation"]
         mixed = load_audio(row["audio_filepath"], sample_rate=RATE) / done["scale"] - clean_of(row)
@@ -108,7 +109,7 @@ def test_the_pieces_are_those_that_the_manifest_names(tmp_path, speech, noise):
 
 
 def test_what_the_speech_manifest_says_is_carried_on(tmp_path, speech, noise):
-    augment(speech, noise, tmp_path / "out", AugmentOptions(MIXING))
+    augment(speech, noise, tmp_path / "out", AugmentOptions(CopyOptions(MIXING)))
     row = rows(tmp_path / "out")[5]
     assert (row["text"], row["speaker"], row["clean_offset"], row["clean_duration"]) == ("five", "s1", 0.2, 0.7)
     assert row["duration"] == pytest.approx(0.7)
@@ -124,8 +125,8 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_the_result_depends_on_the_seed_and_not_on_processes_or_interruptions(tmp_path, speech, noise):
-    augment(speech, noise, tmp_path / "one", AugmentOptions(MIXING, jobs=1))
-    augment(speech, noise, tmp_path / "two", AugmentOptions(MIXING, jobs=2))
+    augment(speech, noise, tmp_path / "one", AugmentOptions(CopyOptions(MIXING), jobs=1))
+    augment(speech, noise, tmp_path / "two", AugmentOptions(CopyOptions(MIXING), jobs=2))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
     def stop(done: int, total: int) -> None:
@@ -133,22 +134,22 @@ def test_the_result_depends_on_the_seed_and_not_on_processes_or_interruptions(tm
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        augment(speech, noise, tmp_path / "three", AugmentOptions(MIXING, jobs=1), stop)
+        augment(speech, noise, tmp_path / "three", AugmentOptions(CopyOptions(MIXING), jobs=1), stop)
     assert not (tmp_path / "three" / "manifest.json").exists()
-    augment(speech, noise, tmp_path / "three", AugmentOptions(MIXING, jobs=1))
+    augment(speech, noise, tmp_path / "three", AugmentOptions(CopyOptions(MIXING), jobs=1))
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
-    augment(speech, noise, tmp_path / "four", AugmentOptions(MIXING, seed=1))
+    augment(speech, noise, tmp_path / "four", AugmentOptions(CopyOptions(MIXING, seed=1)))
     assert contents(tmp_path / "four") != contents(tmp_path / "one")
 
 
 def test_without_noise_other_speakers_are_mixed_in(tmp_path, speech):
-    summary = augment(speech, None, tmp_path / "out", AugmentOptions(MIXING))
+    summary = augment(speech, None, tmp_path / "out", AugmentOptions(CopyOptions(MIXING)))
     assert summary.modes == {"speech": 24}
 
 
 def test_nothing_to_mix_leaves_speech_as_it_is(tmp_path, speech, noise):
     summary = augment(
-        speech, noise, tmp_path / "out", AugmentOptions(AugmentationConfig(0.0, 0.5, -5, 5, -5, 20, 0.5, 0.5))
+        speech, noise, tmp_path / "out", AugmentOptions(CopyOptions(AugmentationConfig(0.0, 0.5, -5, 5, -5, 20, 0.5, 0.5)))
     )
     assert summary.modes == {"none": 24}
     row = rows(tmp_path / "out")[0]
@@ -158,7 +159,7 @@ def test_nothing_to_mix_leaves_speech_as_it_is(tmp_path, speech, noise):
 def test_what_cannot_be_read_is_left_out_and_told(tmp_path, speech, noise):
     (tmp_path / "speech" / "3.wav").write_text("<html>")
     (tmp_path / "noise" / "1.wav").unlink()
-    summary = augment(speech, noise, tmp_path / "out", AugmentOptions(MIXING))
+    summary = augment(speech, noise, tmp_path / "out", AugmentOptions(CopyOptions(MIXING)))
     assert (summary.written, summary.rejected) == (23, 1)
     assert rows(tmp_path / "out", "rejected.jsonl")[0]["audio_filepath"].endswith("3.wav")
 
@@ -167,7 +168,7 @@ def test_what_cannot_be_read_is_left_out_and_told(tmp_path, speech, noise):
 def test_odd_files_as_speech_and_as_noise(tmp_path):
     odd = [{"audio_filepath": str(path), "duration": 1.0} for path in sorted((SHARED / "odd").iterdir())]
     path = manifest(tmp_path / "odd.json", odd)
-    summary = augment(path, path, tmp_path / "out", AugmentOptions(MIXING))
+    summary = augment(path, path, tmp_path / "out", AugmentOptions(CopyOptions(MIXING)))
     assert summary.written >= 10
     assert summary.written + summary.rejected == len(odd)
 

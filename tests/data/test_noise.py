@@ -34,7 +34,9 @@ def recorded_noise(tmp_path_factory) -> NoisePool:
     """The files of `write_sounds` in tests/golden/record_nemo.py."""
     folder = tmp_path_factory.mktemp("noise")
     lines = []
-    for number, (seconds, level, shift) in enumerate(((0.5, 3000, 0), (2, 900, 40), (5, 200, 0), (3, 0, 0), (3, 90, -700))):
+    for number, (seconds, level, shift) in enumerate(
+        ((0.5, 3000, 0), (2, 900, 40), (5, 200, 0), (3, 0, 0), (3, 90, -700))
+    ):
         places = np.arange(int(seconds * RATE), dtype=np.int64)
         samples = (places * (places + 7 * number + 3) % 2039 - 1019) * level // 1019 + shift
         sf.write(folder / f"{number}.wav", samples.astype(np.int16), RATE, subtype="PCM_16")

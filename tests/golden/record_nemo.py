@@ -585,7 +585,9 @@ def record_init(path):
 def write_sounds(folder):
     """Noise of several kinds, from whole numbers alone; the lines of its manifest, the last one's file is not there."""
     lines = []
-    for number, (seconds, level, shift) in enumerate(((0.5, 3000, 0), (2, 900, 40), (5, 200, 0), (3, 0, 0), (3, 90, -700))):
+    for number, (seconds, level, shift) in enumerate(
+        ((0.5, 3000, 0), (2, 900, 40), (5, 200, 0), (3, 0, 0), (3, 90, -700))
+    ):
         places = np.arange(int(seconds * 16000), dtype=np.int64)
         samples = (places * (places + 7 * number + 3) % 2039 - 1019) * level // 1019 + shift
         sf.write(folder / f"{number}.wav", samples.astype(np.int16), 16000, subtype="PCM_16")

@@ -32,14 +32,17 @@ def augment(
             show_default=False,
         ),
     ] = None,
-    copies: Annotated[int, typer.Option("--copies", metavar="N", help="Noisy versions of every utterance.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Of all draws.")] = 0,
+    copies: Annotated[int, typer.Option("--copies", metavar="N", min=1, help="Noisy versions of every utterance.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of all draws.")] = 0,
     preview: Annotated[
-        int, typer.Option("--preview", metavar="N", help="Pictures of the first N that something was mixed into.")
+        int,
+        typer.Option("--preview", metavar="N", min=0, help="Pictures of the first N that something was mixed into."),
     ] = 0,
-    sample_rate: Annotated[int, typer.Option("--sample-rate", metavar="HZ", help="Of what is written.")] = 16000,
+    sample_rate: Annotated[
+        int, typer.Option("--sample-rate", metavar="HZ", min=1000, max=192_000, help="Of what is written.")
+    ] = 16000,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", metavar="N", help="Processes that work. Default: one a core.")
+        int | None, typer.Option("--jobs", "-j", metavar="N", min=1, help="Processes that work. Default: one a core.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -61,27 +64,25 @@ def augment(
         console.emit_json({**asdict(summary), "pictures": pictures})
     else:
         _show(summary, out, pictures)
-    if not summary.written or (strict and summary.rejected):
-        raise RunFailedError(f"{summary.rejected} utterances could not be read; see {out / 'rejected.jsonl'}")
+    bad = summary.rejected + summary.noise_rejected
+    if not summary.written or (strict and bad):
+        why = " (--strict)" if summary.written else "; nothing is left"
+        raise RunFailedError(f"{bad} inputs were rejected{why}; see {out / 'rejected.jsonl'}")
 
 
 def _options(words: list[str], copies: int, seed: int, sample_rate: int, jobs: int | None) -> AugmentOptions:
     from nestcli.config import BASE, TARGETS, load_config, section
     from nestcli.data.augment import AugmentOptions
     from nestcli.data.augmentation import AugmentationConfig
+    from nestcli.data.noisy_copy import CopyOptions
 
     if wrong := [word for word in words if "=" not in word]:
         raise ConfigError(f"{wrong[0]!r} is no key=value; give keys of the augmentation, such as prob=1.0")
     config = load_config(BASE, [f"{_BLOCK}.{word}" for word in words])
     kind = TARGETS[config.model.train_ds.batch_augmentor["_target_"]]
-    return AugmentOptions(
-        mixing=section(AugmentationConfig, config, _BLOCK),
-        one_stretch=kind == "speaker_noise",
-        copies=copies,
-        seed=seed,
-        sample_rate=sample_rate,
-        jobs=jobs,
-    )
+    mixing = section(AugmentationConfig, config, _BLOCK)
+    copy = CopyOptions(mixing, one_stretch=kind == "speaker_noise", seed=seed, sample_rate=sample_rate)
+    return AugmentOptions(copy, copies, jobs)
 
 
 def _draw(summary: AugmentSummary, out: Path, count: int, sample_rate: int) -> list[str]:
@@ -108,8 +109,13 @@ def _show(summary: AugmentSummary, out: Path, pictures: list[str]) -> None:
     named = {"noise": "  with noise", "speech": "  with other speakers", "none": "  left as they are"}
     rows += [(label, f"{summary.modes[mode]:,}") for mode, label in named.items() if mode in summary.modes]
     if summary.rejected:
-        rows.append(("could not be read", f"{summary.rejected:,}"))
+        rows.append(("rejected", f"{summary.rejected:,}"))
+        rows.extend((f"  {reason}", f"{count:,}") for reason, count in summary.reasons.items())
+    if summary.noise_rejected:
+        rows.append(("noise that cannot be read", f"{summary.noise_rejected:,}"))
     console.table("", [f"noisy speech in {out}", ">"], rows)
+    if summary.rejected or summary.noise_rejected:
+        console.note(f"{out / 'rejected.jsonl'} says what is wrong with what was rejected.")
     if pictures:
         console.note(f"pictures: {pictures[0]} ... {pictures[-1]}" if len(pictures) > 1 else f"picture: {pictures[0]}")
     if summary.manifest:

@@ -390,7 +390,7 @@ def _tiled(sound: Samples, width: int) -> Samples:
 
 
 def _gain(speech_energy: float, sound_energy: float, ratio_db: float) -> float:
-    """The factor that puts a sound's mean energy `ratio_db` below that of the speech; 0 if it is silent, or no sound."""
+    """The factor that puts a sound's mean energy `ratio_db` below that of the speech; 0 if that cannot be."""
     if not (sound_energy > 0 and math.isfinite(sound_energy) and math.isfinite(speech_energy)):
         return 0.0
     return math.sqrt(speech_energy / (10 ** (ratio_db / 10) * sound_energy))

@@ -73,7 +73,7 @@ def collate(audios: Sequence[Samples], noises: Sequence[Samples], sample_ids: Se
 
 
 def _stacked(items: Sequence[Samples], width: int) -> Tensor:
-    stacked = torch.zeros(len(items), width)  # memory of NumPy's cost twice as much in page faults here
+    stacked = torch.zeros(len(items), width)  # NumPy's memory cost more page faults, here and in the mixing
     for row, item in zip(stacked.numpy(), items, strict=True):
         kept = item[:width]
         row[: len(kept)] = kept

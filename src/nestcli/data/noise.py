@@ -91,9 +91,7 @@ class NoisePool:
             return Clip(read_audio(entry, sample_rate=self.sample_rate), line, entry.offset)
         for _ in range(_NEMO_PLACES):
             offset = state.uniform(0, entry.duration - wanted)
-            clip = Clip(
-                read_audio(entry, sample_rate=self.sample_rate, offset=offset, duration=wanted), line, offset
-            )
+            clip = Clip(read_audio(entry, sample_rate=self.sample_rate, offset=offset, duration=wanted), line, offset)
             if _running_sum(clip.samples) > 0:
                 break
         return clip

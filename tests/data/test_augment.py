@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from nestcli.cli.augment import augment as command
 from nestcli.data.audio import load_audio
 from nestcli.data.augment import AugmentOptions, augment
-from nestcli.data.augmentation import AugmentationConfig
+from nestcli.data.mixing import AugmentationConfig
 from nestcli.data.noisy_copy import CopyOptions
 from nestcli.errors import ConfigError, DataError, RunFailedError
 
@@ -149,7 +149,10 @@ def test_without_noise_other_speakers_are_mixed_in(tmp_path, speech):
 
 def test_nothing_to_mix_leaves_speech_as_it_is(tmp_path, speech, noise):
     summary = augment(
-        speech, noise, tmp_path / "out", AugmentOptions(CopyOptions(AugmentationConfig(0.0, 0.5, -5, 5, -5, 20, 0.5, 0.5)))
+        speech,
+        noise,
+        tmp_path / "out",
+        AugmentOptions(CopyOptions(AugmentationConfig(0.0, 0.5, -5, 5, -5, 20, 0.5, 0.5))),
     )
     assert summary.modes == {"none": 24}
     row = rows(tmp_path / "out")[0]
@@ -197,7 +200,8 @@ def test_the_command(tmp_path, speech, noise):
         (["porb=1"], ConfigError, "Did you mean .*batch_augmentor.prob"),
         (["prob"], ConfigError, "is no key=value"),
         (["prob=2"], ConfigError, "not between 0 and 1"),
-        (["--copies", "0"], DataError, "give 1 or more"),
+        (["--copies", "0"], SystemExit, "2"),
+        (["--jobs", "-1"], SystemExit, "2"),
     ],
 )
 def test_mistakes_are_one_message(tmp_path, speech, words, error, message):

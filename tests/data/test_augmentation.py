@@ -11,11 +11,11 @@ from conftest import Golden, assert_close
 from nestcli.data.augmentation import (
     AugmentationConfig,
     Mixture,
-    _random_split,
     mix_one_speaker_or_noise,
     mix_speakers_and_noise,
 )
 from nestcli.data.batch import NoiseBatch
+from nestcli.data.mixing import _random_split
 
 GOLDEN = Golden("augmentation")
 FULL = AugmentationConfig(

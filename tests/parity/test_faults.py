@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nestcli.config import leaves, load_config
-from nestcli.data import augmentation
+from nestcli.data import mixing
 from nestcli.model import attention, conformer, decoder, features, loss, masking, nest, optim, quantizer, subsampling
 from nestcli.parity import archive, structure
 from nestcli.parity.compare import Request, compare
@@ -286,15 +286,15 @@ def no_decay_on_biases(patch: pytest.MonkeyPatch) -> None:
 
 @fault("augmentation", "MultiSpeakerNoiseAugmentation: noise")
 def a_ratio_of_amplitudes(patch: pytest.MonkeyPatch) -> None:
-    around(patch, augmentation, "_gain", lambda original, *arguments: original(*arguments) ** 2)
+    around(patch, mixing, "_gain", lambda original, *arguments: original(*arguments) ** 2)
 
 
 @fault("augmentation", "MultiSpeakerNoiseAugmentation: noise")
 def a_draw_left_out(patch: pytest.MonkeyPatch) -> None:
-    def chosen(original: Any, item: int, batch: Any, config: Any, rng: Any) -> Any:
-        return original(item, batch, config, rng) if config.noise_ratio > 0 else (0.0, len(batch.audio) == 1)
+    def chosen(original: Any, item: int, given: Any, wanted: int) -> Any:
+        return original(item, given, wanted) if given.config.noise_ratio > 0 else (0.0, None)
 
-    around(patch, augmentation, "_chosen_source", chosen)
+    around(patch, mixing, "_chosen_source", chosen)
 
 
 @fault("checkpoint", "NeMo's archive: weights")

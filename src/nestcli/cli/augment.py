@@ -73,7 +73,7 @@ def augment(
 def _options(words: list[str], copies: int, seed: int, sample_rate: int, jobs: int | None) -> AugmentOptions:
     from nestcli.config import BASE, TARGETS, load_config, section
     from nestcli.data.augment import AugmentOptions
-    from nestcli.data.augmentation import AugmentationConfig
+    from nestcli.data.mixing import AugmentationConfig
     from nestcli.data.noisy_copy import CopyOptions
 
     if wrong := [word for word in words if "=" not in word]:

@@ -13,14 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A line whose audio could not be read and is left out of its batch, and why."""
-
-    line: str
-    why: str
-    audio: str = ""
+from nestcli.data.reading import Skipped as Skipped  # (for those who know it from here)
 
 
 @dataclass(frozen=True)

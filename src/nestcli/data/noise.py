@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nestcli.data.augmentation import is_audible
-from nestcli.data.batch import Samples, Skipped
+from nestcli.data.audio import Samples
 from nestcli.data.manifest import Manifest
-from nestcli.data.reading import read_audio
+from nestcli.data.mixing import is_audible
+from nestcli.data.reading import Skipped, read_audio
 from nestcli.errors import DataError
 
 ATTEMPTS = 20

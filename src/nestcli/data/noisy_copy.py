@@ -16,8 +16,8 @@ import numpy.typing as npt
 import soundfile as sf
 
 from nestcli.data.audio import Samples, inspect_audio
-from nestcli.data.augmentation import AugmentationConfig, Mixture, Segment, mix_into
 from nestcli.data.manifest import Entry, Manifest, read_manifests
+from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into
 from nestcli.data.noise import Clip, NoisePool
 from nestcli.data.reading import read_audio
 from nestcli.data.shape import file_name

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 
 from nestcli.data import remote
@@ -16,6 +17,15 @@ from nestcli.data.tar_index import TarMembers, open_shard
 from nestcli.errors import DataError
 
 _NO_AUDIO = (".json", ".jsonl", ".txt", ".lab")  # what stands beside audio in shards, under the same name
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A line whose audio could not be read and is left out of its batch, and why."""
+
+    line: str
+    why: str
+    audio: str = ""
 
 
 def read_audio(

@@ -15,7 +15,7 @@ from nestcli.data.audio import load_audio
 from nestcli.data.augment import AugmentOptions, augment
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.data.noisy_copy import CopyOptions
-from nestcli.errors import ConfigError, DataError, RunFailedError
+from nestcli.errors import ConfigError, RunFailedError
 
 RATE = 16000
 SHARED = Path(__file__).parents[2].parent / "shared" / "audio"

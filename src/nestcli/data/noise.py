@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -111,6 +112,8 @@ class NoisePool:
             duration = wanted
         kept = min(duration, (keep + 0.5) / self.sample_rate)  # the half keeps rounding from costing a sample
         samples = read_audio(entry, sample_rate=self.sample_rate, offset=offset, duration=kept)
+        if not math.isfinite(float(samples.sum())):
+            raise DataError(f"{entry.name}: some samples are not a number, or infinite. Leave it out of the manifest.")
         return Clip(samples[:keep], line, offset)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from nestcli.data.audio import Samples, load_audio
-from nestcli.errors import MissingDependencyError
+from nestcli.data.manifest import Entry
+from nestcli.data.reading import read_audio
+from nestcli.errors import DataError, MissingDependencyError
+from nestcli.files import atomic_file
 
 _N_FFT, _HOP = 512, 160  # samples
 _RANGE_DB = 70.0
+_COLOURS = 64
+_LETTERS = 150  # of a label that fit into the width of a panel
 _INK, _MARK = "#22262b", "#d9702b"
 
 
@@ -21,44 +28,71 @@ def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> None:
     """Write a PNG of three spectrograms with the mixed segments marked, from a row of an augmented manifest."""
     try:
         from matplotlib.figure import Figure
+        from PIL import Image  # matplotlib needs it too
     except ImportError:
         raise MissingDependencyError('--preview needs matplotlib: run pip install "nestcli[demo]".') from None
     done = row["augmentation"]
-    clean = load_audio(
-        row["clean_filepath"],
-        sample_rate=sample_rate,
-        offset=row.get("clean_offset", 0.0),
-        duration=row.get("clean_duration"),
-    )
-    noisy = load_audio(row["audio_filepath"], sample_rate=sample_rate)
+    clean = _clean(row, sample_rate)
+    noisy = load_audio(row["audio_filepath"], sample_rate=sample_rate) / np.float32(done["scale"])
     length = min(len(clean), len(noisy))
-    clean, noisy = clean[:length], noisy[:length]
-    mixed = noisy / np.float32(done.get("scale", 1.0)) - clean
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    figure.suptitle(_title(row), color=_INK, fontsize=12)
-    panels = figure.subplots(3, 1, sharex=True)
-    loudest = max(float(_levels(sound).max()) for sound in (clean, noisy))
-    for axes, sound, name in zip(panels, (clean, mixed, noisy), ("clean", "mixed in", "result"), strict=True):
+    sounds = {"clean": clean[:length], "mixed in": noisy[:length] - clean[:length], "noisy": noisy[:length]}
+    levels = {name: _levels(sound) for name, sound in sounds.items()}
+    loudest = max(float(each.max()) for each in levels.values())
+    figure = Figure(figsize=(10, 7.2), layout="constrained")
+    figure.suptitle(_title(row), color=_INK, fontsize=11)
+    panels = figure.subplots(3, 1, sharex=True, sharey=True)
+    for axes, (name, level) in zip(panels, levels.items(), strict=True):
         axes.imshow(
-            _levels(sound).T,
+            level.T,
             origin="lower",
             aspect="auto",
+            interpolation="bilinear",
             extent=(0, length / sample_rate, 0, sample_rate / 2000),
             vmin=loudest - _RANGE_DB,
             vmax=loudest,
             cmap="magma",
         )
         axes.set_ylabel(f"{name}\nkHz", color=_INK)
-        for segment in done.get("segments", []):
-            end = segment["start"] + segment["duration"]
-            axes.axvspan(segment["start"], end, fill=False, edgecolor=_MARK, linewidth=2)
-    for segment in done.get("segments", []):
-        label = segment.get("speaker") or Path(segment["source"]).name
-        panels[1].text(
-            segment["start"], sample_rate / 2000, f" {label}", color="white", va="top", fontsize=8, clip_on=True
-        )
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if name != "clean":
+            _mark(axes, done["segments"], sample_rate / 2000, labels=name == "mixed in")
     panels[-1].set_xlabel("seconds", color=_INK)
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100, format="png")
+    image = Image.open(drawn).convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)
+    with atomic_file(path, DataError) as file:
+        image.save(file, format="PNG", optimize=True)
+
+
+def _clean(row: Mapping[str, Any], sample_rate: int) -> Samples:
+    """The utterance as it was before, from wherever it is."""
+    entry = Entry(
+        audio_filepath=row["clean_filepath"],
+        duration=row["clean_duration"],
+        offset=row["clean_offset"],
+        speaker=None,
+        text=None,
+        lang=None,
+        line=0,
+        manifest="",
+        shard=row.get("clean_shard"),
+    )
+    return read_audio(entry, sample_rate=sample_rate)
+
+
+def _mark(axes: Any, segments: list[dict[str, Any]], top: float, *, labels: bool) -> None:
+    """Frame the segments; name their source and the place in it where there is room."""
+    right = axes.get_xlim()[1]
+    for segment in segments:
+        start, end = segment["start"], segment["start"] + segment["duration"]
+        axes.axvspan(start, end, 0.004, 0.996, fill=False, edgecolor=_MARK, linewidth=1.8)
+        if labels:
+            source = segment.get("speaker") or Path(segment["source"]).name
+            text = f"{source}\nfrom {segment['source_offset']:.2f} s"
+            room = int((end - start) / right * _LETTERS)
+            text = "\n".join(line if len(line) <= room else line[: max(0, room - 1)] + "…" for line in text.split("\n"))
+            axes.text(start + 0.006 * right, 0.96 * top, text, color="white", va="top", fontsize=8, clip_on=True)
 
 
 def _title(row: Mapping[str, Any]) -> str:
@@ -66,8 +100,10 @@ def _title(row: Mapping[str, Any]) -> str:
     name = Path(row["clean_filepath"]).name
     if done["mode"] == "none":
         return f"{name}: left as it is"
-    turned = f", turned down to {done['scale']:.2f}" if done["scale"] < 1 else ""
-    return f"{name}: {done['mode']} at {done['ratio_db']:+.1f} dB{turned}"
+    what = "noise" if done["mode"] == "noise" else "other speakers"
+    span = "" if done["span_ratio_db"] is None else f", {done['span_ratio_db']:+.1f} dB where it is mixed in"
+    turned = f"; turned down by {-20 * math.log10(done['scale']):.1f} dB" if done["scale"] < 1 else ""
+    return f"{name}: {what} at {done['ratio_db']:+.1f} dB over the clip{span}{turned}"
 
 
 def _levels(sound: Samples) -> npt.NDArray[np.float32]:

@@ -1,7 +1,12 @@
 """`nest augment`: what is written is what its manifest says."""
 
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +19,9 @@ from nestcli.cli.augment import augment as command
 from nestcli.data.audio import load_audio
 from nestcli.data.augment import AugmentOptions, augment
 from nestcli.data.mixing import AugmentationConfig
-from nestcli.data.noisy_copy import CopyOptions
-from nestcli.errors import ConfigError, RunFailedError
+from nestcli.data.noisy_copy import CopyOptions, write_copy
+from nestcli.data.pool import Died
+from nestcli.errors import ConfigError, DataError, RunFailedError
 
 RATE = 16000
 SHARED = Path(__file__).parents[2].parent / "shared" / "audio"
@@ -63,7 +69,7 @@ def rows(out: Path, name: str = "manifest.json") -> list[dict]:
 
 def clean_of(row: dict) -> np.ndarray:
     return load_audio(
-        row["clean_filepath"], sample_rate=RATE, offset=row.get("clean_offset", 0.0), duration=row.get("clean_duration")
+        row["clean_filepath"], sample_rate=RATE, offset=row["clean_offset"], duration=row["clean_duration"]
     )
 
 
@@ -98,7 +104,10 @@ def test_the_pieces_are_those_that_the_manifest_names(tmp_path, speech, noise):
         mixed = load_audio(row["audio_filepath"], sample_rate=RATE) / done["scale"] - clean_of(row)
         for segment in done["segments"]:
             source = load_audio(segment["source"], sample_rate=RATE)
-            start = round(segment["source_offset"] * RATE)
+            start = segment["source_sample"]
+            assert start == round(segment["source_offset"] * RATE)
+            if segment["source"] == "white noise":
+                continue
             count = min(segment["samples"], len(source) - start, 400)
             ours = mixed[segment["start_sample"] :][:count]
             assert np.abs(ours - done["gain"] * source[start : start + count]).max() < 5e-4
@@ -165,6 +174,153 @@ def test_what_cannot_be_read_is_left_out_and_told(tmp_path, speech, noise):
     summary = augment(speech, noise, tmp_path / "out", AugmentOptions(CopyOptions(MIXING)))
     assert (summary.written, summary.rejected) == (23, 1)
     assert rows(tmp_path / "out", "rejected.jsonl")[0]["audio_filepath"].endswith("3.wav")
+
+
+def test_sounds_that_cannot_be_mixed(tmp_path, noise):
+    """NaN is rejected; silence, one sample, more than full scale and two channels are written as far as they can be."""
+    rng = np.random.default_rng(0)
+    sounds = {
+        "nan": np.full(RATE, np.nan), "silent": np.zeros(RATE), "short": np.full(1, 0.5),
+        "loud": 4 * rng.standard_normal(RATE), "stereo": 0.1 * rng.standard_normal((RATE, 2)),
+    }  # fmt: skip
+    entries = []
+    for name, samples in sounds.items():
+        sf.write(tmp_path / f"{name}.wav", samples, RATE, subtype="FLOAT")
+        entries.append({"audio_filepath": f"{name}.wav", "duration": len(samples) / RATE})
+    path = manifest(tmp_path / "speech.json", entries)
+    for prob in (0.0, 1.0):
+        mixing = replace(MIXING, prob=prob, noise_ratio=1.0)
+        summary = augment(path, noise, tmp_path / f"out{prob}", AugmentOptions(CopyOptions(mixing), jobs=1))
+        assert (summary.written, summary.reasons) == (4, {"not_finite": 1})
+        found = {Path(row["clean_filepath"]).stem: row for row in rows(tmp_path / f"out{prob}")}
+        assert found["silent"]["augmentation"]["mode"] == "none"
+        loud = found["loud"]
+        assert loud["augmentation"]["scale"] < 0.5
+        if prob == 0:
+            ours = load_audio(loud["audio_filepath"], sample_rate=RATE) / loud["augmentation"]["scale"]
+            assert np.abs(ours - clean_of(loud)).max() < 1e-3
+
+
+def test_full_scale_speech_is_written_to_the_bit(tmp_path):
+    samples = np.arange(-32768, 32768, 3, dtype=np.int16)
+    sf.write(tmp_path / "s.wav", samples, RATE)
+    path = manifest(tmp_path / "speech.json", [{"audio_filepath": "s.wav", "duration": len(samples) / RATE}])
+    augment(path, None, tmp_path / "out", AugmentOptions(CopyOptions(replace(MIXING, prob=0.0)), jobs=1))
+    assert np.array_equal(sf.read(rows(tmp_path / "out")[0]["audio_filepath"], dtype="int16")[0], samples)
+
+
+def test_a_lone_other_speaker_is_found_and_nobody_is_mixed_with_themselves(tmp_path):
+    path = sound(tmp_path / "s.wav", 0.5)
+    entries = [{"audio_filepath": str(path), "duration": 0.5, "speaker": "a"} for _ in range(120)]
+    entries[23]["speaker"] = "b"
+    options = AugmentOptions(CopyOptions(MIXING), jobs=1)
+    augment(manifest(tmp_path / "two.json", entries), None, tmp_path / "two", options)
+    for row in rows(tmp_path / "two"):
+        assert row["augmentation"]["speakers"] == (["a"] if row["speaker"] == "b" else ["b"])
+    entries[23]["speaker"] = "a"
+    summary = augment(manifest(tmp_path / "one.json", entries[20:30]), None, tmp_path / "one", options)
+    assert summary.modes == {"none": 10}
+
+
+def test_others_that_cannot_be_read_are_replaced(tmp_path, speech):
+    for number in range(0, 24, 2):
+        (tmp_path / "speech" / f"{number}.wav").write_text("<html>")
+    summary = augment(speech, None, tmp_path / "out", AugmentOptions(CopyOptions(MIXING), jobs=1))
+    assert (summary.written, summary.rejected, summary.modes) == (12, 12, {"speech": 12})
+
+
+def test_noise_that_cannot_be_read_is_told_once_and_all_of_it_stops_the_run(tmp_path, speech, noise):
+    sf.write(tmp_path / "noise" / "0.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    options = AugmentOptions(CopyOptions(replace(MIXING, noise_ratio=1.0)), jobs=1)
+    summary = augment(speech, noise, tmp_path / "out", options)
+    assert (summary.written, summary.noise_rejected) == (24, 1)
+    (bad,) = rows(tmp_path / "out", "rejected.jsonl")
+    assert (bad["kind"], Path(bad["audio_filepath"]).name) == ("noise", "0.wav")
+    assert "not a number" in bad["detail"]
+    for path in (tmp_path / "noise").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="none of 20 noise files"):
+        augment(speech, noise, tmp_path / "other", options)
+    assert not (tmp_path / "other" / "manifest.json").exists()
+
+
+def test_a_full_disk_stops_the_run_and_rejects_nothing(tmp_path, speech, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        write_copy(speech, None, 0, 0, tmp_path / "audio", CopyOptions(MIXING))
+    assert list((tmp_path / "audio").rglob("*.*")) == []
+
+
+def test_audio_that_is_gone_is_made_again(tmp_path, speech):
+    options = AugmentOptions(CopyOptions(MIXING), jobs=1)
+    augment(speech, None, tmp_path / "out", options)
+    before = contents(tmp_path / "out")
+    Path(rows(tmp_path / "out")[7]["audio_filepath"]).unlink()
+    augment(speech, None, tmp_path / "out", options)
+    assert contents(tmp_path / "out") == before
+
+
+def test_while_other_draws_replace_audio_no_manifest_tells_of_the_old(tmp_path, speech):
+    augment(speech, None, tmp_path / "out", AugmentOptions(CopyOptions(MIXING), jobs=1))
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        augment(speech, None, tmp_path / "out", AugmentOptions(CopyOptions(MIXING, seed=1), jobs=1), stop)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_what_is_read_is_not_replaced(tmp_path, speech):
+    Path(speech).rename(tmp_path / "manifest.json")
+    with pytest.raises(DataError, match="would replace"):
+        augment(str(tmp_path / "manifest.json"), None, tmp_path, AugmentOptions(CopyOptions(MIXING)))
+    assert (tmp_path / "manifest.json").stat().st_size
+
+
+class DyingPool:
+    """A pool in this process; what works on line 5 dies."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def in_order(self, work, tasks):
+        for task in tasks:
+            yield Died("killed by SIGSEGV") if 5 in task.lines else work(task)
+
+
+def test_a_crash_costs_one_utterance(tmp_path, speech, monkeypatch):
+    monkeypatch.setattr("nestcli.data.augment.local_pool", DyingPool)
+    summary = augment(speech, None, tmp_path / "out", AugmentOptions(CopyOptions(MIXING)))
+    assert (summary.written, summary.reasons) == (23, {"crashed": 1})
+    assert rows(tmp_path / "out", "rejected.jsonl")[0]["line"] == 6
+
+
+def test_a_killed_run_goes_on(tmp_path, speech, noise):
+    """SIGKILL after the first results; the journal's, and files that are not in it, are there already."""
+    code = (
+        "import os, signal, sys\n"
+        "from nestcli.data.augment import AugmentOptions, augment\n"
+        "from nestcli.data.mixing import AugmentationConfig\n"
+        "from nestcli.data.noisy_copy import CopyOptions\n"
+        f"options = AugmentOptions(CopyOptions({MIXING!r}), jobs=2)\n"
+        "augment(*sys.argv[1:], options, lambda done, total: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    words = [sys.executable, "-c", code, speech, noise, str(tmp_path / "out")]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    augment(speech, noise, tmp_path / "out", AugmentOptions(CopyOptions(MIXING), jobs=2))
+    augment(speech, noise, tmp_path / "whole", AugmentOptions(CopyOptions(MIXING), jobs=1))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared recordings are not here")

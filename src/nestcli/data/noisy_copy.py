@@ -27,7 +27,7 @@ from nestcli.files import atomic_file
 _Row = dict[str, Any]
 
 _TRIES = 50  # draws for an utterance of somebody else before all speakers are looked up
-_UNREADABLE = 5  # other utterances in a row
+_UNREADABLE = 20  # other utterances in a row
 _QUIET_DB = -70.0  # dBFS; below it 16 bits would change what was mixed, and 24 are written
 
 

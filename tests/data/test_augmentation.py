@@ -1,5 +1,6 @@
 """Mixing: NeMo's numbers from NeMo's seeds, and what is better by default."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from nestcli.data.augmentation import (
     mix_speakers_and_noise,
 )
 from nestcli.data.batch import NoiseBatch
-from nestcli.data.mixing import _random_split
+from nestcli.data.mixing import _energy, _random_split, mix_into
 
 GOLDEN = Golden("augmentation")
 FULL = AugmentationConfig(
@@ -197,3 +198,118 @@ def test_a_mixture_beyond_full_scale_is_turned_down() -> None:
 def test_settings_out_of_range_name_the_key(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=key):
         replace(FULL, **{key: value})
+
+
+# ---- fast paths beside plain references ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 7, 1023, 1024, 1025, 50_000])
+def test_energy_is_the_mean_of_squares(length: int) -> None:
+    sound = (np.random.default_rng(length).standard_normal(length) * 0.1 - 0.3).astype(np.float32)
+    plain = math.fsum(float(sample) ** 2 for sample in sound) / length
+    assert _energy(sound) == pytest.approx(plain, rel=2e-7)
+    assert _energy(sound[::-1][:0]) == 0
+
+
+@pytest.mark.parametrize(("total", "n_parts"), [(3, 4), (5, 2), (40, 5)])
+def test_random_split_at_once_is_distributed_as_sample_by_sample(total: int, n_parts: int) -> None:
+    """How many parts there are, and the sizes of the first and the last, in 1,500 splits of either kind."""
+    draws = 1500
+    at_once = [_random_split(total, n_parts, random.Random(f"a{n}"), always_draw=False) for n in range(draws)]
+    one_by_one = [_random_split(total, n_parts, random.Random(f"b{n}"), always_draw=True) for n in range(draws)]
+    assert all(sum(parts) == total and min(parts) > 0 for parts in at_once)
+    for measure in (len, lambda parts: parts[0], lambda parts: parts[-1], lambda parts: parts[0] ** 2):
+        ours, theirs = ([measure(parts) for parts in side] for side in (at_once, one_by_one))
+        error = math.sqrt((np.var(ours) + np.var(theirs)) / draws)
+        assert abs(np.mean(ours) - np.mean(theirs)) < 4 * error + 1e-9
+
+
+def test_one_utterance_is_mixed_as_in_a_batch_of_it_and_others() -> None:
+    for seed in range(20):
+        batch = random_batch(seed, lengths=(400, 400, 400), noise_len=400)
+        sounds = [row.numpy() for row in batch.audio]
+        record: list[Mixture | None] = []
+        mixed = mix_speakers_and_noise(batch, FULL, random.Random(seed), None, record)
+        added, noisy, done = mix_into(
+            sounds, FULL, random.Random(seed), lambda _, n, noise=batch.noise[0].numpy(): noise[:n]
+        )
+        assert done == record[0]
+        assert np.array_equal(added, mixed.noise[0].numpy())
+        assert np.array_equal(noisy, mixed.noisy_audio[0].numpy())
+
+
+# ---- odd sounds ------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "silent": np.zeros(500), "direct current": np.full(500, -0.02), "one sample": np.full(1, 0.5), "none": np.zeros(0),
+    "longer than the speech": np.sin(np.arange(5000)), "not a number": np.full(500, np.nan),
+    "infinite": np.full(500, np.inf), "too large to square": np.full(500, 1e30),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mix", [mix_speakers_and_noise, mix_one_speaker_or_noise])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_noise_of_any_kind(mix, shape: str) -> None:
+    """It is mixed in at the ratio that was asked for, or not at all; nothing that is not a number gets in."""
+    batch, noise = random_batch(), SHAPES[shape].astype(np.float32)
+    record: list[Mixture | None] = []
+    config = replace(FULL, noise_ratio=1.0, max_num_segments=2)
+    ours = mix(batch, config, random.Random(0), lambda _, count: noise[:count], record)
+    assert ours.noisy_audio.isfinite().all()
+    assert ours.noise.isfinite().all()
+    assert all(done is not None for done in record)
+    usable = shape in ("direct current", "one sample", "longer than the speech")
+    for done in record:
+        assert done.mode == ("speech" if shape in ("silent", "none") else "noise")
+        assert (done.gain > 0) == (usable or done.mode == "speech")
+
+
+@pytest.mark.parametrize("mix", [mix_speakers_and_noise, mix_one_speaker_or_noise])
+def test_silent_speech_gets_nothing(mix) -> None:
+    batch = random_batch()
+    audio = batch.audio.clone()
+    audio[1] = 0
+    silent = replace(batch, audio=audio, noisy_audio=audio)
+    ours = mix(silent, replace(FULL, noise_ratio=1.0), random.Random(0))
+    assert not ours.noisy_audio[1].any()
+
+
+@pytest.mark.parametrize("mix", [mix_speakers_and_noise, mix_one_speaker_or_noise])
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+def test_a_batch_of_one_gets_noise(mix, rate: float) -> None:
+    batch = random_batch(lengths=(300,), noise_len=300)
+    config = replace(FULL, noise_ratio=0.0, min_mix_rate=rate, max_mix_rate=rate)
+    record: list[Mixture | None] = []
+    ours = mix(batch, config, random.Random(0), None, record)
+    assert record[0] is not None
+    assert record[0].mode == "noise"
+    assert int((ours.noise != 0).sum()) == max(1, int(300 * rate))
+
+
+@pytest.mark.parametrize("mix", [mix_speakers_and_noise, mix_one_speaker_or_noise])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+def test_what_comes_out_shares_no_memory_with_what_came_in(mix, exact: bool, prob: float) -> None:
+    batch, untouched = random_batch(), random_batch()
+    ours = mix(batch, replace(FULL, prob=prob, nemo_exact=exact), random.Random(1))
+    ours.noise.fill_(7)
+    ours.noisy_audio.fill_(7)
+    for name in ("audio", "audio_len", "noise", "noise_len"):
+        assert torch.equal(getattr(batch, name), getattr(untouched, name))
+
+
+@pytest.mark.parametrize("mix", [mix_speakers_and_noise, mix_one_speaker_or_noise])
+def test_random_settings_never_fail(mix) -> None:
+    for seed in range(200):
+        choose = random.Random(seed)
+        low = choose.random()
+        config = AugmentationConfig(
+            prob=choose.choice([0.5, 1.0]), noise_ratio=choose.random(), min_r_speech=-5, max_r_speech=5,
+            min_r_noise=-5, max_r_noise=20, min_mix_rate=low, max_mix_rate=choose.uniform(low, 1),
+            max_num_segments=choose.randint(1, 30), max_num_speakers=choose.randint(1, 6),
+        )  # fmt: skip
+        lengths = tuple(choose.randint(1, 60) for _ in range(choose.randint(1, 5)))
+        ours = mix(random_batch(seed, lengths, noise_len=choose.randint(0, max(lengths))), config, choose)
+        assert ours.noisy_audio.isfinite().all()
+        for row, length in zip(ours.noise, ours.audio_len, strict=True):
+            assert not row[length:].any()

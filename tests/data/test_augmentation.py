@@ -230,9 +230,8 @@ def test_one_utterance_is_mixed_as_in_a_batch_of_it_and_others() -> None:
         sounds = [row.numpy() for row in batch.audio]
         record: list[Mixture | None] = []
         mixed = mix_speakers_and_noise(batch, FULL, random.Random(seed), None, record)
-        added, noisy, done = mix_into(
-            sounds, FULL, random.Random(seed), lambda _, n, noise=batch.noise[0].numpy(): noise[:n]
-        )
+        noise = batch.noise[0].numpy()
+        added, noisy, done = mix_into(sounds, FULL, random.Random(seed), lambda _, count: noise[:count])  # noqa: B023
         assert done == record[0]
         assert np.array_equal(added, mixed.noise[0].numpy())
         assert np.array_equal(noisy, mixed.noisy_audio[0].numpy())

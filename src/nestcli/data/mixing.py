@@ -319,7 +319,7 @@ def _gain(speech_energy: float, sound_energy: float, ratio_db: float) -> float:
     return math.sqrt(speech_energy / (10 ** (ratio_db / 10) * sound_energy))
 
 
-_ROW = 1024  # samples summed in float32, by loops of NumPy's own: BLAS might share them among threads
+_ROW = 256  # samples summed in float32, by loops of NumPy's own: BLAS might share them among threads
 
 
 def _energy(sound: Samples) -> float:

@@ -155,15 +155,19 @@ def crash_on_request(path):
     return inspect_audio(path)
 
 
+def crash_alone(path):
+    return "version", crash_on_request(path)
+
+
 def crash_in_batches(paths):
-    return [crash_on_request(path) for path in paths]
+    return [crash_alone(path) for path in paths]
 
 
 def test_a_decoder_that_crashes_costs_its_file_only(tmp_path, monkeypatch):
     for name in ("a", "crash", "z"):
         write(tmp_path / "in" / f"{name}.wav")
     monkeypatch.setattr(check_module, "_inspect_all", crash_in_batches)
-    monkeypatch.setattr(check_module, "inspect_audio", crash_on_request)
+    monkeypatch.setattr(check_module, "_inspect", crash_alone)
     summary = prepare([tmp_path / "in"], tmp_path / "out", ALL)
     assert (summary.accepted, rejections(tmp_path / "out")) == (2, {"crash.wav": "decoder_crash"})
     assert "SIGSEGV" in rows(tmp_path / "out" / "rejected.jsonl")[0]["detail"]

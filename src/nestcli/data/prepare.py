@@ -243,10 +243,9 @@ def _shaped(
 
 def _shape_task(utterance: Accepted, how: ShapeOptions) -> ShapeTask:
     item = utterance.item
-    name = file_name(item.key, item.path)
-    if item.offset or not math.isnan(item.duration):  # a part of its file has a name of its own
-        name += f"-{round(item.offset * 1000):08d}-{round((item.offset + utterance.duration) * 1000):08d}"
-    return ShapeTask(item.path, utterance.offset, utterance.duration, name, how)
+    # one name for one content: another run with other options must not find its own pieces changed
+    content = (item.path, utterance.offset, utterance.duration, how.segment, how.sample_rate, how.channel)
+    return ShapeTask(item.path, utterance.offset, utterance.duration, file_name(item.key, repr(content)), how)
 
 
 def _packed(

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,8 @@ class Journal:
             if not line.endswith(b"\n"):
                 break
             if line.startswith(_HEAD):
-                try:
+                with suppress(ValueError):
                     self._places[bytes.fromhex(line[_HEX].decode())] = place
-                except ValueError:
-                    pass
             place += len(line)
         return place
 

@@ -58,7 +58,7 @@ class Piece:
 def shape(
     tasks: Sequence[ShapeTask], pool: Pool, journal: Journal, progress: Callable[[int, int], None]
 ) -> Iterator[list[Piece] | str]:
-    """The pieces of every task in turn, or what is wrong with it. What an earlier run made, and is still there, stays."""
+    """The pieces of every task, or what is wrong with it. What an earlier run made, and is still there, stays."""
     made: dict[int, list[Piece]] = {}
     todo: list[int] = []
     for number, task in enumerate(tasks):
@@ -68,7 +68,7 @@ def shape(
         else:
             made[number] = pieces
     results = pool.in_order(_shape_one, (tasks[number] for number in todo))
-    for number, task in enumerate(tasks):
+    for number in range(len(tasks)):
         if number in made:
             yield made.pop(number)
             continue
@@ -115,9 +115,10 @@ def _shape_one(task: ShapeTask) -> tuple[str, list[Piece] | str]:
     version = _version(task)
     options = task.options
     try:
-        with stream_audio(
-            task.path, offset=task.offset, duration=task.duration, channel=options.channel
-        ) as (rate, blocks):
+        with stream_audio(task.path, offset=task.offset, duration=task.duration, channel=options.channel) as (
+            rate,
+            blocks,
+        ):
             if options.folder is None:
                 return version, _marked(task, rate, blocks)
             blocks = resampled(blocks, rate, options.sample_rate)
@@ -147,11 +148,13 @@ def _written(task: ShapeTask, number: str, blocks: Iterable[Samples]) -> Piece:
     rate, frames = task.options.sample_rate, 0
     path = Path(task.options.folder or "") / f"{task.name}{number}.flac"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path, DataError) as part:
-        with sf.SoundFile(part, "w", rate, 1, subtype="PCM_16", format="FLAC") as sound:
-            for block in blocks:
-                sound.write(block)
-                frames += len(block)
+    with (
+        atomic_file(path, DataError) as part,
+        sf.SoundFile(part, "w", rate, 1, subtype="PCM_16", format="FLAC") as sound,
+    ):
+        for block in blocks:
+            sound.write(block)
+            frames += len(block)
     return Piece(str(path), 0.0, frames * 1_000_000 // rate / 1e6)
 
 

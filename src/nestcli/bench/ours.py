@@ -1,0 +1,91 @@
+"""Our side of a measurement: `python -m nestcli.bench.ours` answers the requests of `peer.py`."""
+
+from __future__ import annotations
+
+import time
+
+
+from typing import Any
+
+from nestcli.bench import side
+from nestcli.errors import NestError
+
+Facts = dict[str, Any]
+_ENDLESS = 10**9  # batches
+
+
+def open_loader(parameters: Facts) -> Facts:
+    """The training loader of `config` and its first batch; seconds that each part took.
+
+    `consumed` batches count as used by a run that is continued.
+    """
+    start = time.perf_counter()
+    import torch
+    from omegaconf import OmegaConf
+
+    from nestcli.data.datamodule import NestDataModule
+
+    class Continued(NestDataModule):
+        def _consumed(self) -> int:
+            return int(parameters.get("consumed", 0))
+
+    torch.set_num_threads(1)
+    imported = time.perf_counter()
+    data = Continued(OmegaConf.create(parameters["config"]))
+    batches_per_epoch = len(data.train_plan())
+    data.batches = _ENDLESS
+    loader = data.train_dataloader()
+    built = time.perf_counter()
+    side.STATE["batches"] = side.endless(loader, _seconds_of(data.sample_rate))
+    next(side.STATE["batches"])
+    return {
+        "imports": imported - start,
+        "manifest": built - imported,
+        "first_batch": time.perf_counter() - built,
+        "batches_per_epoch": batches_per_epoch,
+    }
+
+
+def _seconds_of(sample_rate: int) -> Any:
+    def seconds(batch: Any) -> float:
+        if isinstance(batch, NestError):
+            raise batch
+        return int(batch.audio_len.sum()) / sample_rate
+
+    return seconds
+
+
+def staged_round(parameters: Facts) -> Facts:
+    """A round, and where its time went."""
+    from nestcli.bench.stages import StageClock
+
+    with StageClock() as clock:
+        facts = side.timed_round(parameters)
+    return {**facts, "stages": clock.seconds}
+
+
+def open_floor(parameters: Facts) -> Facts:
+    """Choose what the floor reads: the utterances of `config` in random order, a stretch of noise of each length."""
+    from nestcli.bench.floor import chosen_reads
+
+    side.STATE["reads"] = chosen_reads(parameters["config"])
+    return {"reads": len(side.STATE["reads"])}
+
+
+def floor_round(parameters: Facts) -> Facts:
+    from nestcli.bench.floor import read_and_mix
+
+    return read_and_mix(side.STATE["reads"], parameters["seconds"])
+
+
+OPERATIONS = {
+    **side.TIMING,
+    "open_loader": open_loader,
+    "staged_round": staged_round,
+    "open_floor": open_floor,
+    "floor_round": floor_round,
+}
+
+
+if __name__ == "__main__":
+    side.converse(OPERATIONS, lambda error: isinstance(error, NestError))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-
-
 from typing import Any
 
 from nestcli.bench import side
@@ -78,12 +76,30 @@ def floor_round(parameters: Facts) -> Facts:
     return read_and_mix(side.STATE["reads"], parameters["seconds"])
 
 
+def open_step(parameters: Facts) -> Facts:
+    """Build the training step of `config` on `device`, within `memory` bytes; null: a share of what is free."""
+    from omegaconf import OmegaConf
+
+    from nestcli.bench.trial import TrainingStep, default_memory
+
+    memory = parameters["memory"] or default_memory(parameters["device"])
+    side.STATE["step"] = TrainingStep(OmegaConf.create(parameters["config"]), parameters["device"], memory)
+    return {"memory": memory}
+
+
+def try_step(parameters: Facts) -> Facts:
+    facts: Facts = side.STATE["step"].attempt(parameters["batch"], parameters["seconds"])
+    return facts
+
+
 OPERATIONS = {
     **side.TIMING,
     "open_loader": open_loader,
     "staged_round": staged_round,
     "open_floor": open_floor,
     "floor_round": floor_round,
+    "open_step": open_step,
+    "try_step": try_step,
 }
 
 

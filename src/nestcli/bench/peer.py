@@ -17,7 +17,9 @@ from nestcli.bench import side
 from nestcli.errors import DataError, MissingDependencyError, NestError, RunFailedError
 
 INSTALL = 'pip install "nemo_toolkit[asr]==3.0.0" torch==2.13.0'
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+_RETURNED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 
 class PeerDiedError(RunFailedError):
@@ -27,10 +29,11 @@ class PeerDiedError(RunFailedError):
 class Peer:
     """A process that answers one request after another; a context manager that ends it.
 
-    `one_thread` keeps libraries from starting threads of their own, as loader processes are run.
+    `one_thread` keeps libraries from starting threads of their own, as loader processes are run. `returns_memory`
+    has the C library give memory back when it is freed.
     """
 
-    def __init__(self, command: list[str], name: str, *, one_thread: bool = True) -> None:
+    def __init__(self, command: list[str], name: str, *, one_thread: bool = True, returns_memory: bool = False) -> None:
         self.name = name
         self._log: IO[bytes] = tempfile.TemporaryFile(prefix="nest-bench-")  # noqa: SIM115  # closed in close()
         self._process = subprocess.Popen(  # noqa: S603  # our own interpreter, or the one that the user names
@@ -44,6 +47,7 @@ class Peer:
                 "PYTHONWARNINGS": "ignore",
                 "TOKENIZERS_PARALLELISM": "false",
                 **(_ONE_THREAD if one_thread else {}),
+                **(_RETURNED if returns_memory else {}),
             },
         )
 
@@ -99,9 +103,10 @@ class Peer:
         return f"{self.name} {ended}; its last words: {' / '.join(lines) or 'none'}"
 
 
-def our_peer(*, one_thread: bool = True) -> Peer:
+def our_peer(*, one_thread: bool = True, returns_memory: bool = False) -> Peer:
     """A fresh process of this environment."""
-    return Peer([sys.executable, "-m", "nestcli.bench.ours"], "the measuring process", one_thread=one_thread)
+    command = [sys.executable, "-m", "nestcli.bench.ours"]
+    return Peer(command, "the measuring process", one_thread=one_thread, returns_memory=returns_memory)
 
 
 def nemo_peer(python: str) -> Peer:

@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nestcli.bench.context import Context, Options, Told
+from nestcli.bench.fit import buckets_section
 from nestcli.bench.loader import loader_section
 from nestcli.bench.report import SectionReport
 from nestcli.bench.scale import scale_section
@@ -17,6 +18,7 @@ from nestcli.bench.scale import scale_section
 SECTIONS: dict[str, Callable[[Context], SectionReport]] = {
     "loader": loader_section,
     "scale": scale_section,
+    "buckets": buckets_section,
 }
 
 

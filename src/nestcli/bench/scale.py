@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,16 @@ def scale_section(context: Context) -> SectionReport:
         write_long_manifest(manifest, sorted((speech.parent / "speech").iterdir()), count)
         config = context.loader_config(manifest_filepath=str(manifest), noise_manifest=str(noise))
         context.tell(f"scale: {count:,} lines")
-        starts = [started(our_peer(), config=plain(config)) for _ in range(rounds)]
+        starts = [started(our_peer, config=plain(config)) for _ in range(rounds)]
         rows.append(_row(count, starts))
         if context.nemo is not None and context.options.nemo_python is not None:
             context.tell(f"scale: {count:,} lines, NeMo")
-            theirs = started(nemo_peer(context.options.nemo_python), train_ds=nemo_block(config))
+            theirs = started(partial(nemo_peer, context.options.nemo_python), train_ds=nemo_block(config))
             rows[-1]["nemo"] = _row(count, [theirs])
     batches = starts[-1].batches_per_epoch or 1
     context.tell(f"scale: {lengths[-1]:,} lines, continued in epoch {_EPOCH}")
     consumed = _EPOCH * batches + batches * 9 // 10
-    resumed = [started(our_peer(), config=plain(config), consumed=consumed) for _ in range(rounds)]
+    resumed = [started(our_peer, config=plain(config), consumed=consumed) for _ in range(rounds)]
     return _reported(context, rows, starts, {**_row(lengths[-1], resumed), "consumed_batches": consumed})
 
 
@@ -83,10 +83,10 @@ def write_long_manifest(path: Path, audio: Sequence[Path], lines: int, seed: int
     write_text(path, pieces())
 
 
-def started(peer: Peer, **parameters: Any) -> Start:
-    """Take a process that was just made to its first batch, and end it."""
+def started(make: Callable[[], Peer], **parameters: Any) -> Start:
+    """Make a process, take it to its first batch, and end it."""
     begin = time.perf_counter()
-    with contextlib.closing(peer):
+    with make() as peer:
         facts = peer.ask("open_loader", **parameters)
         total = time.perf_counter() - begin
         memory = peer.ask("memory")

@@ -144,9 +144,7 @@ def _open_loader(parameters):
 
     imported = time.perf_counter()
     block = OmegaConf.create(parameters["train_ds"])
-    model = types.SimpleNamespace(
-        cfg=OmegaConf.create({"sample_rate": block.sample_rate}), global_rank=0, world_size=1
-    )
+    model = types.SimpleNamespace(cfg=OmegaConf.create({"sample_rate": block.sample_rate}), global_rank=0, world_size=1)
     loader = EncDecDenoiseMaskedTokenPredModel._setup_dataloader_from_config(model, block)
     built = time.perf_counter()
     rate = float(block.sample_rate)

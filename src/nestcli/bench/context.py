@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ class Options:
     lines: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     buckets: int = 30
     memory: int | None = None
+
+    def changed(self, **values: Any) -> Options:
+        return replace(self, **values)
 
 
 @dataclass

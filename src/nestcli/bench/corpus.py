@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import soundfile as sf
 
+from nestcli.data.batch import Samples
 from nestcli.data.manifest import write_manifest
 
 RATE = 16_000  # Hz
@@ -42,7 +43,7 @@ def _written(folder: Path, number: int, seconds: float, kind: str, rng: np.rando
     return {"audio_filepath": str(path), "duration": len(samples) / RATE}
 
 
-def _sound(count: int, has_syllables: bool, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _sound(count: int, has_syllables: bool, rng: np.random.Generator) -> Samples:
     """Noise whose spectrum falls by 6 dB an octave, which FLAC packs about as well as speech."""
     spectrum = np.fft.rfft(rng.standard_normal(count))
     spectrum /= np.maximum(1.0, np.arange(len(spectrum)) * (RATE / count / 200))  # flat below 200 Hz
@@ -50,4 +51,5 @@ def _sound(count: int, has_syllables: bool, rng: np.random.Generator) -> np.ndar
     if has_syllables:
         phase = 2 * np.pi * (_SYLLABLES * np.arange(count) / RATE + rng.random())
         sound *= 0.01 + np.square(np.sin(phase / 2))
-    return (0.3 * sound / np.abs(sound).max()).astype(np.float32)
+    samples: Samples = (0.3 * sound / np.abs(sound).max()).astype(np.float32)
+    return samples

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import soundfile as sf
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
+from nestcli.data.batch import Samples
 from nestcli.data.datamodule import NestDataModule
 
 _GAIN = np.float32(0.3)
@@ -31,7 +32,7 @@ class Read:
 
 def chosen_reads(config: dict[str, Any], seed: int = 0) -> list[Read]:
     """Utterances in random order, for each a line of noise and a place in it: all that is random is drawn here."""
-    data = NestDataModule(OmegaConf.create(config))
+    data = NestDataModule(DictConfig(config))
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data.train_speech))[:_AT_MOST]
     return [_read(data, int(item), rng) for item in order]
@@ -76,7 +77,7 @@ def read_and_mix(reads: list[Read], seconds: float) -> dict[str, Any]:
     return {"audio_seconds": audio, "utterances": number, "seconds": end - start, "stages": stages}
 
 
-def _samples(path: str, start: int, frames: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    samples: np.ndarray[Any, np.dtype[np.float32]]
+def _samples(path: str, start: int, frames: int) -> Samples:
+    samples: Samples
     samples, _ = sf.read(path, frames=frames, start=start, dtype="float32")
     return samples if samples.ndim == 1 else samples[:, 0]

@@ -18,9 +18,9 @@ from nestcli.config import nemo_target
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.manifest import Manifest
 
-ROUNDS, SECONDS = 5, 4.0
+ROUNDS, SECONDS = 5, 5.0
 _QUEUE = 3  # batches made before a round: two that wait for each loader process, and the one in its hands
-_LEAST = 3  # batches in a round
+_LEAST = 4  # batches in a round
 _SETTLING = 60.0  # s at most until a loader process has filled its queue
 _NEMO_EPOCH = 50_000.0  # s of audio: NeMo's loader starts its process anew with each epoch
 _WARMED = 20_000  # lines of a manifest whose files are read beforehand

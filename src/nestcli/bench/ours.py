@@ -19,7 +19,7 @@ def open_loader(parameters: Facts) -> Facts:
     """
     start = time.perf_counter()
     import torch
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig
 
     from nestcli.data.datamodule import NestDataModule
 
@@ -29,7 +29,7 @@ def open_loader(parameters: Facts) -> Facts:
 
     torch.set_num_threads(1)
     imported = time.perf_counter()
-    data = Continued(OmegaConf.create(parameters["config"]))
+    data = Continued(DictConfig(parameters["config"]))
     batches_per_epoch = len(data.train_plan())
     data.batches = _ENDLESS
     loader = data.train_dataloader()
@@ -78,12 +78,12 @@ def floor_round(parameters: Facts) -> Facts:
 
 def open_step(parameters: Facts) -> Facts:
     """Build the training step of `config` on `device`, within `memory` bytes; null: a share of what is free."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig
 
     from nestcli.bench.trial import TrainingStep, default_memory
 
     memory = parameters["memory"] or default_memory(parameters["device"])
-    side.STATE["step"] = TrainingStep(OmegaConf.create(parameters["config"]), parameters["device"], memory)
+    side.STATE["step"] = TrainingStep(DictConfig(parameters["config"]), parameters["device"], memory)
     return {"memory": memory}
 
 
@@ -104,4 +104,4 @@ OPERATIONS = {
 
 
 if __name__ == "__main__":
-    side.converse(OPERATIONS, lambda error: isinstance(error, NestError))
+    side.converse(OPERATIONS, (NestError,))

@@ -66,9 +66,9 @@ class Peer:
         except (BrokenPipeError, json.JSONDecodeError):
             raise PeerDiedError(self._last_words()) from None
         if "error" in reply:
-            raise (DataError if reply["mistake"] else RunFailedError)(
-                reply["error"] if reply["mistake"] else f"{self.name}: {reply['error']}"
-            )
+            if reply["kind"] is None:
+                raise RunFailedError(f"{self.name}: {reply['error']}")
+            raise (RunFailedError if reply["kind"] == RunFailedError.__name__ else DataError)(reply["error"])
         facts: dict[str, Any] = reply["facts"]
         return facts
 

@@ -5,7 +5,7 @@ This file stands alone: it imports nothing of nestcli, so that the python of ano
     NEMO_PYTHON side.py
 
 reads one JSON request a line from standard input, {"operation": NAME, "parameters": {...}}, and answers each with one
-line {"facts": {...}} or {"error": TEXT, "mistake": BOOL}; `mistake` tells an input that cannot be used from a bug.
+line {"facts": {...}} or {"error": TEXT, "kind": NAME}; NAME is the class of an error of ours, null for any other.
 Both sides are timed by the functions of this file.
 """
 
@@ -18,8 +18,9 @@ import time
 import traceback
 import types
 from pathlib import Path
+from typing import Any
 
-STATE = {}  # what "open_loader" made: "batches", an endless iterator of seconds of audio
+STATE: dict[str, Any] = {}  # what "open_loader" made: "batches", an endless iterator of seconds of audio
 _IDLE = 0.05  # s of looking at the processes' clocks, to see that nothing is being computed any more
 
 
@@ -102,25 +103,25 @@ def endless(loader, seconds_of):
 # ---- the conversation --------------------------------------------------------------------------------------------
 
 
-def converse(operations, is_mistake=lambda error: False):
+def converse(operations, known=()):
     """Answer requests until whoever asks is gone."""
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print to standard output, which is ours alone
     with contextlib.suppress(BrokenPipeError):
         for line in requests:
-            answers.write(json.dumps(_reply(operations, json.loads(line), is_mistake)) + "\n")
+            answers.write(json.dumps(_reply(operations, json.loads(line), known)) + "\n")
             answers.flush()
 
 
-def _reply(operations, request, is_mistake):
+def _reply(operations, request, known):
     try:
         return {"facts": operations[request["operation"]](request["parameters"])}
     except Exception as error:
-        if is_mistake(error):
-            return {"error": str(error), "mistake": True}
+        if isinstance(error, known):
+            return {"error": str(error), "kind": type(error).__name__}
         traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}"[:2000], "mistake": False}
+        return {"error": f"{type(error).__name__}: {error}"[:2000], "kind": None}
 
 
 TIMING = {"round": timed_round, "settle": settle, "memory": memory}

@@ -24,7 +24,7 @@ def context_of(corpus: dict[str, Path], folder: Path, **options: object) -> Cont
 def test_nemo_loads_the_same_audio(corpus: dict[str, Path], tmp_path: Path) -> None:
     section = loader_section(context_of(corpus, tmp_path, seconds=1.0)).to_json()
     assert section["nemo_version"] == "3.0.0"
-    assert section["ratio"] == pytest.approx(section["ours"]["median"] / section["nemo"]["median"])
+    assert section["ratio"] == pytest.approx(section["ours"]["median"] / section["nemo"]["median"])  # of one round
     assert section["ratio"] > 2
     assert section["peak_memory_bytes"]["nemo"] > 500e6
 

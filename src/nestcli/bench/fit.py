@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from nestcli.bench.buckets import bucket_of, default_buckets, estimate_bins, padding_of_buckets, padding_of_plain
 from nestcli.bench.context import Context, Told, plain
 from nestcli.bench.largest import Search, Trial
+from nestcli.bench.material import read_material
 from nestcli.bench.peer import Peer, PeerDiedError, our_peer
 from nestcli.bench.report import SectionReport, Spread
-from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.cost import batch_size
 from nestcli.training.settings import accelerator
@@ -24,7 +24,7 @@ _KEYS = "model.train_ds"
 def buckets_section(context: Context) -> SectionReport:
     """Bins from the manifest's durations, then trials of the training step in a process of its own."""
     config = context.loader_config()
-    durations = NestDataModule(config).train_speech.durations
+    durations = read_material(config).speech.durations
     bins = estimate_bins(durations, default_buckets(len(durations), context.options.buckets))
     counts = np.bincount(bucket_of(durations, bins), minlength=len(bins))
     device = "cuda" if accelerator(config) == "gpu" else "cpu"

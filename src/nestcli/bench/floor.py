@@ -10,8 +10,8 @@ import numpy as np
 import soundfile as sf
 from omegaconf import DictConfig
 
+from nestcli.bench.material import Material, read_material
 from nestcli.data.batch import Samples
-from nestcli.data.datamodule import NestDataModule
 
 _GAIN = np.float32(0.3)
 _AT_MOST = 4096  # utterances
@@ -32,20 +32,19 @@ class Read:
 
 def chosen_reads(config: dict[str, Any], seed: int = 0) -> list[Read]:
     """Utterances in random order, for each a line of noise and a place in it: all that is random is drawn here."""
-    data = NestDataModule(DictConfig(config))
+    material = read_material(DictConfig(config))
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(data.train_speech))[:_AT_MOST]
-    return [_read(data, int(item), rng) for item in order]
+    order = rng.permutation(len(material.speech))[:_AT_MOST]
+    return [_read(material, int(item), rng) for item in order]
 
 
-def _read(data: NestDataModule, item: int, rng: np.random.Generator) -> Read:
-    speech = data.train_speech.entry(item)
+def _read(material: Material, item: int, rng: np.random.Generator) -> Read:
+    speech = material.speech.entry(item)
     rate = sf.info(speech.audio_filepath).samplerate
     start, frames = int(speech.offset * rate), int(speech.duration * rate)
-    if data.train_noise is None:
+    if material.noise is None:
         return Read(speech.audio_filepath, start, frames, None, 0, 0, frames / rate)
-    lines = data.train_noise.manifest
-    noise = lines.entry(int(rng.integers(len(lines))))
+    noise = material.noise.entry(int(rng.integers(len(material.noise))))
     noise_rate = sf.info(noise.audio_filepath).samplerate
     spare = max(0.0, noise.duration - frames / rate)
     noise_start = int((noise.offset + rng.uniform(0, spare)) * noise_rate)

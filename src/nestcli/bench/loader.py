@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import numpy as np
 from omegaconf import DictConfig
 
 from nestcli.bench.context import Context, plain
+from nestcli.bench.material import Material, read_material
 from nestcli.bench.peer import Peer, nemo_peer, our_peer
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.bench.stages import STAGES
 from nestcli.config import nemo_target
-from nestcli.data.datamodule import NestDataModule
 from nestcli.data.manifest import Manifest
 
 ROUNDS, SECONDS = 5, 5.0
@@ -41,9 +42,13 @@ class _Side:
         if self.operation == "round":
             self.peer.ask("settle", seconds=_SETTLING)
 
-    def speeds(self) -> Spread:
-        """Seconds of audio a second."""
-        return Spread.of(facts["audio_seconds"] / facts["seconds"] for facts in self.rounds)
+    def speeds(self) -> list[float]:
+        """Seconds of audio a second, round by round."""
+        return [facts["audio_seconds"] / facts["seconds"] for facts in self.rounds]
+
+    def times(self, other: _Side) -> float:
+        """How many times as fast as another side: the median of the rounds, each by itself."""
+        return statistics.median(ours / theirs for ours, theirs in zip(self.speeds(), other.speeds(), strict=True))
 
     def stages(self) -> dict[str, float]:
         """Microseconds of each stage for a second of audio, over all rounds."""
@@ -60,20 +65,20 @@ class _Side:
 def loader_section(context: Context) -> SectionReport:
     """Rounds in turn of our loader, the floor, our data set without a loader process, and NeMo's loader."""
     config = context.loader_config()
-    data = NestDataModule(config)
+    material = read_material(config)
     context.tell("loader: reading every file once, so that none comes from the disk")
-    _warm(data)
+    _warm(material)
     rounds = context.options.rounds or ROUNDS
     with ExitStack() as stack:
-        sides = _opened(context, config, data, stack)
+        sides = _opened(context, config, material, stack)
         for number in range(rounds):
             context.tell(f"loader: round {number + 1} of {rounds}")
             for side in sides.values() if number % 2 == 0 else reversed(sides.values()):
                 side.measure()
-        return _reported(sides, data, context.nemo)
+        return _reported(sides, material, context.nemo)
 
 
-def _opened(context: Context, config: DictConfig, data: NestDataModule, stack: ExitStack) -> dict[str, _Side]:
+def _opened(context: Context, config: DictConfig, material: Material, stack: ExitStack) -> dict[str, _Side]:
     """The sides, each with its files open and its first batches behind it."""
     seconds = context.options.seconds or SECONDS
     counted = {"seconds": seconds, "skip": _QUEUE, "least": _LEAST}
@@ -89,7 +94,7 @@ def _opened(context: Context, config: DictConfig, data: NestDataModule, stack: E
     if context.nemo is not None and context.options.nemo_python is not None:
         context.tell("loader: opening NeMo's loader")
         theirs = stack.enter_context(nemo_peer(context.options.nemo_python))
-        theirs.ask("open_loader", train_ds=nemo_block(config, float(data.train_speech.durations.sum())))
+        theirs.ask("open_loader", train_ds=nemo_block(config, float(material.speech.durations.sum())))
         sides.append(_Side("nemo", theirs, "round", **counted))
     for side in sides:
         if side.operation == "round":
@@ -114,8 +119,8 @@ def nemo_block(config: DictConfig, seconds: float | None = None) -> Facts:
     return block
 
 
-def _warm(data: NestDataModule) -> None:
-    for manifest in [data.train_speech, *([data.train_noise.manifest] if data.train_noise else [])]:
+def _warm(material: Material) -> None:
+    for manifest in [material.speech, *([material.noise] if material.noise else [])]:
         for path in _files(manifest):
             with Path(path).open("rb") as file:
                 while file.read(1 << 20):
@@ -127,23 +132,22 @@ def _files(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys(manifest.entry(int(line)).audio_filepath for line in lines))
 
 
-def _reported(sides: dict[str, _Side], data: NestDataModule, version: str | None) -> SectionReport:
-    ours, floor = sides["ours"].speeds(), sides["floor"].speeds()
-    nemo = sides["nemo"].speeds() if "nemo" in sides else None
-    inline = sides["inline"].speeds()
+def _reported(sides: dict[str, _Side], material: Material, version: str | None) -> SectionReport:
+    ours, floor, inline = (Spread.of(sides[name].speeds()) for name in ("ours", "floor", "inline"))
+    nemo = sides.get("nemo")
     stages = sides["inline"].stages()
     ordered = {name: stages[name] for name in STAGES if name in stages}
     return SectionReport(
         name="loader",
         unit="seconds of audio a second",
         ours=ours,
-        nemo=nemo,
-        ratio=None if nemo is None else ours.median / nemo.median,
+        nemo=None if nemo is None else Spread.of(nemo.speeds()),
+        ratio=None if nemo is None else sides["ours"].times(nemo),
         memory=sides["ours"].peak(),
-        nemo_memory=sides["nemo"].peak() if nemo else None,
+        nemo_memory=None if nemo is None else nemo.peak(),
         extra={
             "nemo_version": version,
-            "floor": {**floor.to_json(), "share": ours.median / floor.median},
+            "floor": {**floor.to_json(), "share": sides["ours"].times(sides["floor"])},
             "without_loader_process": inline.to_json(),
             "microseconds_per_second_of_audio": {
                 "ours": {**ordered, "loader process": 1e6 / ours.median - 1e6 / inline.median},
@@ -152,9 +156,9 @@ def _reported(sides: dict[str, _Side], data: NestDataModule, version: str | None
                 "floor_total": 1e6 / floor.median,
             },
             "data": {
-                "utterances": len(data.train_speech),
-                "mean_seconds": float(data.train_speech.durations.mean()),
-                "noise_clips": len(data.train_noise.manifest) if data.train_noise else 0,
+                "utterances": len(material.speech),
+                "mean_seconds": float(material.speech.durations.mean()),
+                "noise_clips": len(material.noise) if material.noise else 0,
             },
         },
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nestcli.bench import side
 from nestcli.errors import NestError
+
+if TYPE_CHECKING:
+    from nestcli.data.datamodule import NestDataModule
 
 Facts = dict[str, Any]
 _ENDLESS = 10**9  # batches
@@ -15,23 +18,16 @@ _ENDLESS = 10**9  # batches
 def open_loader(parameters: Facts) -> Facts:
     """The training loader of `config` and its first batch; seconds that each part took.
 
-    `consumed` batches count as used by a run that is continued.
+    With `consumed` batches behind it, the loader of a run that goes on, from the `state` in its checkpoint.
     """
     start = time.perf_counter()
     import torch
-    from omegaconf import DictConfig
 
-    from nestcli.data.datamodule import NestDataModule
-
-    class Continued(NestDataModule):
-        def _consumed(self) -> int:
-            return int(parameters.get("consumed", 0))
+    import nestcli.data.datamodule  # noqa: F401  # counted as an import
 
     torch.set_num_threads(1)
     imported = time.perf_counter()
-    data = Continued(DictConfig(parameters["config"]))
-    batches_per_epoch = len(data.train_plan())
-    data.batches = _ENDLESS
+    data, batches_per_epoch = _data(parameters)
     loader = data.train_dataloader()
     built = time.perf_counter()
     side.STATE["batches"] = side.endless(loader, _seconds_of(data.sample_rate))
@@ -42,6 +38,30 @@ def open_loader(parameters: Facts) -> Facts:
         "first_batch": time.perf_counter() - built,
         "batches_per_epoch": batches_per_epoch,
     }
+
+
+def state_at(parameters: Facts) -> Facts:
+    """What the checkpoint of a run would hold of its loader after `consumed` batches."""
+    data, _ = _data(parameters)
+    data.train_dataloader()
+    return {"state": data.state_dict()}
+
+
+def _data(parameters: Facts) -> tuple[NestDataModule, int]:
+    """The data module of an endless run that stands at `consumed`, and the batches of its first epoch."""
+    from omegaconf import DictConfig
+
+    from nestcli.data.datamodule import NestDataModule
+
+    class Standing(NestDataModule):
+        def _consumed(self) -> int:
+            return int(parameters.get("consumed", 0))
+
+    data = Standing(DictConfig(parameters["config"]))
+    data.load_state_dict(parameters.get("state", {}))
+    batches_per_epoch = len(data.train_dataloader())
+    data.batches = _ENDLESS
+    return data, batches_per_epoch
 
 
 def _seconds_of(sample_rate: int) -> Any:
@@ -95,6 +115,7 @@ def try_step(parameters: Facts) -> Facts:
 OPERATIONS = {
     **side.TIMING,
     "open_loader": open_loader,
+    "state_at": state_at,
     "staged_round": staged_round,
     "open_floor": open_floor,
     "floor_round": floor_round,

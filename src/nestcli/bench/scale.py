@@ -60,7 +60,9 @@ def scale_section(context: Context) -> SectionReport:
     batches = starts[-1].batches_per_epoch or 1
     context.tell(f"scale: {lengths[-1]:,} lines, continued in epoch {_EPOCH}")
     consumed = _EPOCH * batches + batches * 9 // 10
-    resumed = [started(our_peer, config=plain(config), consumed=consumed) for _ in range(rounds)]
+    with our_peer() as peer:
+        state = peer.ask("state_at", config=plain(config), consumed=consumed)["state"]
+    resumed = [started(our_peer, config=plain(config), consumed=consumed, state=state) for _ in range(rounds)]
     return _reported(context, rows, starts, {**_row(lengths[-1], resumed), "consumed_batches": consumed})
 
 

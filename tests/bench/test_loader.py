@@ -15,6 +15,7 @@ from nestcli.bench.context import Context, Options, plain
 from nestcli.bench.corpus import make_corpus
 from nestcli.bench.floor import chosen_reads, read_and_mix
 from nestcli.bench.loader import loader_section, nemo_block
+from nestcli.bench.material import read_material
 from nestcli.bench.peer import PeerDiedError, nemo_version, our_peer
 from nestcli.config import load_config
 from nestcli.data.datamodule import NestDataModule
@@ -65,10 +66,10 @@ def test_no_manifest_no_matter(tmp_path: Path) -> None:
     context = context_of(load_config("demo"), tmp_path)
     config = context.loader_config()
     assert (config.model.train_ds.num_workers, config.model.validation_ds.manifest_filepath) == (1, None)
-    data = NestDataModule(config)
-    assert len(data.train_speech) > 20
-    assert data.train_noise is not None
-    batch = data.train_batch(0, 0)
+    material = read_material(config)
+    assert len(material.speech) > 20
+    assert material.noise is not None
+    batch = NestDataModule(config).train_batch(0, 0)
     assert float(batch.noisy_audio.abs().max()) > 0.01
     assert context.made() == context.made()
 

@@ -59,6 +59,10 @@ class Context:
             self._nemo = nemo_version(self.options.nemo_python)
         return self._nemo
 
+    def check_nemo(self) -> None:
+        """Raise NestError before anything is measured, if a NeMo is named that cannot be used."""
+        _ = self.nemo
+
     def made(self) -> tuple[Path, Path]:
         """Manifests of speech-like sounds and of noise, made on first use."""
         if self._made is None:

@@ -24,6 +24,7 @@ SECTIONS: dict[str, Callable[[Context], SectionReport]] = {
     "scale": scale_section,
     "buckets": buckets_section,
 }
+_WITH_NEMO = ("loader", "scale")
 
 
 @dataclass
@@ -49,7 +50,10 @@ def run_bench(
     names = names or default_sections(config)
     report, folder = BenchReport(), Path(tempfile.mkdtemp(prefix="nest-bench-"))
     context = Context(config, options, folder, lambda doing: advance(number, len(names), doing))
+    number = 0
     try:
+        if any(name in _WITH_NEMO for name in names):
+            context.check_nemo()
         for number, name in enumerate(names):  # noqa: B007  # the context's lambda tells it
             try:
                 report.sections.append(SECTIONS[name](context))

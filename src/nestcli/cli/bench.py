@@ -121,9 +121,9 @@ def _show_scale(section: dict[str, Any]) -> None:
         rows += [_scale_row(f"{row['lines']:,}", row)]
         rows += [_scale_row("  NeMo", row["nemo"])] if "nemo" in row else []
     rows.append(_scale_row("resumed", section["resume"]))
-    columns = ["lines", ">seconds", ">imports", ">manifest", ">batch", ">µs/line", ">main MiB", ">worker MiB"]
+    columns = ["lines", ">all", ">imports", ">manifest", ">batch", ">µs/line", ">MiB", ">worker"]
     console.table("scale: seconds from a fresh process to its first batch", columns, rows)
-    console.line("resumed: the longest manifest, nine tenths through the fourth epoch. MiB: the most of each process.")
+    console.line("resumed: the longest manifest, nine tenths through the fourth epoch. MiB: at most.")
 
 
 def _scale_row(label: str, row: dict[str, Any]) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in (
         "50.0 times NeMo's speed.", "70% of the floor.", "NeMo 3.0.0", "decode", "read speech", "1,000,000", "resumed",
         "12,345", "Padding: 30.0% in plain batches, 5.0% in these buckets.", "model.train_ds.bucket_batch_size=[210]",
-        "in 72.0 GiB of cuda memory",
+        "Within 72.0 GiB of cuda memory.",
     ):  # fmt: skip
         assert words in shown.output
     assert max(map(len, shown.output.splitlines())) <= 120

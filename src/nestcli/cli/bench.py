@@ -136,10 +136,8 @@ def _show_buckets(section: dict[str, Any]) -> None:
     rows = [
         (f"{row['upto_seconds']:g}", f"{row['utterances']:,}", row["batch_size"]) for row in section["bins"]
     ]  # fmt: skip
-    title = (
-        f"buckets: largest batches in {section['memory_budget_bytes'] / 2**30:.1f} GiB of {section['device']} memory"
-    )
-    console.table(title, [">up to s", ">utterances", ">batch"], rows)
+    console.table("buckets: the largest batches that fit", [">up to s", ">utterances", ">batch"], rows)
+    console.line(f"Within {section['memory_budget_bytes'] / 2**30:.1f} GiB of {section['device']} memory.")
     padding = section["padding"]
     console.line(f"Padding: {padding['plain']:.1%} in plain batches, {padding['buckets']:.1%} in these buckets.")
     console.line("Put into the configuration, or on the command line of nest pretrain:")

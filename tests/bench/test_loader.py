@@ -31,6 +31,7 @@ def test_a_round_counts_only_what_is_delivered_in_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(side.STATE, "batches", delivered)
     facts = side.timed_round({"skip": 2, "seconds": 0.0, "least": 3})
     assert (facts["audio_seconds"], facts["batches"]) == (6.0, 3)
+    assert 0 <= facts["processor_seconds"] < 1
 
     def slow() -> Any:
         while True:
@@ -56,6 +57,9 @@ def test_the_section(corpus: dict[str, Path], tmp_path: Path) -> None:
     assert 0 < section["ours"]["min"] <= section["ours"]["median"] <= section["ours"]["max"]
     assert section["peak_memory_bytes"]["ours"] > 100e6
     assert 0 < section["floor"]["share"] < 2
+    busy = section["per_processor_second"]
+    assert busy["share_of_floor"] == pytest.approx(busy["ours"] / busy["floor"])
+    assert (set(busy), busy["ratio"]) == ({"ours", "floor", "ratio", "share_of_floor"}, None)
     cost = section["microseconds_per_second_of_audio"]
     assert {"decode", "noise: decode"} <= set(cost["ours"]) <= {*stages.STAGES, "loader process"}
     assert sum(cost["floor"].values()) == pytest.approx(cost["floor_total"], rel=0.5)

@@ -55,7 +55,7 @@ def _read(material: Material, item: int, rng: np.random.Generator) -> Read:
 def read_and_mix(reads: list[Read], seconds: float) -> dict[str, Any]:
     """Read and mix utterance after utterance for `seconds`; the seconds of audio, and where the time went."""
     stages = {"read speech": 0.0, "read noise": 0.0, "mix": 0.0}
-    audio, number, start = 0.0, 0, time.perf_counter()
+    audio, number, start, processor = 0.0, 0, time.perf_counter(), time.process_time()
     end = start
     while end - start < seconds:
         read = reads[number % len(reads)]
@@ -73,7 +73,13 @@ def read_and_mix(reads: list[Read], seconds: float) -> dict[str, Any]:
         stages["mix"] += end - has_noise
         audio += read.seconds
         number += 1
-    return {"audio_seconds": audio, "utterances": number, "seconds": end - start, "stages": stages}
+    return {
+        "audio_seconds": audio,
+        "utterances": number,
+        "seconds": end - start,
+        "processor_seconds": time.process_time() - processor,
+        "stages": stages,
+    }
 
 
 def _samples(path: str, start: int, frames: int) -> Samples:

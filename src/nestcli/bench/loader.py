@@ -46,6 +46,11 @@ class _Side:
         """Seconds of audio a second, round by round."""
         return [facts["audio_seconds"] / facts["seconds"] for facts in self.rounds]
 
+    def per_processor_second(self) -> float:
+        """Seconds of audio for a second of processor time, over all rounds: what other programs take is left out."""
+        busy = sum(facts["processor_seconds"] for facts in self.rounds)
+        return sum(facts["audio_seconds"] for facts in self.rounds) / max(busy, 1e-6)
+
     def times(self, other: _Side) -> float:
         """How many times as fast as another side: the median of the rounds, each by itself."""
         return statistics.median(ours / theirs for ours, theirs in zip(self.speeds(), other.speeds(), strict=True))
@@ -132,6 +137,12 @@ def _files(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys(manifest.entry(int(line)).audio_filepath for line in lines))
 
 
+def _by_processor(sides: dict[str, _Side]) -> dict[str, float | None]:
+    found = {name: sides[name].per_processor_second() for name in ("ours", "floor", "nemo") if name in sides}
+    ratio = found["ours"] / found["nemo"] if "nemo" in found else None
+    return {**found, "ratio": ratio, "share_of_floor": found["ours"] / found["floor"]}
+
+
 def _reported(sides: dict[str, _Side], material: Material, version: str | None) -> SectionReport:
     ours, floor, inline = (Spread.of(sides[name].speeds()) for name in ("ours", "floor", "inline"))
     nemo = sides.get("nemo")
@@ -149,6 +160,7 @@ def _reported(sides: dict[str, _Side], material: Material, version: str | None) 
             "nemo_version": version,
             "floor": {**floor.to_json(), "share": sides["ours"].times(sides["floor"])},
             "without_loader_process": inline.to_json(),
+            "per_processor_second": _by_processor(sides),
             "microseconds_per_second_of_audio": {
                 "ours": {**ordered, "loader process": 1e6 / ours.median - 1e6 / inline.median},
                 "ours_total": 1e6 / ours.median,

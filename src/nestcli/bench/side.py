@@ -35,11 +35,13 @@ def timed_round(parameters):
     batches = STATE["batches"]
     for _ in range(parameters["skip"]):
         next(batches)
-    audio, number, start = 0.0, 0, time.perf_counter()
+    audio, number, start, processors = 0.0, 0, time.perf_counter(), _processor_seconds()
     while time.perf_counter() - start < parameters["seconds"] or number < parameters["least"]:
         audio += next(batches)
         number += 1
-    return {"audio_seconds": audio, "batches": number, "seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    busy = _processor_seconds() - processors
+    return {"audio_seconds": audio, "batches": number, "seconds": seconds, "processor_seconds": busy}
 
 
 def settle(parameters):
@@ -51,6 +53,12 @@ def settle(parameters):
         if _ticks() == before:
             return {"idle": True}
     return {"idle": False}
+
+
+def _processor_seconds():
+    """Of this process and its loader's processes."""
+    ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    return time.process_time() + _ticks() / ticks
 
 
 def _ticks():

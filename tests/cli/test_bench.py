@@ -81,7 +81,8 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = invoked(monkeypatch, report())
     assert shown.exit_code == 0, shown.output
     for words in (
-        "50.0 times NeMo's speed.", "70% of the floor.", "65% of the floor; 48.0 times NeMo.", "NeMo 3.0.0", "decode", "read speech", "1,000,000", "resumed",
+        "50.0 times NeMo's speed.", "70% of the floor.", "65% of the floor; 48.0 times NeMo.",
+        "NeMo 3.0.0", "decode", "read speech", "1,000,000", "resumed",
         "12,345", "Padding: 30.0% in plain batches, 5.0% in these buckets.", "model.train_ds.bucket_batch_size=[210]",
         "Within 72.0 GiB of cuda memory.",
     ):  # fmt: skip

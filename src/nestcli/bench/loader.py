@@ -49,7 +49,8 @@ class _Side:
     def per_processor_second(self) -> float:
         """Seconds of audio for a second of processor time, over all rounds: what other programs take is left out."""
         busy = sum(facts["processor_seconds"] for facts in self.rounds)
-        return sum(facts["audio_seconds"] for facts in self.rounds) / max(busy, 1e-6)
+        audio: float = sum(facts["audio_seconds"] for facts in self.rounds)
+        return audio / max(busy, 1e-6)
 
     def times(self, other: _Side) -> float:
         """How many times as fast as another side: the median of the rounds, each by itself."""
@@ -138,9 +139,11 @@ def _files(manifest: Manifest) -> list[str]:
 
 
 def _by_processor(sides: dict[str, _Side]) -> dict[str, float | None]:
-    found = {name: sides[name].per_processor_second() for name in ("ours", "floor", "nemo") if name in sides}
+    found: dict[str, Any] = {
+        name: sides[name].per_processor_second() for name in ("ours", "floor", "nemo") if name in sides
+    }
     ratio = found["ours"] / found["nemo"] if "nemo" in found else None
-    return {**found, "ratio": ratio, "share_of_floor": found["ours"] / found["floor"]}
+    return dict(found, ratio=ratio, share_of_floor=found["ours"] / found["floor"])
 
 
 def _reported(sides: dict[str, _Side], material: Material, version: str | None) -> SectionReport:

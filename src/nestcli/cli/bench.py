@@ -109,9 +109,7 @@ def _show_loader(section: dict[str, Any]) -> None:
     console.line(f"{section['floor']['share']:.0%} of the floor.")
     busy = section["per_processor_second"]
     theirs = f"; {busy['ratio']:.1f} times NeMo" if busy["ratio"] else ""
-    console.line(
-        f"By processor time: {busy['ours']:,.0f} s of audio a second, {busy['share_of_floor']:.0%} of the floor{theirs}."
-    )
+    console.line(f"By processor time: {busy['ours']:,.0f} a second, {busy['share_of_floor']:.0%} of the floor{theirs}.")
     console.line(_memory(section))
     cost = section["microseconds_per_second_of_audio"]
     for side in ("ours", "floor"):

@@ -48,7 +48,7 @@ class _Side:
 
     def per_processor_second(self) -> float:
         """Seconds of audio for a second of processor time, over all rounds: what other programs take is left out."""
-        busy = sum(facts["processor_seconds"] for facts in self.rounds)
+        busy: float = sum(facts["processor_seconds"] for facts in self.rounds)
         audio: float = sum(facts["audio_seconds"] for facts in self.rounds)
         return audio / max(busy, 1e-6)
 

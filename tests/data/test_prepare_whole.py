@@ -333,7 +333,7 @@ def test_a_torn_journal_is_mended(tmp_path):
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     with (
         open_journal(tmp_path),
-        pytest.raises(DataError, match="another `nest prepare-data` is writing"),
+        pytest.raises(DataError, match="another run of nest is writing"),
         open_journal(tmp_path),
     ):
         pass

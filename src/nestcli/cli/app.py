@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nestcli import __version__
-from nestcli.cli import compare, console, count_params, demo, export, prepare_data, pretrain
+from nestcli.cli import augment, bench, compare, console, count_params, demo, export, prepare_data, pretrain
 from nestcli.errors import NestError
 
 app = typer.Typer(
@@ -41,10 +41,12 @@ def root(
 
 
 app.command("prepare-data")(prepare_data.prepare_data)
+app.command("augment")(augment.augment)
 app.command("pretrain")(pretrain.pretrain)
 app.command("count-params")(count_params.count_params)
 app.command("compare")(compare.compare)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 
 

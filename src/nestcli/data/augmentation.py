@@ -115,18 +115,33 @@ def mix_one_speaker_or_noise(
     return _mixed(batch, config, rng, noise_of, record, _one_stretch)
 
 
+def mix_into(
+    sounds: Sequence[Samples],
+    config: AugmentationConfig,
+    rng: random.Random,
+    noise_of: NoiseOf,
+    *,
+    one_stretch: bool = False,
+) -> tuple[Samples, Mixture | None]:
+    """Mix noise or the others into the first of some sounds, and say how: what the functions above do to an item."""
+    given = _Given(list(sounds), max(map(len, sounds)), noise_of, config, rng)
+    clean = sounds[0][None]
+    noise, noisy = np.zeros_like(clean), clean.copy()
+    if rng.random() > config.prob:
+        return noisy[0], None
+    pieces = (_one_stretch if one_stretch else _scattered_segments)(0, given)
+    return noisy[0], None if pieces is None else _mix_in(0, given, pieces, noise, noisy)
+
+
 @dataclass(frozen=True)
 class _Given:
-    """A batch as arrays, and where its noise comes from."""
+    """The speech of a batch, the width of its rows, and where its noise comes from."""
 
-    audio: Samples  # (B, N)
-    lengths: list[int]
+    speech: list[Samples]
+    width: int
     noise_of: NoiseOf
     config: AugmentationConfig
     rng: random.Random
-
-    def speech(self, item: int) -> Samples:
-        return self.audio[item, : self.lengths[item]]
 
 
 @dataclass(frozen=True)
@@ -150,16 +165,17 @@ def _mixed(
 ) -> NoiseBatch:
     raw = batch.noise.numpy()
     raw_lengths = batch.noise_len.tolist()
+    audio = batch.audio.numpy()
     given = _Given(
-        batch.audio.numpy(),
-        batch.audio_len.tolist(),
+        [row[:length] for row, length in zip(audio, batch.audio_len.tolist(), strict=True)],
+        audio.shape[1],
         noise_of or (lambda item, count: raw[item, : min(count, raw_lengths[item])]),
         config,
         rng,
     )
     # an item that is left alone keeps its raw noise in NeMo, and the noise's length
-    noise = raw.copy() if config.nemo_exact else np.zeros_like(given.audio)
-    noisy = given.audio.copy()
+    noise = raw.copy() if config.nemo_exact else np.zeros_like(audio)
+    noisy = audio.copy()
     noise_len = batch.noise_len.clone() if config.nemo_exact else batch.audio_len
     for item in range(len(noisy)):
         pieces = None if rng.random() > config.prob else choose(item, given)
@@ -167,7 +183,7 @@ def _mixed(
         if pieces is not None:
             done = _mix_in(item, given, pieces, noise, noisy)
             if config.nemo_exact:
-                noise_len[item] = given.lengths[item]
+                noise_len[item] = len(given.speech[item])
         elif config.nemo_exact:
             noisy[item] += noise[item]
         if record is not None:
@@ -183,7 +199,7 @@ def _mixed(
 
 def _mix_in(item: int, given: _Given, pieces: _Pieces, noise: Samples, noisy: Samples) -> Mixture:
     """Write the pieces into the item's rows of noise and of noisy audio."""
-    speech = given.speech(item)
+    speech = given.speech[item]
     gain = _gain(_energy(speech), pieces.energy, pieces.ratio_db)
     noise[item] = 0
     for segment, sound in zip(pieces.segments, pieces.sounds, strict=True):
@@ -205,12 +221,12 @@ def _mix_in(item: int, given: _Given, pieces: _Pieces, noise: Samples, noisy: Sa
 
 
 def _scattered_segments(item: int, given: _Given) -> _Pieces | None:
-    config, rng, length = given.config, given.rng, given.lengths[item]
+    config, rng, length = given.config, given.rng, len(given.speech[item])
     ranged = config.min_mix_rate < config.max_mix_rate
     rate = rng.uniform(config.min_mix_rate, config.max_mix_rate) if ranged else config.min_mix_rate
     mix_len = max(1, _share_of(length, rate))
     n_segments = rng.randint(config.min_num_segments, config.max_num_segments)
-    n_speakers = min(rng.randint(config.min_num_speakers, config.max_num_speakers), len(given.lengths))
+    n_speakers = min(rng.randint(config.min_num_speakers, config.max_num_speakers), len(given.speech))
     segment_lens = _random_split(mix_len, n_segments, rng, always_draw=config.nemo_exact)
     source = _chosen_source(item, given, mix_len)
     if source is None:
@@ -255,7 +271,7 @@ def _random_split(total: int, n_parts: int, rng: random.Random, *, always_draw: 
 
 def _chosen_source(item: int, given: _Given, wanted: int) -> tuple[float, Samples | None] | None:
     """The ratio in dB, and `wanted` samples of noise, or None for speech; None at all if neither is to be had."""
-    config, rng, alone = given.config, given.rng, len(given.lengths) == 1
+    config, rng, alone = given.config, given.rng, len(given.speech) == 1
     if rng.random() < config.noise_ratio or alone:
         clip = given.noise_of(item, wanted)
         if config.nemo_exact or is_audible(clip):
@@ -282,12 +298,12 @@ def _noise_segments(clip: Samples, segment_lens: Sequence[int]) -> list[_Source]
 def _speech_segments(item: int, given: _Given, segment_lens: Sequence[int], n_speakers: int) -> list[_Source]:
     """Slices of other items, each speaker once and then any of them."""
     rng = given.rng
-    others = [other for other in range(len(given.lengths)) if other != item]
+    others = [other for other in range(len(given.speech)) if other != item]
     speakers = rng.sample(others, k=min(n_speakers, len(others)))
     pieces: list[_Source] = []
     turn = 0
     for wanted in segment_lens:
-        speech, start = given.speech(speakers[turn]), 0
+        speech, start = given.speech[speakers[turn]], 0
         if wanted > len(speech):
             piece = _tiled(speech, wanted)
         else:
@@ -316,21 +332,21 @@ def _places(lengths: Sequence[int], slack: int, rng: random.Random) -> list[int]
 
 
 def _one_stretch(item: int, given: _Given) -> _Pieces | None:
-    config, rng, length = given.config, given.rng, given.lengths[item]
+    config, rng, length = given.config, given.rng, len(given.speech[item])
     shortest, longest = (_share_of(length, rate) for rate in (config.min_mix_rate, config.max_mix_rate))
     if config.min_mix_rate < config.max_mix_rate:
         mix_len = rng.randint(shortest, max(shortest, longest - 1))
     else:
         mix_len = max(1, shortest)
     start = rng.randint(0, length - mix_len - 1) if mix_len < length else 0
-    source = _chosen_source(item, given, given.audio.shape[1])
+    source = _chosen_source(item, given, given.width)
     if source is None:
         return None
     ratio_db, sound = source
     is_noise, other = sound is not None, None
     if sound is None:
-        other = rng.choice([other for other in range(len(given.lengths)) if other != item])
-        sound = given.speech(other)
+        other = rng.choice([other for other in range(len(given.speech)) if other != item])
+        sound = given.speech[other]
     if len(sound) <= mix_len:
         sound, sound_start = _tiled(sound, mix_len), 0
     else:

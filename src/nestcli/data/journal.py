@@ -1,4 +1,4 @@
-"""What a preparation has done so far, so that the same command goes on after any interruption.
+"""What a long command has done so far, so that the same command goes on after any interruption.
 
 The results stay on the disk: of each the memory holds where it stands, some 150 bytes, so that a journal of millions
 of lines is opened in seconds.
@@ -83,9 +83,7 @@ def open_journal(folder: Path) -> Iterator[Journal]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(
-                f"another `nest prepare-data` is writing to {folder}; wait for it, or give another --out"
-            ) from None
+            raise DataError(f"another run of nest is writing to {folder}; wait for it, or give another --out") from None
         journal = Journal(folder)
         try:
             yield journal

@@ -72,6 +72,8 @@ def _table(path: Path) -> Iterator[tuple[str, str]]:
         rest = rest.strip(_BLANKS)
         if not key:
             continue
+        if "\0" in line:
+            raise DataError(f"{path}, line {number}: there is a zero byte; is this a table of Kaldi's?")
         if not rest:
             if path.name == "text":  # an utterance without words
                 continue

@@ -18,12 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from nestcli.data.check import check_files
 from nestcli.data.collect import OUTPUTS, Collection, collect, made_before
 from nestcli.data.cores import available_cores
 from nestcli.data.journal import Journal, open_journal
 from nestcli.data.manifest import write_manifest
-from nestcli.data.picture import draw_summary
+from nestcli.data.picture import draw_summary, duration_bins, level_bins
 from nestcli.data.pool import Pool, local_pool
 from nestcli.data.prepare_options import PrepareOptions, checked_fraction, speaker_finder
 from nestcli.data.shape import Piece, ShapeOptions, ShapeTask, file_name, shape
@@ -59,6 +62,7 @@ class PrepareSummary:
     without_speaker: int
     durations: dict[str, float]
     levels: dict[str, float]
+    histograms: dict[str, dict[str, float]]
     shorter_than_1s: int
     sample_rates: dict[int, int]
     passed_over: int
@@ -330,10 +334,21 @@ def _summarise(
         without_speaker=sum(each.speaker is None for each in accepted),
         durations=_spread(durations),
         levels=_spread(levels),
+        histograms=_histograms(np.array(durations), np.array(levels)) if accepted else {},
         shorter_than_1s=sum(each.duration < SHORT for each in accepted),
         sample_rates=dict(sorted(Counter(each.sample_rate for each in accepted).items())),
         passed_over=passed_over,
     )
+
+
+def _histograms(durations: npt.NDArray[np.float64], levels: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    """Hours by the seconds, and utterances by the dBFS, up to which they go; coarse, for the terminal."""
+    hours = zip(*duration_bins(durations, most=12), strict=True)
+    counts = zip(*level_bins(levels, step=6.0), strict=True)
+    return {
+        "hours_by_seconds": {label: round(value, 6) for label, value in hours},
+        "utterances_by_dbfs": dict(counts),
+    }
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

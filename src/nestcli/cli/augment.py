@@ -1,0 +1,116 @@
+"""`nest augment`: noise and foreign speech mixed into a corpus, written out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nestcli.cli import console
+from nestcli.errors import ConfigError, RunFailedError
+
+if TYPE_CHECKING:
+    from nestcli.data.augment import AugmentOptions, AugmentSummary
+
+_BLOCK = "model.train_ds.batch_augmentor"
+
+
+def augment(
+    speech: Annotated[str, typer.Option("--speech", metavar="MANIFEST", help="Utterances to mix something into.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the noisy audio and its manifest.")],
+    noise: Annotated[
+        str | None,
+        typer.Option("--noise", metavar="MANIFEST", help="Noise. Without it, only other speakers are mixed in."),
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value ...]",
+            help="Keys of the augmentation: prob, noise_ratio, min_r_speech, max_r_noise, max_num_segments, ...",
+            show_default=False,
+        ),
+    ] = None,
+    copies: Annotated[int, typer.Option("--copies", metavar="N", help="Noisy versions of every utterance.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Of all draws.")] = 0,
+    preview: Annotated[
+        int, typer.Option("--preview", metavar="N", help="Pictures of the first N that something was mixed into.")
+    ] = 0,
+    sample_rate: Annotated[int, typer.Option("--sample-rate", metavar="HZ", help="Of what is written.")] = 16000,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", metavar="N", help="Processes that work. Default: one a core.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Mix noise and other speakers into speech and write it.
+
+    DIR/manifest.json says of every utterance what was mixed in, where, and how loud. Mixing is what `nest pretrain`
+    does while it trains; its keys and defaults are those of model.train_ds.batch_augmentor.
+    """
+    from dataclasses import asdict
+
+    from nestcli.data.augment import augment as write
+
+    options = _options(words or [], copies, seed, sample_rate, jobs)
+    with console.progress("mixing") as advance:
+        summary = write(speech, noise, out, options, advance)
+    pictures = _draw(summary, out, preview, sample_rate)
+    if as_json:
+        console.emit_json({**asdict(summary), "pictures": pictures})
+    else:
+        _show(summary, out, pictures)
+    if not summary.written or (strict and summary.rejected):
+        raise RunFailedError(f"{summary.rejected} utterances could not be read; see {out / 'rejected.jsonl'}")
+
+
+def _options(words: list[str], copies: int, seed: int, sample_rate: int, jobs: int | None) -> AugmentOptions:
+    from nestcli.config import BASE, TARGETS, load_config, section
+    from nestcli.data.augment import AugmentOptions
+    from nestcli.data.augmentation import AugmentationConfig
+
+    if wrong := [word for word in words if "=" not in word]:
+        raise ConfigError(f"{wrong[0]!r} is no key=value; give keys of the augmentation, such as prob=1.0")
+    config = load_config(BASE, [f"{_BLOCK}.{word}" for word in words])
+    kind = TARGETS[config.model.train_ds.batch_augmentor["_target_"]]
+    return AugmentOptions(
+        mixing=section(AugmentationConfig, config, _BLOCK),
+        one_stretch=kind == "speaker_noise",
+        copies=copies,
+        seed=seed,
+        sample_rate=sample_rate,
+        jobs=jobs,
+    )
+
+
+def _draw(summary: AugmentSummary, out: Path, count: int, sample_rate: int) -> list[str]:
+    """Draw the first utterances that something was mixed into."""
+    if not count or summary.manifest is None:
+        return []
+    from nestcli.data.preview import draw_preview
+
+    drawn: list[str] = []
+    (out / "preview").mkdir(exist_ok=True)
+    with Path(summary.manifest).open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if len(drawn) == count:
+                break
+            if row["augmentation"]["mode"] != "none":
+                path = out / "preview" / f"{len(drawn) + 1:02d}.png"
+                draw_preview(path, row, sample_rate)
+                drawn.append(str(path))
+    return drawn
+
+
+def _show(summary: AugmentSummary, out: Path, pictures: list[str]) -> None:
+    rows = [("written", f"{summary.written:,}"), ("hours", f"{summary.hours:,.2f}")]
+    named = {"noise": "  with noise", "speech": "  with other speakers", "none": "  left as they are"}
+    rows += [(label, f"{summary.modes[mode]:,}") for mode, label in named.items() if mode in summary.modes]
+    if summary.rejected:
+        rows.append(("could not be read", f"{summary.rejected:,}"))
+    console.table("", [f"noisy speech in {out}", ">"], rows)
+    if pictures:
+        console.note(f"pictures: {pictures[0]} ... {pictures[-1]}" if len(pictures) > 1 else f"picture: {pictures[0]}")
+    if summary.manifest:
+        console.note(f"{summary.manifest} says what was mixed where, and how loud.")

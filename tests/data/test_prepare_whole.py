@@ -50,6 +50,23 @@ ALL = PrepareOptions(val_fraction=0, jobs=2)
 # ---- inputs
 
 
+def test_globs_name_nothing_twice_and_nothing_else(tmp_path):
+    for name in ("1.wav", "a/2.wav", "a/b/3.wav"):
+        write(tmp_path / "in" / name)
+    (tmp_path / "in" / "about.json").write_text("{}")
+    (tmp_path / "in" / "readme.txt").touch()
+    for pattern in ("**", "*", "**/*", "*.wav"):
+        summary = prepare([f"{tmp_path}/in/{pattern}"], tmp_path / "in" / "out", ALL)
+        assert (summary.accepted, summary.rejected) == (1 if pattern == "*.wav" else 3, 0)
+        assert summary.passed_over == (0 if pattern == "*.wav" else 2)
+    everything = PrepareOptions(val_fraction=0, convert=True)
+    for _ in range(2):  # its own output is no input
+        assert prepare([f"{tmp_path}/in/**/*.*"], tmp_path / "in" / "out", everything).accepted == 3
+    manifest = tmp_path / "in" / "out" / "train_manifest.json"
+    manifest.rename(tmp_path / "in" / "m.json")
+    assert prepare([f"{tmp_path}/in/[m].json"], tmp_path / "other", ALL).accepted == 3
+
+
 def test_globs(tmp_path):
     for name in ("a/1.wav", "a/2.wav", "b/deep/3.wav"):
         write(tmp_path / "in" / name)
@@ -101,6 +118,36 @@ def test_kaldi_folders(tmp_path):
     prepare([folder], tmp_path / "out", ALL)
     spans = [(row["id"], row.get("offset", 0), row["duration"], row["speaker"]) for row in taken(tmp_path / "out")]
     assert spans == [("u1", 0, 0.7, "ann"), ("u2", 0.7, 0.8, "eve")]
+
+
+def test_kaldi_tables_are_read_as_kaldi_reads_them(tmp_path, monkeypatch):
+    write(tmp_path / "k" / "one file.wav", 2.0)
+    write(tmp_path / "audio" / "two.wav")
+    monkeypatch.chdir(tmp_path)
+    folder = kaldi(
+        tmp_path / "k",
+        ["r1 one file.wav", "", " r2\t audio/two.wav \r"],  # relative to here first, then to the folder
+        ["u1 r1 0.5 -1", "u2 r2 0 0.5"],
+        text=["u1 a\u2028b\x0bc", "u2 d\u00a0e"],
+    )
+    assert prepare([folder / "wav.scp"], tmp_path / "out", ALL).rejected == 0
+    lines = (tmp_path / "out" / "train_manifest.json").read_text(encoding="utf-8").split("\n")
+    first, second = map(json.loads, lines[:2])
+    assert (first["offset"], first["duration"], first["text"]) == (0.5, 1.5, "a\u2028b\x0bc")
+    assert (Path(second["audio_filepath"]), second["text"]) == (tmp_path / "audio" / "two.wav", "d\u00a0e")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["r1 one.wav", "r1 two.wav"], "r1 is there twice"),
+        (["r1 one.wav", "", "r2"], "line 3: there is nothing after 'r2'"),
+        (["r1 o\0e.wav"], "zero byte"),
+    ],
+)
+def test_broken_lists_of_recordings_are_named(tmp_path, lines, message):
+    with pytest.raises(DataError, match=message):
+        prepare([kaldi(tmp_path / "k", lines)], tmp_path / "out", ALL)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def histogram(title: str, values: Mapping[str, float], width: int = 30) -> None:
     highest = max(values.values())
     print(f"  {title}")
     for label in labels[filled[0] : filled[-1] + 1]:
-        bar = "#" * math.ceil(width * values[label] / highest)
+        bar = "#" * min(width, math.ceil(width * values[label] / highest))
         print(f"  {'to ' + label:>8}  {bar:<{width}}  {values[label]:,.4g}")
     print()
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from nestcli.data.journal import Journal, open_journal
 from nestcli.data.manifest import read_manifests
 from nestcli.data.prepare import PrepareOptions, prepare
 from nestcli.data.shape import file_name
+from nestcli.data.shards_write import write_shards
 from nestcli.errors import DataError
 
 RATE = 16000
@@ -420,6 +422,28 @@ def test_shards_hold_what_the_manifests_name(tmp_path, form):
             assert len(ours) == len(samples)
             assert np.abs(ours - samples).max() <= 1.01 / 32768
         assert not expected
+
+
+class InThisProcess:
+    jobs = 1
+
+    def in_order(self, work, tasks):
+        return map(work, tasks)
+
+
+def test_a_shar_is_the_same_bytes_at_another_time(tmp_path):
+    prepare([corpus_of(tmp_path / "in", 5)], tmp_path / "out", ALL)
+    contents = []
+    for _ in range(2):
+        made = write_shards(
+            tmp_path / "out" / "train_manifest.json", tmp_path / "s", shards=2, format="shar", pool=InThisProcess()
+        )
+        contents.append(visible(tmp_path / "s"))
+        shutil.rmtree(tmp_path / "s")
+        time.sleep(1.1)  # the time in a gzip has whole seconds
+    assert made.utterances == 5
+    assert contents[0] == contents[1]
+    assert [name for name in contents[0] if name.endswith("gz")] == ["cuts.000000.jsonl.gz", "cuts.000001.jsonl.gz"]
 
 
 def test_shards_are_the_same_bytes_again_and_follow_their_number(tmp_path):

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from nestcli.data.batch import NoiseBatch, Samples
+from nestcli.data.batch import Empty, NoiseBatch, Samples, empty
 
 NoiseOf = Callable[[int, int], Samples]  # (item, samples): the item's noise, or all of it where it is shorter
 
@@ -90,14 +90,15 @@ def mix_speakers_and_noise(
     rng: random.Random,
     noise_of: NoiseOf | None = None,
     record: list[Mixture | None] | None = None,
+    empty: Empty = empty,
 ) -> NoiseBatch:
     """Mix segments of noise, or of several other speakers of the batch, into each item with probability `prob`.
 
-    Noise is that of the batch, or what `noise_of` gives. `record` takes what was done to every item. The ratio in dB
-    holds over the whole item, not over the mixed part alone. Source: arXiv:2408.13106 section 2.4; NeMo
-    `MultiSpeakerNoiseAugmentation`.
+    Noise is that of the batch, or what `noise_of` gives; then the result has none of its own. `record` takes what was
+    done to every item, `empty` makes the array of the noisy audio. The ratio in dB holds over the whole item, not over
+    the mixed part alone. Source: arXiv:2408.13106 section 2.4; NeMo `MultiSpeakerNoiseAugmentation`.
     """
-    return _mixed(batch, config, rng, noise_of, record, _scattered_segments)
+    return _mixed(batch, config, rng, noise_of, record, empty, _scattered_segments)
 
 
 def mix_one_speaker_or_noise(
@@ -106,13 +107,14 @@ def mix_one_speaker_or_noise(
     rng: random.Random,
     noise_of: NoiseOf | None = None,
     record: list[Mixture | None] | None = None,
+    empty: Empty = empty,
 ) -> NoiseBatch:
     """Mix one stretch of noise, or of one other speaker, into each item with probability `prob`.
 
     As `mix_speakers_and_noise`, but the ratio in dB is that of the item to the whole noise. Source: NeMo
     `SpeakerNoiseAugmentation`.
     """
-    return _mixed(batch, config, rng, noise_of, record, _one_stretch)
+    return _mixed(batch, config, rng, noise_of, record, empty, _one_stretch)
 
 
 def mix_into(
@@ -126,11 +128,11 @@ def mix_into(
     """Mix noise or the others into the first of some sounds, and say how: what the functions above do to an item."""
     given = _Given(list(sounds), max(map(len, sounds)), noise_of, config, rng)
     clean = sounds[0][None]
-    noise, noisy = np.zeros_like(clean), clean.copy()
+    noisy = clean.copy()
     if rng.random() > config.prob:
         return noisy[0], None
     pieces = (_one_stretch if one_stretch else _scattered_segments)(0, given)
-    return noisy[0], None if pieces is None else _mix_in(0, given, pieces, noise, noisy)
+    return noisy[0], None if pieces is None else _mix_in(0, given, pieces, None, noisy)
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def _mixed(
     rng: random.Random,
     noise_of: NoiseOf | None,
     record: list[Mixture | None] | None,
+    empty: Empty,
     choose: Callable[[int, _Given], _Pieces | None],
 ) -> NoiseBatch:
     raw = batch.noise.numpy()
@@ -174,8 +177,11 @@ def _mixed(
         rng,
     )
     # an item that is left alone keeps its raw noise in NeMo, and the noise's length
-    noise = raw.copy() if config.nemo_exact else np.zeros_like(audio)
-    noisy = audio.copy()
+    noise: Samples | None = None
+    if noise_of is None:
+        noise = raw.copy() if config.nemo_exact else np.zeros_like(audio)
+    noisy = empty(audio.shape)
+    noisy[:] = audio
     noise_len = batch.noise_len.clone() if config.nemo_exact else batch.audio_len
     for item in range(len(noisy)):
         pieces = None if rng.random() > config.prob else choose(item, given)
@@ -184,28 +190,31 @@ def _mixed(
             done = _mix_in(item, given, pieces, noise, noisy)
             if config.nemo_exact:
                 noise_len[item] = len(given.speech[item])
-        elif config.nemo_exact:
+        elif config.nemo_exact and noise is not None:
             noisy[item] += noise[item]
         if record is not None:
             record.append(done)
     return replace(
         batch,
-        noise=torch.from_numpy(noise),
+        noise=torch.empty(len(noisy), 0) if noise is None else torch.from_numpy(noise),
         noise_len=noise_len,
         noisy_audio=torch.from_numpy(noisy),
         noisy_audio_len=noise_len,
     )
 
 
-def _mix_in(item: int, given: _Given, pieces: _Pieces, noise: Samples, noisy: Samples) -> Mixture:
-    """Write the pieces into the item's rows of noise and of noisy audio."""
+def _mix_in(item: int, given: _Given, pieces: _Pieces, noise: Samples | None, noisy: Samples) -> Mixture:
+    """Write the pieces into the item's rows of noise, where that is kept, and of noisy audio."""
     speech = given.speech[item]
     gain = _gain(_energy(speech), pieces.energy, pieces.ratio_db)
-    noise[item] = 0
+    if noise is not None:
+        noise[item] = 0
     for segment, sound in zip(pieces.segments, pieces.sounds, strict=True):
         place = slice(segment.start, segment.start + segment.length)
-        np.multiply(sound, np.float32(gain), out=noise[item, place])
-        noisy[item, place] += noise[item, place]
+        scaled = sound * np.float32(gain)
+        noisy[item, place] += scaled
+        if noise is not None:
+            noise[item, place] = scaled
     scale = 1.0
     if gain > 0 and not given.config.nemo_exact:
         row = noisy[item, : len(speech)]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nestcli.config import TARGETS, section, seed_of
 from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
-from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate
+from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate, empty
 from nestcli.data.cores import available_cores
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
 from nestcli.data.manifest import Manifest
@@ -64,6 +64,8 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         self.slabs: Slabs | None = None
 
     def __getitem__(self, place: Place) -> NoiseBatch | Placed | NestError:
+        if self.slabs is not None:
+            self.slabs.begin()
         try:
             batch = self._batch(place)
         except NestError as error:
@@ -94,8 +96,8 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         def noise_of(place: int, count: int) -> Samples:  # the same draws, but only of what is mixed in
             return self._noise(epoch, items[place], len(audios[place]), count)
 
-        batch = collate(audios, [np.zeros(0, np.float32)] * len(items), lines)
-        return self.mix(batch, self.augmentation, generator, noise_of)
+        make = empty if self.slabs is None else self.slabs.array
+        return self.mix(collate(audios, None, lines, make), self.augmentation, generator, noise_of, None, make)
 
     def _noises(self, epoch: int, items: list[int], audios: list[Samples]) -> list[Samples]:
         return [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]

@@ -6,16 +6,18 @@ pages, which can take as long as decoding the audio; copying into pages that are
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from nestcli.data.batch import NoiseBatch
+from nestcli.data.batch import NoiseBatch, Samples
 
 Other = TypeVar("Other")
 _ALIGNMENT = 64  # bytes
@@ -44,24 +46,59 @@ class Slabs:
             [mmap.mmap(-1, n_bytes) for _ in range(queued + 1)] for _ in range(workers)
         ]
         self._next = 0
+        self._end = 0  # of what the batch that is being made has taken of its slot
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slots": None}  # a process that is not forked cannot see them
 
+    def begin(self) -> None:
+        """In a loader process: start with a batch anew, whatever became of the last one."""
+        self._end = 0
+
+    def array(self, shape: tuple[int, ...]) -> Samples:
+        """An array for the batch that is being made, in the slot that it will be sent in; its content is anything."""
+        slot = self._slot()
+        n_bytes = 4 * math.prod(shape)
+        if slot is None or self._end + n_bytes > self.n_bytes:
+            return np.empty(shape, np.float32)
+        array: Samples = np.frombuffer(slot, np.float32, math.prod(shape), self._end).reshape(shape)
+        self._end += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+        return array
+
     def put(self, batch: NoiseBatch) -> NoiseBatch | Placed:
-        """In a loader process: copy a batch into the next slot. One that cannot go there is returned as it is."""
-        worker = get_worker_info()
+        """In a loader process: send a batch by the next slot. One that cannot go there is returned as it is."""
+        worker, slot = get_worker_info(), self._slot()
         values = {field.name: getattr(batch, field.name) for field in fields(batch)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        places, end = _places(tensors)
-        if worker is None or self._slots is None or end > self.n_bytes:
+        if worker is None or slot is None:
             return batch
-        slot = self._next
-        self._next = (slot + 1) % len(self._slots[worker.id])
+        first = np.frombuffer(slot, np.uint8).ctypes.data
+        places, end = [], self._end
+        for name, value in tensors.items():
+            start = value.data_ptr() - first
+            if not (value.numel() and 0 <= start < self._end):  # not made there
+                start, end = end, end + -(-value.numel() * value.element_size() // _ALIGNMENT) * _ALIGNMENT
+            places.append((name, start, tuple(value.shape), value.dtype))
+        if end > self.n_bytes:
+            return self._sent_as_it_is(batch)
         for name, start, shape, dtype in places:
-            _view(self._slots[worker.id][slot], start, shape, dtype).copy_(tensors[name])
+            if start >= self._end:
+                _view(slot, start, shape, dtype).copy_(tensors[name])
+        number = self._next
+        assert self._slots is not None
+        self._next = (number + 1) % len(self._slots[worker.id])
         emptied = NoiseBatch(**{**values, **dict.fromkeys(tensors, torch.empty(0))})
-        return Placed(worker.id, slot, places, emptied)
+        return Placed(worker.id, number, tuple(places), emptied)
+
+    def _slot(self) -> mmap.mmap | None:
+        worker = get_worker_info()
+        return None if worker is None or self._slots is None else self._slots[worker.id][self._next]
+
+    def _sent_as_it_is(self, batch: NoiseBatch) -> NoiseBatch:
+        """A batch that owns its memory: the slot will be used for the next one."""
+        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        copies = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+        return NoiseBatch(**{**values, **copies})
 
     def take(self, sent: Placed | Other, *, pin: bool = False) -> NoiseBatch | Other:
         """In the process that made the slots: copy a batch out, into page-locked memory if it goes on to a GPU.
@@ -88,14 +125,6 @@ class SlabLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of batches, as they come
         return (self.slabs.take(sent, pin=self.pin_slabs) for sent in super().__iter__())
-
-
-def _places(tensors: dict[str, Tensor]) -> tuple[tuple[tuple[str, int, tuple[int, ...], torch.dtype], ...], int]:
-    places, end = [], 0
-    for name, value in tensors.items():
-        places.append((name, end, tuple(value.shape), value.dtype))
-        end += -(-value.numel() * value.element_size() // _ALIGNMENT) * _ALIGNMENT
-    return tuple(places), end
 
 
 def _view(slab: mmap.mmap, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from nestcli.data.journal import Journal, open_journal
 from nestcli.data.manifest import read_manifests
 from nestcli.data.prepare import PrepareOptions, prepare
 from nestcli.data.shape import file_name
+from nestcli.data.shards_write import write_shards
 from nestcli.errors import DataError
 
 RATE = 16000
@@ -48,6 +50,23 @@ ALL = PrepareOptions(val_fraction=0, jobs=2)
 
 
 # ---- inputs
+
+
+def test_globs_name_nothing_twice_and_nothing_else(tmp_path):
+    for name in ("1.wav", "a/2.wav", "a/b/3.wav"):
+        write(tmp_path / "in" / name)
+    (tmp_path / "in" / "about.json").write_text("{}")
+    (tmp_path / "in" / "readme.txt").touch()
+    for pattern in ("**", "*", "**/*", "*.wav"):
+        summary = prepare([f"{tmp_path}/in/{pattern}"], tmp_path / "in" / "out", ALL)
+        assert (summary.accepted, summary.rejected) == (1 if pattern == "*.wav" else 3, 0)
+        assert summary.passed_over == (0 if pattern == "*.wav" else 2)
+    everything = PrepareOptions(val_fraction=0, convert=True)
+    for _ in range(2):  # its own output is no input
+        assert prepare([f"{tmp_path}/in/**/*.*"], tmp_path / "in" / "out", everything).accepted == 3
+    manifest = tmp_path / "in" / "out" / "train_manifest.json"
+    manifest.rename(tmp_path / "in" / "m.json")
+    assert prepare([f"{tmp_path}/in/[m].json"], tmp_path / "other", ALL).accepted == 3
 
 
 def test_globs(tmp_path):
@@ -103,6 +122,36 @@ def test_kaldi_folders(tmp_path):
     assert spans == [("u1", 0, 0.7, "ann"), ("u2", 0.7, 0.8, "eve")]
 
 
+def test_kaldi_tables_are_read_as_kaldi_reads_them(tmp_path, monkeypatch):
+    write(tmp_path / "k" / "one file.wav", 2.0)
+    write(tmp_path / "audio" / "two.wav")
+    monkeypatch.chdir(tmp_path)
+    folder = kaldi(
+        tmp_path / "k",
+        ["r1 one file.wav", "", " r2\t audio/two.wav \r"],  # relative to here first, then to the folder
+        ["u1 r1 0.5 -1", "u2 r2 0 0.5"],
+        text=["u1 a\u2028b\x0bc", "u2 d\u00a0e"],
+    )
+    assert prepare([folder / "wav.scp"], tmp_path / "out", ALL).rejected == 0
+    lines = (tmp_path / "out" / "train_manifest.json").read_text(encoding="utf-8").split("\n")
+    first, second = map(json.loads, lines[:2])
+    assert (first["offset"], first["duration"], first["text"]) == (0.5, 1.5, "a\u2028b\x0bc")
+    assert (Path(second["audio_filepath"]), second["text"]) == (tmp_path / "audio" / "two.wav", "d\u00a0e")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["r1 one.wav", "r1 two.wav"], "r1 is there twice"),
+        (["r1 one.wav", "", "r2"], "line 3: there is nothing after 'r2'"),
+        (["r1 o\0e.wav"], "zero byte"),
+    ],
+)
+def test_broken_lists_of_recordings_are_named(tmp_path, lines, message):
+    with pytest.raises(DataError, match=message):
+        prepare([kaldi(tmp_path / "k", lines)], tmp_path / "out", ALL)
+
+
 @pytest.mark.parametrize(
     ("segments", "message"),
     [(["u1 r9 0 1"], "wav.scp does not have"), (["u1 r1 0"], "START END"), (["u1 r1 2 1"], "must go forward")],
@@ -155,15 +204,19 @@ def crash_on_request(path):
     return inspect_audio(path)
 
 
+def crash_alone(path):
+    return "version", crash_on_request(path)
+
+
 def crash_in_batches(paths):
-    return [crash_on_request(path) for path in paths]
+    return [crash_alone(path) for path in paths]
 
 
 def test_a_decoder_that_crashes_costs_its_file_only(tmp_path, monkeypatch):
     for name in ("a", "crash", "z"):
         write(tmp_path / "in" / f"{name}.wav")
     monkeypatch.setattr(check_module, "_inspect_all", crash_in_batches)
-    monkeypatch.setattr(check_module, "inspect_audio", crash_on_request)
+    monkeypatch.setattr(check_module, "_inspect", crash_alone)
     summary = prepare([tmp_path / "in"], tmp_path / "out", ALL)
     assert (summary.accepted, rejections(tmp_path / "out")) == (2, {"crash.wav": "decoder_crash"})
     assert "SIGSEGV" in rows(tmp_path / "out" / "rejected.jsonl")[0]["detail"]
@@ -369,6 +422,28 @@ def test_shards_hold_what_the_manifests_name(tmp_path, form):
             assert len(ours) == len(samples)
             assert np.abs(ours - samples).max() <= 1.01 / 32768
         assert not expected
+
+
+class InThisProcess:
+    jobs = 1
+
+    def in_order(self, work, tasks):
+        return map(work, tasks)
+
+
+def test_a_shar_is_the_same_bytes_at_another_time(tmp_path):
+    prepare([corpus_of(tmp_path / "in", 5)], tmp_path / "out", ALL)
+    contents = []
+    for _ in range(2):
+        made = write_shards(
+            tmp_path / "out" / "train_manifest.json", tmp_path / "s", shards=2, format="shar", pool=InThisProcess()
+        )
+        contents.append(visible(tmp_path / "s"))
+        shutil.rmtree(tmp_path / "s")
+        time.sleep(1.1)  # the time in a gzip has whole seconds
+    assert made.utterances == 5
+    assert contents[0] == contents[1]
+    assert [name for name in contents[0] if name.endswith("gz")] == ["cuts.000000.jsonl.gz", "cuts.000001.jsonl.gz"]
 
 
 def test_shards_are_the_same_bytes_again_and_follow_their_number(tmp_path):

@@ -186,6 +186,10 @@ def test_clipped_speech_is_left_out_and_loud_speech_is_not(tmp_path):
     assert inspect_audio(tmp_path / "in" / "loud.wav").clipped < 0.005
     prepare([tmp_path / "in"], tmp_path / "out", ALL)
     assert rejections(tmp_path / "out") == {"cut.wav": "clipped"}
+    assert prepare([tmp_path / "in"], tmp_path / "out", PrepareOptions(max_clipped=1.0)).accepted == 2
+    for subtype in ("PCM_U8", "ULAW", "ALAW"):  # their full scale is lower
+        sf.write(tmp_path / "in" / "cut.wav", np.clip(3 * tone, -1, 1), RATE, subtype=subtype)
+        assert inspect_audio(tmp_path / "in" / "cut.wav").clipped == pytest.approx(report.clipped, abs=0.05)
 
 
 def test_a_header_that_declares_too_little_is_noticed(tmp_path):

@@ -47,6 +47,10 @@ def prepare_data(
     max_duration: Annotated[
         float | None, typer.Option("--max-duration", metavar="SECONDS", help="Reject what is longer.")
     ] = None,
+    max_clipped: Annotated[
+        float,
+        typer.Option("--max-clipped", metavar="SHARE", help="Reject more samples than this cut off at full scale."),
+    ] = 0.01,
     segment: Annotated[
         float | None,
         typer.Option("--segment", metavar="SECONDS", help="Cut what is longer into pieces, at quiet places."),
@@ -93,6 +97,7 @@ def prepare_data(
         speaker_pattern=speaker_pattern,
         min_duration=min_duration,
         max_duration=max_duration,
+        max_clipped=max_clipped,
         segment=segment,
         convert=convert,
         sample_rate=sample_rate,

@@ -30,7 +30,8 @@ Samples = npt.NDArray[np.float32]
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
 SILENCE_DB = -100.0  # RMS in dBFS; one bit of 16 is -90
-FULL_SCALE = 0.999  # of a sample that may be cut off; 16 bits end at 0.99997
+_FULL_SCALE = {"PCM_U8": 127 / 128, "PCM_S8": 127 / 128, "ULAW": 32124 / 32768, "ALAW": 32256 / 32768}
+_OF_OTHERS = 0.999  # 16 bits end at 0.99997
 _TRAILING = 1 << 15  # bytes
 _CLIPPED_RUN = 3  # samples in a row at full scale; a loud but whole signal has one or two at its peaks
 
@@ -307,6 +308,7 @@ def _resample(samples: Samples, rate: int, target: int) -> Samples:
 def _inspect(path: str, sound: _Sound) -> AudioReport:
     """Decode all of an open file; the report of what was decoded carries the first thing that is wrong."""
     frames, peak, energy, clipped, failure = 0, 0.0, 0.0, 0, ""
+    full_scale = _FULL_SCALE.get(sound.subtype, _OF_OTHERS)
     digest = sha256(str(sound.samplerate).encode())  # processors do it: blake2b takes four times as long here
     try:
         for block in _blocks(sound, _INSPECT_BLOCK // sound.channels, sound.frames):
@@ -314,7 +316,7 @@ def _inspect(path: str, sound: _Sound) -> AudioReport:
             digest.update(block.data)
             highest = max(float(block.max()), -float(block.min()))
             peak = math.nan if math.isnan(highest) else max(peak, highest)
-            clipped += _clipped_samples(block) if highest >= FULL_SCALE else 0
+            clipped += _clipped_samples(block, full_scale) if highest >= full_scale else 0
             with np.errstate(all="ignore"):
                 energy += float(np.dot(block, block))
     except sf.LibsndfileError as error:
@@ -349,9 +351,9 @@ def _undeclared_bytes(path: str, sound: _Sound) -> int:
     return max(0, size - os.lseek(sound.name, 0, os.SEEK_CUR) - _TRAILING - size // 10)
 
 
-def _clipped_samples(block: Samples) -> int:
+def _clipped_samples(block: Samples, full_scale: float) -> int:
     """Samples in runs of three or more at full scale."""
-    high = np.concatenate([[False], np.abs(block) >= FULL_SCALE, [False]])
+    high = np.concatenate([[False], np.abs(block) >= full_scale, [False]])
     edges = np.flatnonzero(high[1:] != high[:-1])
     runs = edges[1::2] - edges[::2]
     return int(runs[runs >= _CLIPPED_RUN].sum())

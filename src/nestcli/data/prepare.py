@@ -96,7 +96,7 @@ def prepare(
         _clear_leftovers(folder)
         paths = list(dict.fromkeys(item.path for item in collection.items if item.refused is None))
         reports = check_files(paths, pool, journal, progress)
-        limits = Limits(options.min_duration, options.max_duration, cut=options.segment is not None)
+        limits = Limits(options.min_duration, options.max_duration, options.segment is not None, options.max_clipped)
         accepted, rejected = judge(collection.items, reports, limits, find_speaker)
         reports.clear()
         accepted, rejected = _shaped(accepted, rejected, folder, options, limits, pool, journal, progress)

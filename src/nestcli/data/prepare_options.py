@@ -10,6 +10,7 @@ from typing import Literal
 
 from nestcli.data.audio import RATES
 from nestcli.data.collect import Item
+from nestcli.data.verdict import MAX_CLIPPED
 from nestcli.errors import DataError
 
 VAL_FRACTION = {"speech": 0.05, "noise": 0.0}
@@ -17,7 +18,7 @@ VAL_FRACTION = {"speech": 0.05, "noise": 0.0}
 
 @dataclass(frozen=True, slots=True)
 class PrepareOptions:
-    """What to make of the inputs; durations in seconds, None for no limit.
+    """What to make of the inputs; durations in seconds, None for no limit; `max_clipped` as a share of the samples.
 
     `val_fraction` None is 0.05 for speech and 0 for noise. `jobs` None is one process a core; `ray` is the address of
     a cluster that works instead. `channel` None averages all channels; it and `sample_rate` are those of converted
@@ -30,6 +31,7 @@ class PrepareOptions:
     speaker_pattern: str | None = None
     min_duration: float | None = None
     max_duration: float | None = None
+    max_clipped: float = MAX_CLIPPED
     segment: float | None = None
     convert: bool = False
     channel: int | None = None
@@ -48,6 +50,10 @@ def checked_fraction(options: PrepareOptions) -> float:
     low, high = options.min_duration or 0.0, options.max_duration
     if not math.isfinite(low) or (high is not None and not low <= high):
         raise DataError(f"no duration lies between {low:g} s and {high} s; raise the maximum")
+    if not 0 <= options.max_clipped <= 1:
+        raise DataError(
+            f"a share of {options.max_clipped:g} clipped samples is not possible; give --max-clipped 0 to 1"
+        )
     if options.segment is not None and not 0 < options.segment < math.inf:
         raise DataError(f"pieces of {options.segment:g} s are not possible; give --segment more than 0")
     if not RATES[0] <= options.sample_rate <= RATES[1]:

@@ -17,11 +17,12 @@ _STATED_SLACK = 0.5  # s by which a manifest may promise more than its file hold
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Durations in seconds; None for no limit. With `cut`, what is too long is cut later."""
+    """Durations in seconds; None for no limit. With `cut`, what is too long is cut later. `max_clipped` is a share."""
 
     min_duration: float | None
     max_duration: float | None
     cut: bool
+    max_clipped: float = MAX_CLIPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def _fault(
         return "bad_duration", f"its manifest gives it {item.duration:g} s"
     if duration <= 0 or stated_end > report.duration + _STATED_SLACK:
         return "truncated", f"{item.where()} goes beyond the file's {report.duration:.2f} s"
-    if report.clipped > MAX_CLIPPED:
+    if report.clipped > limits.max_clipped:
         return "clipped", f"{report.clipped:.1%} of its samples are cut off at full scale"
     if same_as is not None:
         return "duplicate_content", f"its samples are those of {same_as}"

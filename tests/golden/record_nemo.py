@@ -15,11 +15,14 @@ import copy
 import json
 import random
 import re
+import tempfile
 from pathlib import Path
 
 import nemo
+import numpy as np
+import soundfile as sf
 import torch
-from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
+from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch, sample_noise
 from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
 from nemo.collections.asr.modules import RandomBlockMasking, RandomProjectionVectorQuantizer
 from nemo.collections.asr.modules.ssl_modules import MultiSpeakerNoiseAugmentation, SpeakerNoiseAugmentation
@@ -579,6 +582,38 @@ def record_init(path):
     write_tensors(path, record, config=OmegaConf.to_container(config), notes="manual_seed(0), then the model")
 
 
+def write_sounds(folder):
+    """Noise of several kinds, from whole numbers alone; the lines of its manifest, the last one's file is not there."""
+    lines = []
+    for number, (seconds, level, shift) in enumerate(
+        ((0.5, 3000, 0), (2, 900, 40), (5, 200, 0), (3, 0, 0), (3, 90, -700))
+    ):
+        places = np.arange(int(seconds * 16000), dtype=np.int64)
+        samples = (places * (places + 7 * number + 3) % 2039 - 1019) * level // 1019 + shift
+        sf.write(folder / f"{number}.wav", samples.astype(np.int16), 16000, subtype="PCM_16")
+        lines.append({"audio_filepath": str(folder / f"{number}.wav"), "duration": float(seconds)})
+    lines[2] |= {"offset": 1.5, "duration": 3.5}
+    lines[0] |= {"offset": 0.1, "duration": 0.3}
+    return [*lines, {"audio_filepath": str(folder / "gone.wav"), "duration": 4.0}]
+
+
+def record_noise(path):
+    """Clips from `sample_noise`: their lengths, sums and ends, and NumPy's next draw."""
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        lines = write_sounds(Path(folder))
+        for seed in range(6):
+            np.random.seed(seed)
+            samples, clips = (16000, 8000, 25000)[seed % 3], []
+            for _ in range(8):
+                clip, length = sample_noise(lines, 16000, samples)
+                kept = clip[: int(length)].double()
+                ends = [float(kept[0]), float(kept[-1])]
+                clips.append([int(length), float(kept.sum()), float((kept**2).sum()), *ends])
+            cases.append({"seed": seed, "samples": samples, "clips": clips, "next_draw": np.random.random_sample()})
+    write_json(path, {"method": "write_sounds of tests/golden/record_nemo.py, then sample_noise", "cases": cases})
+
+
 RECORDINGS = {
     "model_tiny.safetensors": record_model_tiny,
     "model_nobias.safetensors": record_model_nobias,
@@ -586,6 +621,7 @@ RECORDINGS = {
     "quantizer.safetensors": record_quantizer,
     "augmentation.safetensors": record_augmentation,
     "noise_and_schedule.json": record_schedule,
+    "noise_draws.json": record_noise,
     "structure.json": record_structure,
     "init.safetensors": record_init,
 }

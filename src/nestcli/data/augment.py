@@ -168,7 +168,7 @@ def _augment_line(line: int, task: _Task) -> dict[str, Any]:
         sources.clip = pool.draw(len(clean), rng, count)
         return sources.clip.samples
 
-    noisy, mixture = mix_into(
+    _, noisy, mixture = mix_into(
         [clean, *(sound for _, sound in others)], options.mixing, rng, noise_of, one_stretch=options.one_stretch
     )
     row = speech.row(line)

@@ -1,10 +1,10 @@
 """Mixing noise and foreign speech into a batch, as array operations.
 
 Functions of a batch and an explicit `random.Random` that change nothing that came in. Noise is asked for when an item
-turns out to need some, and no more of it than is used. From the same seed the
-draws are those of NeMo's `SpeakerNoiseAugmentation` and `MultiSpeakerNoiseAugmentation`. Unless `nemo_exact` is set,
-four things differ from NeMo in the result: an item that is not augmented stays clean and whole, segments never run
-out, noise mode falls back to speech where there is no noise, and a mixture beyond full scale is turned down.
+turns out to need some, and no more of it than is used. With `nemo_exact` the draws and the result are those of NeMo's
+`SpeakerNoiseAugmentation` and `MultiSpeakerNoiseAugmentation` from the same seed. Without it an item that is not
+augmented stays clean and whole, segments never run out, noise mode falls back to speech where there is no noise, a
+mixture beyond full scale is turned down, and lengths of segments are drawn at once instead of sample by sample.
 """
 
 from __future__ import annotations
@@ -124,22 +124,26 @@ def mix_into(
     noise_of: NoiseOf,
     *,
     one_stretch: bool = False,
-) -> tuple[Samples, Mixture | None]:
-    """Mix noise or the others into the first of some sounds, and say how: what the functions above do to an item."""
-    given = _Given(list(sounds), max(map(len, sounds)), noise_of, config, rng)
-    clean = sounds[0][None]
-    noisy = clean.copy()
-    if rng.random() > config.prob:
-        return noisy[0], None
-    pieces = (_one_stretch if one_stretch else _scattered_segments)(0, given)
-    return noisy[0], None if pieces is None else _mix_in(0, given, pieces, None, noisy)
+) -> tuple[Samples, Samples, Mixture | None]:
+    """Mix noise or the others into the first of some sounds: what was added, the result, and how it was done.
+
+    Sounds are asked for when they turn out to be needed. What was added is not turned down with the result.
+    """
+    clean = sounds[0]
+    given = _Given(sounds, len(clean), noise_of, config, rng)
+    noise, noisy = np.zeros_like(clean)[None], clean.copy()[None]
+    pieces = None
+    if rng.random() <= config.prob:
+        pieces = (_one_stretch if one_stretch else _scattered_segments)(0, given)
+    done = None if pieces is None else _mix_in(0, given, pieces, noise, noisy)
+    return noise[0], noisy[0], done
 
 
 @dataclass(frozen=True)
 class _Given:
     """The speech of a batch, the width of its rows, and where its noise comes from."""
 
-    speech: list[Samples]
+    speech: Sequence[Samples]
     width: int
     noise_of: NoiseOf
     config: AugmentationConfig
@@ -209,7 +213,8 @@ def _mix_in(item: int, given: _Given, pieces: _Pieces, noise: Samples | None, no
     gain = _gain(_energy(speech), pieces.energy, pieces.ratio_db)
     if noise is not None:
         noise[item] = 0
-    for segment, sound in zip(pieces.segments, pieces.sounds, strict=True):
+    segments = zip(pieces.segments, pieces.sounds, strict=True) if gain > 0 else ()  # 0 * NaN would be NaN
+    for segment, sound in segments:
         place = slice(segment.start, segment.start + segment.length)
         scaled = sound * np.float32(gain)
         noisy[item, place] += scaled
@@ -263,19 +268,33 @@ def _share_of(length: int, rate: float) -> int:
 def _random_split(total: int, n_parts: int, rng: random.Random, *, always_draw: bool) -> list[int]:
     """Lengths of parts when each of `total` samples chooses one of `n_parts`, in order of first appearance.
 
-    Parts that no sample chose are absent. The draws are those of `rng.choices`, made by NumPy from the same
-    Mersenne Twister, whose state is carried over and back.
+    Parts that no sample chose are absent. `always_draw` takes the draws that `rng.choices` would for every sample.
     """
-    if n_parts == 1 and not always_draw:
+    if always_draw:
+        return _tallied(total, n_parts, rng)
+    if n_parts == 1:
         return [total]
+    # the same distribution: the counts, then the order in which parts appear, which is biased by their size
+    generator = np.random.default_rng(rng.getrandbits(64))
+    counts = generator.multinomial(total, np.full(n_parts, 1 / n_parts))
+    counts = counts[counts > 0]
+    order = generator.choice(len(counts), size=len(counts), replace=False, p=counts / total)
+    return [int(count) for count in counts[order]]
+
+
+def _tallied(total: int, n_parts: int, rng: random.Random) -> list[int]:
+    """Draw a part for every sample by NumPy from Python's Mersenne Twister, whose state is carried over and back."""
     version, state, gauss = rng.getstate()
     twister = np.random.RandomState()
     twister.set_state(("MT19937", np.array(state[:-1], dtype=np.uint32), state[-1], 0, 0.0))
-    choices = (twister.random_sample(total) * n_parts).astype(np.int64)
+    drawn = twister.random_sample(total)
     after = twister.get_state(legacy=False)["state"]
     rng.setstate((version, (*map(int, after["key"]), int(after["pos"])), gauss))
-    parts, first, counts = np.unique(choices, return_index=True, return_counts=True)
-    return [int(counts[i]) for i in np.argsort(first)] if len(parts) else []
+    drawn *= n_parts
+    choices = drawn.astype(np.intp)
+    counts, first = np.bincount(choices, minlength=n_parts), np.full(n_parts, total)
+    first[choices[::-1]] = np.arange(total)[::-1]  # of several values for one place the last stays
+    return [int(counts[part]) for part in np.argsort(first) if counts[part]]
 
 
 def _chosen_source(item: int, given: _Given, wanted: int) -> tuple[float, Samples | None] | None:
@@ -380,10 +399,21 @@ def _tiled(sound: Samples, width: int) -> Samples:
 
 
 def _gain(speech_energy: float, sound_energy: float, ratio_db: float) -> float:
-    """The factor that puts a sound's mean energy `ratio_db` below that of the speech; 0 if it is silent."""
-    return math.sqrt(speech_energy / (10 ** (ratio_db / 10) * sound_energy)) if sound_energy > 0 else 0.0
+    """The factor that puts a sound's mean energy `ratio_db` below that of the speech; 0 if it is silent or broken."""
+    if not (sound_energy > 0 and math.isfinite(sound_energy) and math.isfinite(speech_energy)):
+        return 0.0
+    return math.sqrt(speech_energy / (10 ** (ratio_db / 10) * sound_energy))
+
+
+_ROW = 1024  # samples summed in float32, by loops of NumPy's own: BLAS might share them among threads
 
 
 def _energy(sound: Samples) -> float:
-    """The mean of the squares. NumPy sums pairwise, which is exact to 1e-7 and does not depend on threads."""
-    return float(np.square(sound).mean()) if len(sound) else 0.0
+    """The mean of the squares, to 1e-7; the same with any number of threads."""
+    if not len(sound):
+        return 0.0
+    whole = len(sound) // _ROW * _ROW
+    rows, rest = sound[:whole].reshape(-1, _ROW), sound[whole:]
+    with np.errstate(over="ignore"):  # an energy that is not finite is told by those who use it
+        total = np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64) + np.square(rest).sum(dtype=np.float64)
+    return float(total) / len(sound)

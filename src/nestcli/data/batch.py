@@ -20,6 +20,7 @@ class Skipped:
 
     line: str
     why: str
+    audio: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from nestcli.data.reading import read_audio
 from nestcli.errors import DataError
 
 ATTEMPTS = 20
+_NEMO_PLACES = 100  # tried in one file
 WHITE_NOISE_DB = (-90, -46)  # stands in for silent clips: an integer of dBFS, the upper end excluded
 
 
@@ -51,7 +52,7 @@ class NoisePool:
                 clip = self._load(line, n_samples, rng, n_samples if keep is None else min(keep, n_samples))
             except DataError as error:
                 problem = error
-                self._skipped.append(Skipped(self.manifest.where(line), str(error)))
+                self._skipped.append(Skipped(self.manifest.where(line), str(error), self._path(line)))
                 continue
             if is_audible(clip.samples):
                 return clip
@@ -59,10 +60,47 @@ class NoisePool:
             raise DataError(f"none of {ATTEMPTS} noise files drawn can be read; the last: {problem}")
         return Clip(_white_noise(n_samples, rng)[:keep], None, 0.0)
 
+    def draw_like_nemo(self, n_samples: int, state: np.random.RandomState) -> Clip:
+        """The clip that NeMo's `sample_noise` draws from the same state of NumPy's generator, of mono files.
+
+        NeMo forgets the line's offset where it draws a place, and takes a clip for silent whose sum is not above 0.
+        """
+        for _ in range(ATTEMPTS):
+            line = int(state.randint(len(self.manifest)))
+            try:
+                clip = self._load_like_nemo(line, n_samples, state)
+            except DataError as error:
+                self._skipped.append(Skipped(self.manifest.where(line), str(error), self._path(line)))
+                continue
+            if _running_sum(clip.samples) == 0:
+                level_db = state.randint(*WHITE_NOISE_DB, dtype="int32")
+                white = state.randn(len(clip.samples)) * (10.0 ** (level_db / 20.0))
+                clip = replace(clip, samples=(clip.samples + white).astype(np.float32))
+            return replace(clip, samples=clip.samples[:n_samples])
+        return Clip(np.zeros(n_samples, np.float32), None, 0.0)
+
     def take_skipped(self) -> list[Skipped]:
         """The lines that could not be read since this was last asked."""
         skipped, self._skipped = self._skipped, []
         return skipped
+
+    def _load_like_nemo(self, line: int, n_samples: int, state: np.random.RandomState) -> Clip:
+        entry = self.manifest.entry(line)
+        wanted = n_samples / self.sample_rate
+        if entry.duration <= wanted:
+            return Clip(read_audio(entry, sample_rate=self.sample_rate), line, entry.offset)
+        for _ in range(_NEMO_PLACES):
+            offset = state.uniform(0, entry.duration - wanted)
+            clip = Clip(read_audio(entry, sample_rate=self.sample_rate, offset=offset, duration=wanted), line, offset)
+            if _running_sum(clip.samples) > 0:
+                break
+        return clip
+
+    def _path(self, line: int) -> str:
+        try:
+            return self.manifest.entry(line).name
+        except DataError:
+            return ""
 
     def _load(self, line: int, n_samples: int, rng: random.Random, keep: int) -> Clip:
         entry = self.manifest.entry(line)
@@ -74,6 +112,11 @@ class NoisePool:
         kept = min(duration, (keep + 0.5) / self.sample_rate)  # the half keeps rounding from costing a sample
         samples = read_audio(entry, sample_rate=self.sample_rate, offset=offset, duration=kept)
         return Clip(samples[:keep], line, offset)
+
+
+def _running_sum(samples: Samples) -> float:
+    """What Python's `sum` of float32 samples gives, one after the other."""
+    return float(np.add.accumulate(samples)[-1]) if len(samples) else 0.0
 
 
 def _white_noise(n_samples: int, rng: random.Random) -> Samples:

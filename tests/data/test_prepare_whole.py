@@ -139,6 +139,22 @@ def test_kaldi_tables_are_read_as_kaldi_reads_them(tmp_path, monkeypatch):
     assert (Path(second["audio_filepath"]), second["text"]) == (tmp_path / "audio" / "two.wav", "d\u00a0e")
 
 
+def test_segments_of_a_recording_of_kaldi_stay_on_one_side(tmp_path):
+    names = [f"r{number}" for number in range(12)]
+    for name in names:
+        write(tmp_path / "k" / f"{name}.wav", 1.0)
+    segments = [f"{name}-{part} {name} {part / 5} {part / 5 + 0.2}" for name in names for part in range(5)]
+    folder = kaldi(tmp_path / "k", [f"{name} {name}.wav" for name in names], segments)
+    prepare([folder], tmp_path / "out", PrepareOptions(val_fraction=0.4))
+    train, val = (
+        {row["id"][:3] for row in rows(tmp_path / "out" / f"{side}_manifest.json")} for side in ("train", "val")
+    )
+    assert train
+    assert val
+    assert len(train | val) == 12
+    assert not train & val
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -192,14 +208,32 @@ def test_clipped_speech_is_left_out_and_loud_speech_is_not(tmp_path):
         assert inspect_audio(tmp_path / "in" / "cut.wav").clipped == pytest.approx(report.clipped, abs=0.05)
 
 
-def test_a_header_that_declares_too_little_is_noticed(tmp_path):
-    path = write(tmp_path / "in" / "a.flac", 10.0)
+@pytest.mark.parametrize(("ending", "share"), [("wav", 0.5), ("wav", 0.0), ("aiff", 0.5), ("flac", 0.25)])
+def test_a_header_that_declares_too_little_is_noticed(tmp_path, ending, share):
+    path = write(tmp_path / "in" / f"a.{ending}", 4.0)
     content = bytearray(path.read_bytes())
-    content[22:26] = (4000).to_bytes(4, "big")  # STREAMINFO's number of samples, the low bits
+    frames = int(4 * RATE * share)
+    if ending == "flac":
+        content[22:26] = frames.to_bytes(4, "big")  # STREAMINFO's number of samples, the low bits
+    else:
+        place = content.index(b"data" if ending == "wav" else b"SSND") + 4
+        extra, order = (0, "little") if ending == "wav" else (8, "big")
+        content[place : place + 4] = (2 * frames + extra).to_bytes(4, order)
     path.write_bytes(content)
     write(tmp_path / "in" / "b.wav")
     prepare([tmp_path / "in"], tmp_path / "out", ALL)
-    assert rejections(tmp_path / "out").keys() == {"a.flac"}
+    assert rejections(tmp_path / "out") == {f"a.{ending}": "wrong_duration"}
+    assert (
+        rows(tmp_path / "out" / "rejected.jsonl")[0]["detail"]
+        == f"the header declares {4 * share:.2f} s, and more follows"
+    )
+
+
+@pytest.mark.parametrize("behind", [b"LIST" + (60000).to_bytes(4, "little") + bytes(60000), bytes(60000), b"x" * 1000])
+def test_what_stands_behind_the_audio_may_be_something_else(tmp_path, behind):
+    path = write(tmp_path / "in" / "a.wav", 1.0)
+    path.write_bytes(path.read_bytes() + behind)
+    assert prepare([tmp_path / "in"], tmp_path / "out", ALL).accepted == 1
 
 
 def crash_on_request(path):

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import soundfile as sf
 import soxr
 
-from nestcli.data.containers import missing_audio
+from nestcli.data.containers import missing_audio, undeclared_audio
 from nestcli.data.sox import UnreadableError, decoded_by_sox
 from nestcli.errors import DataError
 
@@ -32,7 +32,6 @@ MAX_CHANNELS = 32
 SILENCE_DB = -100.0  # RMS in dBFS; one bit of 16 is -90
 _FULL_SCALE = {"PCM_U8": 127 / 128, "PCM_S8": 127 / 128, "ULAW": 32124 / 32768, "ALAW": 32256 / 32768}
 _OF_OTHERS = 0.999  # 16 bits end at 0.99997
-_TRAILING = 1 << 15  # bytes
 _CLIPPED_RUN = 3  # samples in a row at full scale; a loud but whole signal has one or two at its peaks
 
 _LOAD_BLOCK = 1 << 23  # samples of all channels decoded in one go: 32 MiB, a minute of 48 kHz stereo
@@ -324,8 +323,8 @@ def _inspect(path: str, sound: _Sound) -> AudioReport:
     rms_db = 10 * math.log10(energy / frames) if energy > 0 and math.isfinite(energy) else -math.inf
     if failure:
         reason, detail = _decoding_failure(path, sound, failure)
-    elif _undeclared_bytes(path, sound) > 0:
-        reason, detail = "wrong_duration", f"its header declares {frames} samples, and there are more behind them"
+    elif undeclared := undeclared_audio(path, sound):
+        reason, detail = "wrong_duration", undeclared
     else:
         reason, detail = _first_fault(path, sound, frames, peak, energy, rms_db)
     rate = sound.samplerate
@@ -341,14 +340,6 @@ def _inspect(path: str, sound: _Sound) -> AudioReport:
         reason=reason or None,
         detail=detail,
     )
-
-
-def _undeclared_bytes(path: str, sound: _Sound) -> int:
-    """Bytes behind the declared end of a FLAC file, beyond what a tag or a buffer explains."""
-    if sound.format != "FLAC" or not isinstance(sound.name, int):
-        return 0
-    size = Path(path).stat().st_size
-    return max(0, size - os.lseek(sound.name, 0, os.SEEK_CUR) - _TRAILING - size // 10)
 
 
 def _clipped_samples(block: Samples, full_scale: float) -> int:

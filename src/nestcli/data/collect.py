@@ -33,8 +33,8 @@ class Item:
     """One utterance to check: a whole file, or the segment that a manifest names.
 
     `path` is absolute; `key` is the path relative to the input that it came with, or as its manifest writes
-    it. Times are in seconds; the duration is NaN where no manifest states one. `facts` is what is known without a
-    manifest to read it from again; `refused` says why the item cannot be looked at.
+    it, or Kaldi's name of the recording. Times are in seconds; the duration is NaN where no manifest states one.
+    `facts` is what is known without a manifest to read it from again; `refused` says why the item cannot be looked at.
     """
 
     path: str
@@ -180,7 +180,7 @@ def _kaldi_items(folder: Path) -> Iterator[Item]:
         command = "wav.scp has a command in place of a file, and commands are not run; write its output to a file"
         yield Item(
             path=utterance.path or f"{folder.absolute()}/wav.scp: {utterance.name}",
-            key=utterance.name,
+            key=utterance.recording,
             offset=utterance.offset,
             duration=math.nan if utterance.duration is None else utterance.duration,
             speaker=utterance.known.get("speaker"),

@@ -18,6 +18,7 @@ class Utterance:
     """
 
     name: str
+    recording: str
     path: str | None
     offset: float
     duration: float | None
@@ -52,6 +53,7 @@ def read_kaldi(folder: Path) -> Iterator[Utterance]:
         known = {"speaker": speakers.get(name), "text": texts.get(name)}
         yield Utterance(
             name=name,
+            recording=recording,
             path=recordings[recording],
             offset=start,
             duration=None if end is None else round(end - start, 6),

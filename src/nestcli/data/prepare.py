@@ -191,10 +191,14 @@ def _piecewise(
         if isinstance(pieces, str):
             rejected.append(Rejected(whole.item, "not_converted", pieces))
             continue
+        start = whole.offset
         for piece in pieces:
             if fault := length_fault(piece.duration, limits):
-                rejected.append(Rejected(whole.item, *fault))
+                where = f"its piece at {start:.2f} s: " if len(pieces) > 1 else ""
+                rejected.append(Rejected(whole.item, fault[0], where + fault[1]))
+                start += piece.duration
                 continue
+            start += piece.duration
             path = piece.path if options.convert else None
             rate = options.sample_rate if options.convert else whole.sample_rate
             kept.append(replace(whole, offset=piece.offset, duration=piece.duration, path=path, sample_rate=rate))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import soundfile as sf
@@ -25,6 +26,9 @@ from nestcli.files import atomic_file
 _REMEDY = "Is the disk full? The same command goes on where it was."
 _LEAST = 0.25  # of the longest piece: what the last one has at least; the others have three times that share of a mean
 _HOP, _WINDOW = 0.01, 0.2  # s: levels are compared every 10 ms, over 200 ms
+
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +66,12 @@ def shape(
     tasks: Sequence[ShapeTask], pool: Pool, journal: Journal, progress: Callable[[int, int], None]
 ) -> Iterator[list[Piece] | str]:
     """The pieces of every task, or what is wrong with it. What an earlier run made, and is still there, stays."""
-    made: dict[int, list[Piece]] = {}
-    todo: list[int] = []
-    for number, task in enumerate(tasks):
-        pieces = _made_before(journal.get(_version(task)))
-        if pieces is None:
-            todo.append(number)
-        else:
-            made[number] = pieces
+    todo = [number for number, task in enumerate(tasks) if _made_before(journal, task) is None]
     results = pool.in_order(_shape_one, (tasks[number] for number in todo))
-    for number in range(len(tasks)):
-        if number in made:
-            yield made.pop(number)
+    for number, result in _filled(len(tasks), todo, results):
+        if result is None:  # asked for again: a list of all pieces would be as large as the corpus's
+            yield _made_before(journal, tasks[number]) or "it changed while this ran; run the same command again"
             continue
-        result = next(results)
         if isinstance(result, Died):
             yield f"its process died: {result.detail}"
             continue
@@ -87,9 +83,20 @@ def shape(
         yield outcome
 
 
+def _filled(count: int, numbers: Sequence[int], results: Iterator[_Result]) -> Iterator[tuple[int, _Result | None]]:
+    """Each number up to the count, with its result where it is one of `numbers`, which are sorted."""
+    wanted = deque(numbers)
+    for number in range(count):
+        if wanted and wanted[0] == number:
+            wanted.popleft()
+            yield number, next(results)
+        else:
+            yield number, None
+
+
 def file_name(key: str, identity: str) -> str:
     """A name below the folder of converted files: as the input calls it, and that of no other identity."""
-    parts = [part for part in Path(key).with_suffix("").parts if part not in ("/", "..", ".")]
+    parts = [part for part in Path(os.path.splitext(key)[0]).parts if part not in ("/", "..", ".")]  # noqa: PTH122
     readable = "/".join(_plain(part) for part in parts[-3:])
     return f"{readable}-{blake2b(identity.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
 
@@ -103,7 +110,8 @@ def _version(task: ShapeTask) -> str:
     return f"{task!r}\0{file_version(task.path)}"
 
 
-def _made_before(known: list[tuple[str, float, float, int | None]] | None) -> list[Piece] | None:
+def _made_before(journal: Journal, task: ShapeTask) -> list[Piece] | None:
+    known = journal.get(_version(task))
     pieces = None if known is None else [Piece(*each) for each in known]
     if pieces is None or not all(piece.size is None or piece.size == _size(piece.path) for piece in pieces):
         return None

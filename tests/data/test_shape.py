@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import soundfile as sf
 from nestcli.data.audio import load_audio, resampled, stream_audio
 from nestcli.data.manifest import write_manifest
 from nestcli.data.prepare import PrepareOptions, prepare
-from nestcli.data.shape import _cut
-from nestcli.errors import DataError
+from nestcli.data.shape import ShapeOptions, ShapeTask, _cut, _shape_one
+from nestcli.errors import DataError, RunFailedError
 
 RATE = 16000
 
@@ -143,15 +144,16 @@ def test_parts_a_moment_apart_have_files_of_their_own(tmp_path):
     assert len({row["audio_filepath"] for row in rows(tmp_path / "out")}) == 3
 
 
-def test_a_deleted_conversion_is_made_again(tmp_path):
+def test_a_deleted_or_shortened_conversion_is_made_again(tmp_path):
     (tmp_path / "in").mkdir()
     sf.write(tmp_path / "in" / "a.wav", noise(2), RATE)
     prepare([tmp_path / "in"], tmp_path / "out", options())
     made = Path(rows(tmp_path / "out")[0]["audio_filepath"])
     content = made.read_bytes()
-    made.unlink()
-    prepare([tmp_path / "in"], tmp_path / "out", options())
-    assert made.read_bytes() == content
+    for damage in (made.unlink, lambda: made.write_bytes(content[:-1])):
+        damage()
+        prepare([tmp_path / "in"], tmp_path / "out", options())
+        assert made.read_bytes() == content
 
 
 def test_a_folder_of_the_users_is_neither_passed_over_nor_written_to(tmp_path):
@@ -164,6 +166,16 @@ def test_a_folder_of_the_users_is_neither_passed_over_nor_written_to(tmp_path):
     (tmp_path / "audio").rename(tmp_path / "mine")
     for _ in range(2):  # what the first run converted is no input of the second
         assert prepare([tmp_path], tmp_path, options()).accepted == 1
+
+
+def test_a_folder_that_cannot_be_written_to_ends_the_run(tmp_path):
+    """And is not taken for a fault of the recording."""
+    sf.write(tmp_path / "a.wav", noise(1), RATE)
+    (tmp_path / "file").touch()
+    task = ShapeTask(str(tmp_path / "a.wav"), 0.0, 1.0, "a", ShapeOptions(folder=str(tmp_path / "file")))
+    with pytest.raises(RunFailedError, match=r"cannot be written: .* The same command goes on"):
+        _shape_one(task)
+    assert isinstance(_shape_one(replace(task, path=str(tmp_path / "gone.wav")))[1], str)
 
 
 @pytest.mark.parametrize(

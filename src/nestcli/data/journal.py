@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from nestcli.errors import DataError
+from nestcli.errors import DataError, RunFailedError
 
 NAME = ".prepared.jsonl"
 _VERSION = 2  # part of every key: results that a former version wrote are not found
@@ -44,14 +44,27 @@ class Journal:
             return None
 
     def add(self, key: str, result: Any) -> None:
-        self._file.write(_HEAD + _digest(key).hex().encode() + b'", "result": ' + json.dumps(result).encode() + b"}\n")
+        line = _HEAD + _digest(key).hex().encode() + b'", "result": ' + json.dumps(result).encode() + b"}\n"
+        with self._told():
+            self._file.write(line)
 
     def flush(self) -> None:
-        self._file.flush()
+        with self._told():
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what the disk had no room for is done again
+            self._file.close()
         self._places.clear()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunFailedError(
+                f"{self._file.name} cannot be written: {error.strerror}. The same command goes on where it was."
+            ) from None
 
     def _index(self) -> int:
         """Note where every whole line stands; the end of the last one."""

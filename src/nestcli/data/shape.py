@@ -6,6 +6,7 @@ A recording is decoded once, in blocks: what is held of it is no longer than a b
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ import soundfile as sf
 from nestcli.data.audio import Samples, resampled, stream_audio
 from nestcli.data.journal import Journal, file_version
 from nestcli.data.pool import Died, Pool
-from nestcli.errors import DataError
+from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 
+_REMEDY = "Is the disk full? The same command goes on where it was."
 _LEAST = 0.25  # of the longest piece: what the last one has at least; the others have three times that share of a mean
 _HOP, _WINDOW = 0.01, 0.2  # s: levels are compared every 10 ms, over 200 ms
 
@@ -48,11 +50,12 @@ class ShapeTask:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An utterance that came out, in seconds of its file."""
+    """An utterance that came out, in seconds of its file, which has `size` bytes where it was made here."""
 
     path: str
     offset: float
     duration: float
+    size: int | None = None
 
 
 def shape(
@@ -78,7 +81,7 @@ def shape(
             continue
         version, outcome = result
         if isinstance(outcome, list):
-            journal.add(version, [[piece.path, piece.offset, piece.duration] for piece in outcome])
+            journal.add(version, [[piece.path, piece.offset, piece.duration, piece.size] for piece in outcome])
             journal.flush()
         progress(number + 1, len(tasks))
         yield outcome
@@ -100,11 +103,18 @@ def _version(task: ShapeTask) -> str:
     return f"{task!r}\0{file_version(task.path)}"
 
 
-def _made_before(known: list[tuple[str, float, float]] | None) -> list[Piece] | None:
+def _made_before(known: list[tuple[str, float, float, int | None]] | None) -> list[Piece] | None:
     pieces = None if known is None else [Piece(*each) for each in known]
-    if pieces is None or not all(Path(path).is_file() for path in {piece.path for piece in pieces}):
+    if pieces is None or not all(piece.size is None or piece.size == _size(piece.path) for piece in pieces):
         return None
     return pieces
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return -1
 
 
 # --- one recording
@@ -144,18 +154,25 @@ def _marked(task: ShapeTask, rate: int, blocks: Iterable[Samples]) -> list[Piece
 
 
 def _written(task: ShapeTask, number: str, blocks: Iterable[Samples]) -> Piece:
-    """Write a file of the blocks."""
+    """Write a file of the blocks. Raises RunFailedError: where one cannot be written, others cannot either."""
     rate, frames = task.options.sample_rate, 0
     path = Path(task.options.folder or "") / f"{task.name}{number}.flac"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic_file(path, DataError) as part,
-        sf.SoundFile(part, "w", rate, 1, subtype="PCM_16", format="FLAC") as sound,
-    ):
-        for block in blocks:
-            sound.write(block)
-            frames += len(block)
-    return Piece(str(path), 0.0, frames * 1_000_000 // rate / 1e6)
+    # through a Python file: to a descriptor libsndfile loses the last page of a full disk without an error
+    with atomic_file(path, RunFailedError, _REMEDY, sync=False) as part:
+        with sf.SoundFile(part, "w", rate, 1, subtype="PCM_16", format="FLAC") as sound:
+            for block in blocks:
+                _write(sound, block, path)
+                frames += len(block)
+        part.flush()
+        size = os.fstat(part.fileno()).st_size
+    return Piece(str(path), 0.0, frames * 1_000_000 // rate / 1e6, size)
+
+
+def _write(sound: sf.SoundFile, block: Samples, path: Path) -> None:
+    try:
+        sound.write(block)
+    except (sf.LibsndfileError, AssertionError):  # soundfile asserts that all was written
+        raise RunFailedError(f"{path} cannot be written. {_REMEDY}") from None
 
 
 # --- cutting

@@ -131,10 +131,13 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         return np.resize(audio, shortest) if len(audio) < shortest else audio
 
     def _noise(self, epoch: int, item: int, n_samples: int, keep: int | None = None) -> Samples:
+        exact = self.augmentation is not None and self.augmentation.nemo_exact
         if self.noise is None:
-            exact = self.augmentation is not None and self.augmentation.nemo_exact
             return np.zeros(n_samples if exact else 0, np.float32)
-        return self.noise.draw(n_samples, self._generator("noise", epoch, item), keep).samples
+        generator = self._generator("noise", epoch, item)
+        if exact:  # NeMo draws noise from NumPy's generator
+            return self.noise.draw_like_nemo(n_samples, np.random.RandomState(generator.getrandbits(32))).samples
+        return self.noise.draw(n_samples, generator, keep).samples
 
     def _generator(self, purpose: str, epoch: int, item: int) -> random.Random:
         return random.Random(f"{self.seed}/{purpose}/{epoch}/{item}")  # noqa: S311  # no secrets here

@@ -97,7 +97,7 @@ def _filled(count: int, numbers: Sequence[int], results: Iterator[_Result]) -> I
 def file_name(key: str, identity: str) -> str:
     """A name below the folder of converted files: as the input calls it, and that of no other identity."""
     parts = [part for part in Path(os.path.splitext(key)[0]).parts if part not in ("/", "..", ".")]  # noqa: PTH122
-    readable = "/".join(_plain(part) for part in parts[-3:])
+    readable = "/".join(_plain(part) for part in parts[-3:]) or "audio"
     return f"{readable}-{blake2b(identity.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
 
 

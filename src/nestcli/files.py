@@ -13,11 +13,12 @@ from nestcli.errors import NestError
 
 @contextmanager
 def atomic_file(
-    path: str | os.PathLike[str], error: type[NestError] = NestError, remedy: str = ""
+    path: str | os.PathLike[str], error: type[NestError] = NestError, remedy: str = "", *, sync: bool = True
 ) -> Iterator[BinaryIO]:
     """A temporary file in the folder of `path`, synced and given that name when the block ends without an exception.
 
     What stood at `path` before is untouched until then. An OSError becomes `error`, with `remedy` as its last words.
+    Without `sync` a file is whole after a kill, and perhaps not after a power cut: for many that can be made again.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -26,9 +27,11 @@ def atomic_file(
         with temporary.open("w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         temporary.replace(target)
-        _sync_folder(target.parent)
+        if sync:
+            _sync_folder(target.parent)
     except OSError as problem:
         raise error(f"{target} cannot be written: {problem.strerror or problem}. {remedy}".rstrip()) from None
     finally:

@@ -537,7 +537,7 @@ def old_content(text: bytes) -> dict[str, Any]:
     content["preprocessor"] |= {"mel_norm": "slaney", "nb_max_freq": 4000, "stft_conv": False, "highfreq": None}
     content["decoder"]["init_mode"] = "xavier_uniform"
     content["masking"]["max_mask_ratio"] = 0.8
-    content["train_ds"] |= {"use_lhotse": True, "defer_setup": True}
+    content["train_ds"] |= {"perturb_speed": True, "defer_setup": True}
     content["validation_ds"] = None
     content["nemo_version"] = "2.0.0rc1"
     content["test_ds"] = None
@@ -561,7 +561,7 @@ def test_archives_of_older_versions_are_read(
     assert config.model.preprocessor.n_fft == 512
     assert config.model.num_classes == 32
     assert config.model.masking.get("max_mask_ratio") is None
-    assert config.model.train_ds.get("use_lhotse") is None
+    assert config.model.train_ds.get("perturb_speed") is None
     assert config.trainer.devices == -1
     NestModel(NestConfig.from_config(config)).load_state_dict(weights, strict=True)
 

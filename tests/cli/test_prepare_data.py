@@ -1,6 +1,7 @@
 """`nest prepare-data` as a user calls it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -42,6 +43,17 @@ def test_the_table_and_the_next_command(folder, tmp_path, monkeypatch):
     assert "model.validation_ds.manifest_filepath=my out/val_manifest.json" in result.stderr
 
 
+def test_lengths_and_levels_are_drawn_on_the_terminal(folder, tmp_path):
+    result = call(folder, "--out", tmp_path / "out")
+    bars = dict(re.findall(r"^ +to (\S+) +(#+) ", result.stdout, re.MULTILINE))
+    assert list(bars) == ["0.5", "1", "1.5", "2", "2.5", "-18"]  # the last is of levels
+    assert bars["-18"] == "#" * 30
+    assert bars["0.5"].count("#") < bars["1"].count("#") < bars["2.5"].count("#") == 30
+    document = json.loads(call(folder, "--out", tmp_path / "out", "--json").stdout)
+    assert sum(document["histograms"]["hours_by_seconds"].values()) == pytest.approx(document["hours"], abs=1e-5)
+    assert sum(document["histograms"]["utterances_by_dbfs"].values()) == 10
+
+
 def test_noise_is_for_the_noise_manifest(folder, tmp_path):
     result = call(folder, "--out", tmp_path / "out", "--kind", "noise")
     assert f"model.train_ds.noise_manifest={tmp_path}/out/train_manifest.json" in result.stderr
@@ -68,6 +80,18 @@ def test_strict_fails_after_writing_everything(folder, tmp_path):
         assert (tmp_path / "out" / name).exists()
     (folder / "bad.wav").unlink()
     assert call(folder, "--out", tmp_path / "out", "--strict").exit_code == 0
+
+
+@pytest.mark.parametrize("words", [(), ("--strict",)])
+def test_nothing_accepted_still_says_so_in_json(tmp_path, words):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "bad.wav").write_text("<html>")
+    result = call(tmp_path / "in", "--out", tmp_path / "out", "--json", *words)
+    assert isinstance(result.exception, RunFailedError)
+    assert "nothing can be used (1 unreadable)" in str(result.exception)
+    document = json.loads(result.stdout)
+    assert (document["accepted"], document["rejections"]) == (0, {"unreadable": 1})
+    assert document["manifests"] == {"train": None, "val": None}
 
 
 def test_limits_reach_the_check(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The loader: the plan, the same batches from any number of processes, and the messages for bad data."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,11 @@ def test_lengths_are_those_of_the_files_and_noise_is_mixed_in(corpus: dict[str, 
 
 def test_without_an_augmentor_noise_is_added_as_it_is(corpus: dict[str, Path]) -> None:
     batch = batches(corpus, "model.train_ds.batch_augmentor=null")[0]
-    assert torch.equal(batch.noisy_audio, batch.audio + batch.noise)
+    pool = NoisePool(read_manifests(str(corpus["noise"])), 16000)
+    for item, row, clean in zip(batch.sample_ids, batch.noisy_audio, batch.audio, strict=True):
+        length = int(batch.audio_len[batch.sample_ids.index(item)])
+        noise = pool.draw(length, random.Random(f"0/noise/0/{item}")).samples
+        assert torch.equal(row[: len(noise)], clean[: len(noise)] + torch.from_numpy(noise))
     clean = batches(corpus, "model.train_ds.batch_augmentor=null", "model.train_ds.noise_manifest=null")[0]
     assert torch.equal(clean.noisy_audio, clean.audio)
 
@@ -110,8 +115,6 @@ def test_collating_cuts_and_pads_noise_to_the_longest_speech() -> None:
 
 
 def test_noise_stays_inside_its_line_and_silence_becomes_white_noise(tmp_path: Path) -> None:
-    import random
-
     import soundfile as sf
 
     ramp = np.linspace(0.1, 0.9, 160000).astype(np.float32)

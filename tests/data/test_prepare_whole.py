@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from nestcli.data.journal import Journal, open_journal
 from nestcli.data.manifest import read_manifests
 from nestcli.data.prepare import PrepareOptions, prepare
 from nestcli.data.shape import file_name
+from nestcli.data.shards_write import write_shards
 from nestcli.errors import DataError
 
 RATE = 16000
@@ -48,6 +50,23 @@ ALL = PrepareOptions(val_fraction=0, jobs=2)
 
 
 # ---- inputs
+
+
+def test_globs_name_nothing_twice_and_nothing_else(tmp_path):
+    for name in ("1.wav", "a/2.wav", "a/b/3.wav"):
+        write(tmp_path / "in" / name)
+    (tmp_path / "in" / "about.json").write_text("{}")
+    (tmp_path / "in" / "readme.txt").touch()
+    for pattern in ("**", "*", "**/*", "*.wav"):
+        summary = prepare([f"{tmp_path}/in/{pattern}"], tmp_path / "in" / "out", ALL)
+        assert (summary.accepted, summary.rejected) == (1 if pattern == "*.wav" else 3, 0)
+        assert summary.passed_over == (0 if pattern == "*.wav" else 2)
+    everything = PrepareOptions(val_fraction=0, convert=True)
+    for _ in range(2):  # its own output is no input
+        assert prepare([f"{tmp_path}/in/**/*.*"], tmp_path / "in" / "out", everything).accepted == 3
+    manifest = tmp_path / "in" / "out" / "train_manifest.json"
+    manifest.rename(tmp_path / "in" / "m.json")
+    assert prepare([f"{tmp_path}/in/[m].json"], tmp_path / "other", ALL).accepted == 3
 
 
 def test_globs(tmp_path):
@@ -103,6 +122,52 @@ def test_kaldi_folders(tmp_path):
     assert spans == [("u1", 0, 0.7, "ann"), ("u2", 0.7, 0.8, "eve")]
 
 
+def test_kaldi_tables_are_read_as_kaldi_reads_them(tmp_path, monkeypatch):
+    write(tmp_path / "k" / "one file.wav", 2.0)
+    write(tmp_path / "audio" / "two.wav")
+    monkeypatch.chdir(tmp_path)
+    folder = kaldi(
+        tmp_path / "k",
+        ["r1 one file.wav", "", " r2\t audio/two.wav \r"],  # relative to here first, then to the folder
+        ["u1 r1 0.5 -1", "u2 r2 0 0.5"],
+        text=["u1 a\u2028b\x0bc", "u2 d\u00a0e"],
+    )
+    assert prepare([folder / "wav.scp"], tmp_path / "out", ALL).rejected == 0
+    lines = (tmp_path / "out" / "train_manifest.json").read_text(encoding="utf-8").split("\n")
+    first, second = map(json.loads, lines[:2])
+    assert (first["offset"], first["duration"], first["text"]) == (0.5, 1.5, "a\u2028b\x0bc")
+    assert (Path(second["audio_filepath"]), second["text"]) == (tmp_path / "audio" / "two.wav", "d\u00a0e")
+
+
+def test_segments_of_a_recording_of_kaldi_stay_on_one_side(tmp_path):
+    names = [f"r{number}" for number in range(12)]
+    for name in names:
+        write(tmp_path / "k" / f"{name}.wav", 1.0)
+    segments = [f"{name}-{part} {name} {part / 5} {part / 5 + 0.2}" for name in names for part in range(5)]
+    folder = kaldi(tmp_path / "k", [f"{name} {name}.wav" for name in names], segments)
+    prepare([folder], tmp_path / "out", PrepareOptions(val_fraction=0.4))
+    train, val = (
+        {row["id"][:3] for row in rows(tmp_path / "out" / f"{side}_manifest.json")} for side in ("train", "val")
+    )
+    assert train
+    assert val
+    assert len(train | val) == 12
+    assert not train & val
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["r1 one.wav", "r1 two.wav"], "r1 is there twice"),
+        (["r1 one.wav", "", "r2"], "line 3: there is nothing after 'r2'"),
+        (["r1 o\0e.wav"], "zero byte"),
+    ],
+)
+def test_broken_lists_of_recordings_are_named(tmp_path, lines, message):
+    with pytest.raises(DataError, match=message):
+        prepare([kaldi(tmp_path / "k", lines)], tmp_path / "out", ALL)
+
+
 @pytest.mark.parametrize(
     ("segments", "message"),
     [(["u1 r9 0 1"], "wav.scp does not have"), (["u1 r1 0"], "START END"), (["u1 r1 2 1"], "must go forward")],
@@ -137,16 +202,38 @@ def test_clipped_speech_is_left_out_and_loud_speech_is_not(tmp_path):
     assert inspect_audio(tmp_path / "in" / "loud.wav").clipped < 0.005
     prepare([tmp_path / "in"], tmp_path / "out", ALL)
     assert rejections(tmp_path / "out") == {"cut.wav": "clipped"}
+    assert prepare([tmp_path / "in"], tmp_path / "out", PrepareOptions(max_clipped=1.0)).accepted == 2
+    for subtype in ("PCM_U8", "ULAW", "ALAW"):  # their full scale is lower
+        sf.write(tmp_path / "in" / "cut.wav", np.clip(3 * tone, -1, 1), RATE, subtype=subtype)
+        assert inspect_audio(tmp_path / "in" / "cut.wav").clipped == pytest.approx(report.clipped, abs=0.05)
 
 
-def test_a_header_that_declares_too_little_is_noticed(tmp_path):
-    path = write(tmp_path / "in" / "a.flac", 10.0)
+@pytest.mark.parametrize(("ending", "share"), [("wav", 0.5), ("wav", 0.0), ("aiff", 0.5), ("flac", 0.25)])
+def test_a_header_that_declares_too_little_is_noticed(tmp_path, ending, share):
+    path = write(tmp_path / "in" / f"a.{ending}", 4.0)
     content = bytearray(path.read_bytes())
-    content[22:26] = (4000).to_bytes(4, "big")  # STREAMINFO's number of samples, the low bits
+    frames = int(4 * RATE * share)
+    if ending == "flac":
+        content[22:26] = frames.to_bytes(4, "big")  # STREAMINFO's number of samples, the low bits
+    else:
+        place = content.index(b"data" if ending == "wav" else b"SSND") + 4
+        extra, order = (0, "little") if ending == "wav" else (8, "big")
+        content[place : place + 4] = (2 * frames + extra).to_bytes(4, order)
     path.write_bytes(content)
     write(tmp_path / "in" / "b.wav")
     prepare([tmp_path / "in"], tmp_path / "out", ALL)
-    assert rejections(tmp_path / "out").keys() == {"a.flac"}
+    assert rejections(tmp_path / "out") == {f"a.{ending}": "wrong_duration"}
+    assert (
+        rows(tmp_path / "out" / "rejected.jsonl")[0]["detail"]
+        == f"the header declares {4 * share:.2f} s, and more follows"
+    )
+
+
+@pytest.mark.parametrize("behind", [b"LIST" + (60000).to_bytes(4, "little") + bytes(60000), bytes(60000), b"x" * 1000])
+def test_what_stands_behind_the_audio_may_be_something_else(tmp_path, behind):
+    path = write(tmp_path / "in" / "a.wav", 1.0)
+    path.write_bytes(path.read_bytes() + behind)
+    assert prepare([tmp_path / "in"], tmp_path / "out", ALL).accepted == 1
 
 
 def crash_on_request(path):
@@ -155,15 +242,19 @@ def crash_on_request(path):
     return inspect_audio(path)
 
 
+def crash_alone(path):
+    return "version", crash_on_request(path)
+
+
 def crash_in_batches(paths):
-    return [crash_on_request(path) for path in paths]
+    return [crash_alone(path) for path in paths]
 
 
 def test_a_decoder_that_crashes_costs_its_file_only(tmp_path, monkeypatch):
     for name in ("a", "crash", "z"):
         write(tmp_path / "in" / f"{name}.wav")
     monkeypatch.setattr(check_module, "_inspect_all", crash_in_batches)
-    monkeypatch.setattr(check_module, "inspect_audio", crash_on_request)
+    monkeypatch.setattr(check_module, "_inspect", crash_alone)
     summary = prepare([tmp_path / "in"], tmp_path / "out", ALL)
     assert (summary.accepted, rejections(tmp_path / "out")) == (2, {"crash.wav": "decoder_crash"})
     assert "SIGSEGV" in rows(tmp_path / "out" / "rejected.jsonl")[0]["detail"]
@@ -246,7 +337,7 @@ def test_what_is_too_long_is_cut_where_that_is_wanted(tmp_path, long_recording):
 
 def test_names_of_converted_files():
     assert file_name("a/b c/é.wav", "/x") != file_name("a/b c/é.wav", "/y")
-    for key in ("../../etc/passwd", "/abs/olute.wav", "-rf.wav", ".hidden.wav", "a\nb.wav", "$(x).wav"):
+    for key in ("/", "..", "../../etc/passwd", "/abs/olute.wav", "-rf.wav", ".hidden.wav", "a\nb.wav", "$(x).wav"):
         name = file_name(key, "/x")
         assert not name.startswith(("/", ".", "-"))
         assert ".." not in name
@@ -369,6 +460,28 @@ def test_shards_hold_what_the_manifests_name(tmp_path, form):
             assert len(ours) == len(samples)
             assert np.abs(ours - samples).max() <= 1.01 / 32768
         assert not expected
+
+
+class InThisProcess:
+    jobs = 1
+
+    def in_order(self, work, tasks):
+        return map(work, tasks)
+
+
+def test_a_shar_is_the_same_bytes_at_another_time(tmp_path):
+    prepare([corpus_of(tmp_path / "in", 5)], tmp_path / "out", ALL)
+    contents = []
+    for _ in range(2):
+        made = write_shards(
+            tmp_path / "out" / "train_manifest.json", tmp_path / "s", shards=2, format="shar", pool=InThisProcess()
+        )
+        contents.append(visible(tmp_path / "s"))
+        shutil.rmtree(tmp_path / "s")
+        time.sleep(1.1)  # the time in a gzip has whole seconds
+    assert made.utterances == 5
+    assert contents[0] == contents[1]
+    assert [name for name in contents[0] if name.endswith("gz")] == ["cuts.000000.jsonl.gz", "cuts.000001.jsonl.gz"]
 
 
 def test_shards_are_the_same_bytes_again_and_follow_their_number(tmp_path):

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nestcli import __version__
-from nestcli.cli import augment, compare, console, count_params, demo, export, prepare_data, pretrain
+from nestcli.cli import augment, bench, compare, console, count_params, demo, export, prepare_data, pretrain
 from nestcli.errors import NestError
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ app.command("pretrain")(pretrain.pretrain)
 app.command("count-params")(count_params.count_params)
 app.command("compare")(compare.compare)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 
 

@@ -6,10 +6,11 @@ Results that a script may read go to stdout; messages, tables' company, progress
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,10 +65,24 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for column in columns:
-        drawn.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+        drawn.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
     Console(stderr=to_stderr, highlight=False, markup=False).print(drawn)
+
+
+def histogram(title: str, values: Mapping[str, float], width: int = 30) -> None:
+    """Print a bar for each label, without the empty ones at both ends."""
+    labels = list(values)
+    filled = [number for number, value in enumerate(values.values()) if value]
+    if not filled:
+        return
+    highest = max(values.values())
+    print(f"  {title}")
+    for label in labels[filled[0] : filled[-1] + 1]:
+        bar = "#" * min(width, math.ceil(width * values[label] / highest))
+        print(f"  {'to ' + label:>8}  {bar:<{width}}  {values[label]:,.4g}")
+    print()
 
 
 @contextmanager

@@ -47,6 +47,10 @@ def prepare_data(
     max_duration: Annotated[
         float | None, typer.Option("--max-duration", metavar="SECONDS", help="Reject what is longer.")
     ] = None,
+    max_clipped: Annotated[
+        float,
+        typer.Option("--max-clipped", metavar="SHARE", help="Reject more samples than this cut off at full scale."),
+    ] = 0.01,
     segment: Annotated[
         float | None,
         typer.Option("--segment", metavar="SECONDS", help="Cut what is longer into pieces, at quiet places."),
@@ -93,6 +97,7 @@ def prepare_data(
         speaker_pattern=speaker_pattern,
         min_duration=min_duration,
         max_duration=max_duration,
+        max_clipped=max_clipped,
         segment=segment,
         convert=convert,
         sample_rate=sample_rate,
@@ -120,6 +125,8 @@ def prepare_data(
 def _show(summary: PrepareSummary, out: Path, *, pattern_given: bool) -> None:
     """Print the table, what deserves a remark, and the next command."""
     console.table("", [f"{summary.kind} in {out}", ">"], _rows(summary))
+    for title, values in zip(("hours, by seconds", "utterances, by dBFS"), summary.histograms.values(), strict=True):
+        console.histogram(title, values)
     console.note(f"Lengths and levels are drawn in {out / 'summary.svg'}.")
     for remark in _remarks(summary, out, pattern_given):
         console.note(remark)
@@ -145,6 +152,8 @@ def _rows(summary: PrepareSummary) -> list[tuple[str, str]]:
     rows.extend((f"  {reason}", f"{count:,}") for reason, count in summary.rejections.items())
     for side, keys in summary.shards.items():
         rows.append((f"shards of {side}", str(keys.get("tarred_audio_filepaths") or keys.get("shar_path"))))
+    if summary.not_packed:
+        rows.append(("not packed, see skipped.jsonl there", f"{summary.not_packed:,}"))
     if summary.passed_over:
         rows.append(("passed over, not audio by name", f"{summary.passed_over:,}"))
     return rows

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
 import soundfile as sf
 import soxr
 
-from nestcli.data.containers import missing_audio
+from nestcli.data.containers import missing_audio, undeclared_audio
+from nestcli.data.sox import UnreadableError, decoded_by_sox
 from nestcli.errors import DataError
 
 Samples = npt.NDArray[np.float32]
@@ -31,15 +30,14 @@ Samples = npt.NDArray[np.float32]
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
 SILENCE_DB = -100.0  # RMS in dBFS; one bit of 16 is -90
-FULL_SCALE = 0.999  # of a sample that may be cut off; 16 bits end at 0.99997
-_TRAILING = 1 << 15  # bytes
+_FULL_SCALE = {"PCM_U8": 127 / 128, "PCM_S8": 127 / 128, "ULAW": 32124 / 32768, "ALAW": 32256 / 32768}
+_OF_OTHERS = 0.999  # 16 bits end at 0.99997
 _CLIPPED_RUN = 3  # samples in a row at full scale; a loud but whole signal has one or two at its peaks
 
 _LOAD_BLOCK = 1 << 23  # samples of all channels decoded in one go: 32 MiB, a minute of 48 kHz stereo
 _INSPECT_BLOCK = 1 << 18
 _UNRECOGNISED = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
 _MP3_PREROLL = 12 * 1152  # frames: after a seek libmpg123 was seen to decode 4,805 samples wrongly
-_FFMPEG = "convert it, for example with `ffmpeg -i FILE -ac 1 FILE.flac`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +112,42 @@ def load_audio(
     return samples if file_rate == sample_rate else _resample(samples, file_rate, sample_rate)
 
 
+@contextmanager
+def stream_audio(
+    path: str | os.PathLike[str], *, offset: float = 0.0, duration: float | None = None, channel: int | None = None
+) -> Iterator[tuple[int, Iterator[Samples]]]:
+    """What `load_audio` reads, in blocks of bounded size at the file's own rate in Hz, which comes first."""
+    try:
+        with _decoder(os.fspath(path)) as sound:
+            sound.keep(channel)
+            start = int(offset * sound.samplerate)
+            count = _available(sound, start, None if duration is None else int(duration * sound.samplerate))
+            if start:
+                _seek(sound, start)
+            yield sound.samplerate, _blocks(sound, _INSPECT_BLOCK // sound.channels, count)
+    except _BadAudioError as bad:
+        raise _data_error(path, bad.detail) from None
+    except sf.LibsndfileError as error:
+        raise _data_error(path, _words(error)) from None
+
+
+def resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Samples]:
+    """Blocks at `rate` Hz as blocks at `target` Hz: to the bit what `load_audio` makes of them in one go."""
+    if rate == target:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
+    given = made = 0
+    for block in blocks:
+        given += len(block)
+        piece = stream.resample_chunk(block)
+        made += len(piece)
+        yield piece
+    length = math.ceil(given * (target / rate))
+    last = stream.resample_chunk(np.zeros(0, np.float32), last=True)[: length - made]
+    yield np.pad(last, (0, length - made - len(last)))
+
+
 def inspect_audio(path: str | os.PathLike[str]) -> AudioReport:
     """Decode a whole file in bounded memory and report the first thing that is wrong with it.
 
@@ -164,8 +198,11 @@ def _decoder(path: str) -> Iterator[_Sound]:
             return
     finally:
         os.close(descriptor)
-    with _decoded_by_sox(path) as copy, _Sound(copy) as sound:
-        yield _checked(sound)
+    try:
+        with decoded_by_sox(path) as copy, _Sound(copy) as sound:
+            yield _checked(sound)
+    except UnreadableError as error:
+        raise _BadAudioError("unreadable", str(error)) from None
 
 
 def _check_regular(status: os.stat_result) -> None:
@@ -184,61 +221,12 @@ def _checked(sound: _Sound) -> _Sound:
     return sound
 
 
-def _sox_type(path: str) -> str | None:
-    """Name in SoX's words the format of a file that libsndfile does not know, judged by its content.
-
-    SoX itself falls back to the name's ending, and then decodes any bytes as noise, or follows a playlist.
-    """
-    with open(path, "rb") as file:  # noqa: PTH123  (a str path, perhaps with bytes that are not UTF-8)
-        head = file.read(64)
-    for magic, kind in ((b"#!AMR\n", "amr-nb"), (b"#!AMR-WB\n", "amr-wb"), (b"wvpk", "wv")):
-        if head.startswith(magic):
-            return kind
-    frames_of_gsm = {byte >> 4 for byte in head[::33]}  # 33 bytes each, the first half byte is 0xD
-    return "gsm" if path.lower().endswith(".gsm") and frames_of_gsm == {0xD} else None
-
-
-def _unknown_format(path: str) -> str:
-    claimed = os.path.splitext(path)[1][1:].upper()  # noqa: PTH122
-    if claimed in sf.available_formats():
-        return f"its content is neither {claimed} nor anything else that can be read"
-    return f"neither libsndfile nor SoX knows this format; {_FFMPEG}"
-
-
-@contextmanager
-def _decoded_by_sox(path: str) -> Iterator[str]:
-    """Have SoX decode a file into a temporary one that libsndfile reads; raises _BadAudioError."""
-    kind = _sox_type(path)
-    if kind is None:
-        raise _BadAudioError("unreadable", _unknown_format(path))
-    if shutil.which("sox") is None:  # asked first, because importing the package without it prints warnings
-        raise _BadAudioError("unreadable", f"{kind} needs the program sox; install it, or {_FFMPEG}")
-    from sox.core import sox
-
-    with TemporaryDirectory(prefix="nest-sox-") as folder:
-        copy = str(Path(folder) / "decoded.w64")
-        # no shell here, and an absolute path is no option, no pipe ("|command") and no address to SoX either
-        source = ["--no-glob", "-V1", "-t", kind, os.path.abspath(path)]  # noqa: PTH100
-        try:
-            status, _, complaint = sox([*source, "-t", "w64", "-e", "floating-point", "-b", "32", copy])
-        except UnicodeDecodeError:  # the complaint repeats a name that is not UTF-8
-            status, complaint = 1, ""
-        if status != 0 or complaint:  # SoX ends with 0 after some failures
-            last_line = (complaint or "").strip().rpartition("\n")[2]
-            raise _BadAudioError("unreadable", f"SoX cannot decode it: {last_line}")
-        yield copy
-
-
 # --- decoding
 
 
 def _read_mono(sound: _Sound, start: int, count: int | None) -> Samples:
     """Decode `count` frames from `start` on, or as many as there are."""
-    left = sound.frames - start
-    count = left if count is None else min(count, left)
-    if count <= 0:
-        begin, end = start / sound.samplerate, sound.frames / sound.samplerate
-        raise _BadAudioError("empty", f"there is no audio to read at {begin:g} s: the file lasts {end:g} s")
+    count = _available(sound, start, count)
     if start:
         _seek(sound, start)
     limit = _LOAD_BLOCK // sound.channels
@@ -249,6 +237,16 @@ def _read_mono(sound: _Sound, start: int, count: int | None) -> Samples:
     if len(samples) == 0:
         raise _BadAudioError("empty", "no audio could be decoded")
     return samples
+
+
+def _available(sound: _Sound, start: int, count: int | None) -> int:
+    """How many of `count` frames there are from `start` on; raises _BadAudioError for none."""
+    left = sound.frames - start
+    count = left if count is None else min(count, left)
+    if count <= 0:
+        begin, end = start / sound.samplerate, sound.frames / sound.samplerate
+        raise _BadAudioError("empty", f"there is no audio to read at {begin:g} s: the file lasts {end:g} s")
+    return count
 
 
 def _seek(sound: _Sound, start: int) -> None:
@@ -309,14 +307,15 @@ def _resample(samples: Samples, rate: int, target: int) -> Samples:
 def _inspect(path: str, sound: _Sound) -> AudioReport:
     """Decode all of an open file; the report of what was decoded carries the first thing that is wrong."""
     frames, peak, energy, clipped, failure = 0, 0.0, 0.0, 0, ""
-    digest = blake2b(str(sound.samplerate).encode(), digest_size=16)
+    full_scale = _FULL_SCALE.get(sound.subtype, _OF_OTHERS)
+    digest = sha256(str(sound.samplerate).encode())  # processors do it: blake2b takes four times as long here
     try:
         for block in _blocks(sound, _INSPECT_BLOCK // sound.channels, sound.frames):
             frames += len(block)
             digest.update(block.data)
             highest = max(float(block.max()), -float(block.min()))
             peak = math.nan if math.isnan(highest) else max(peak, highest)
-            clipped += _clipped_samples(block) if highest >= FULL_SCALE else 0
+            clipped += _clipped_samples(block, full_scale) if highest >= full_scale else 0
             with np.errstate(all="ignore"):
                 energy += float(np.dot(block, block))
     except sf.LibsndfileError as error:
@@ -324,8 +323,8 @@ def _inspect(path: str, sound: _Sound) -> AudioReport:
     rms_db = 10 * math.log10(energy / frames) if energy > 0 and math.isfinite(energy) else -math.inf
     if failure:
         reason, detail = _decoding_failure(path, sound, failure)
-    elif _undeclared_bytes(path, sound) > 0:
-        reason, detail = "wrong_duration", f"its header declares {frames} samples, and there are more behind them"
+    elif undeclared := undeclared_audio(path, sound):
+        reason, detail = "wrong_duration", undeclared
     else:
         reason, detail = _first_fault(path, sound, frames, peak, energy, rms_db)
     rate = sound.samplerate
@@ -337,23 +336,15 @@ def _inspect(path: str, sound: _Sound) -> AudioReport:
         peak=peak,
         rms_db=rms_db,
         clipped=clipped / max(1, frames),
-        digest=digest.hexdigest(),
+        digest=digest.hexdigest()[:32],
         reason=reason or None,
         detail=detail,
     )
 
 
-def _undeclared_bytes(path: str, sound: _Sound) -> int:
-    """Bytes behind the declared end of a FLAC file, beyond what a tag or a buffer explains."""
-    if sound.format != "FLAC" or not isinstance(sound.name, int):
-        return 0
-    size = Path(path).stat().st_size
-    return max(0, size - os.lseek(sound.name, 0, os.SEEK_CUR) - _TRAILING - size // 10)
-
-
-def _clipped_samples(block: Samples) -> int:
+def _clipped_samples(block: Samples, full_scale: float) -> int:
     """Samples in runs of three or more at full scale."""
-    high = np.concatenate([[False], np.abs(block) >= FULL_SCALE, [False]])
+    high = np.concatenate([[False], np.abs(block) >= full_scale, [False]])
     edges = np.flatnonzero(high[1:] != high[:-1])
     runs = edges[1::2] - edges[::2]
     return int(runs[runs >= _CLIPPED_RUN].sum())

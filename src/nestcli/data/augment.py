@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nestcli.data.cores import available_cores
-from nestcli.data.journal import Journal, open_journal
+from nestcli.data.journal import Journal, file_version, open_journal
 from nestcli.data.manifest import read_manifests, write_manifest
 from nestcli.data.noisy_copy import CopyOptions, write_copy
 from nestcli.data.pool import Died, local_pool
-from nestcli.errors import DataError
+from nestcli.errors import DataError, RunFailedError
 
 _LINES = 16  # of a task
-_Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +49,14 @@ class AugmentSummary:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
+    """Lines from `first` up to and without `end`, in one of the copies."""
+
     speech: str
     noise: str | None
     folder: str
     copy: int
-    lines: list[int]
+    first: int
+    end: int
     options: CopyOptions
     versions: tuple[str, ...]  # of the manifests: others make other audio
 
@@ -70,7 +71,7 @@ def augment(
     """Write noisy audio to `out`/audio, and when that is done `out`/manifest.json and rejected.jsonl.
 
     Every draw depends on (seed, copy, line) alone, so neither processes nor interruptions change the result. A run that
-    was interrupted goes on where it was. Raises DataError.
+    was interrupted goes on where it was. Raises DataError, and RunFailedError where nothing can be written.
     """
     folder = Path(out).absolute()
     target = folder / "manifest.json"
@@ -84,91 +85,121 @@ def augment(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise DataError(f"{folder} cannot be made: {problem.strerror}; give another --out") from None
-    versions = tuple(_version(path) for path in (speech, noise) if path is not None)
+    versions = tuple(file_version(path) for path in (speech, noise) if path is not None)
     tasks = [
-        _Task(
-            speech, noise, str(folder), copy, list(range(first, min(first + _LINES, n_lines))), options.copy, versions
-        )
+        _Task(speech, noise, str(folder), copy, first, min(first + _LINES, n_lines), options.copy, versions)
         for copy in range(options.copies)
         for first in range(0, n_lines, _LINES)
     ]
-    written: _Rows = []
-    rejected: _Rows = []
-    unreadable: dict[str, dict[str, Any]] = {}
     with open_journal(folder) as journal:
-        for rows, bad, bad_noise in _results(tasks, journal, options.jobs or available_cores(), target):
-            written += rows
-            rejected += bad
-            for row in bad_noise:
-                unreadable.setdefault(row["audio_filepath"], row)
-            progress(len(written) + len(rejected), n_lines * options.copies)
-        write_manifest(folder / "rejected.jsonl", [*rejected, *unreadable.values()])
-        if written:
-            write_manifest(target, written)
+        _make_all(tasks, journal, options.jobs or available_cores(), target, progress)
+        return _write_manifests(tasks, journal, folder, target)
+
+
+def _make_all(
+    tasks: list[_Task], journal: Journal, jobs: int, target: Path, progress: Callable[[int, int], None]
+) -> None:
+    """Have every task done and in the journal."""
+    todo = [task for task in tasks if _made_before(journal, task) is None]
+    if todo:
+        target.unlink(missing_ok=True)  # it would tell of audio that is about to be replaced
+    total = sum(task.end - task.first for task in tasks)
+    done = total - sum(task.end - task.first for task in todo)
+    with local_pool(jobs) as pool:
+        for task, result in zip(todo, pool.in_order(_make_copies, todo), strict=True):
+            journal.add(repr(task), _one_by_one(task) if isinstance(result, Died) else result)
+            journal.flush()
+            done += task.end - task.first
+            progress(done, total)
+
+
+def _write_manifests(tasks: list[_Task], journal: Journal, folder: Path, target: Path) -> AugmentSummary:
+    """Write what the journal says as manifests; rows are held one task at a time."""
+    modes: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    noise: set[str] = set()
+    microseconds = 0
+
+    def written() -> Iterator[dict[str, Any]]:
+        nonlocal microseconds
+        for task in tasks:
+            for row in _made(journal, task)["written"]:
+                modes[row["augmentation"]["mode"]] += 1
+                microseconds += round(row["duration"] * 1e6)
+                yield row
+
+    def rejected() -> Iterator[dict[str, Any]]:
+        for task in tasks:
+            made = _made(journal, task)
+            reasons.update(row["reason"] for row in made["rejected"])
+            yield from made["rejected"]
+            for row in made["noise"]:
+                if row["audio_filepath"] not in noise:
+                    noise.add(row["audio_filepath"])
+                    yield row
+
+    write_manifest(folder / "rejected.jsonl", rejected())
+    n_written = sum(task.end - task.first for task in tasks) - sum(reasons.values())
+    if n_written:
+        write_manifest(target, written())
     return AugmentSummary(
-        manifest=str(target) if written else None,
-        written=len(written),
-        rejected=len(rejected),
-        noise_rejected=len(unreadable),
-        hours=round(math.fsum(row["duration"] for row in written) / 3600, 6),
-        modes=dict(Counter(row["augmentation"]["mode"] for row in written)),
-        reasons=dict(Counter(row["reason"] for row in rejected)),
+        manifest=str(target) if n_written else None,
+        written=n_written,
+        rejected=sum(reasons.values()),
+        noise_rejected=len(noise),
+        hours=round(microseconds / 3.6e9, 6),
+        modes=dict(modes),
+        reasons=dict(reasons),
     )
 
 
-def _version(path: str) -> str:
-    try:
-        status = Path(path).stat()
-    except OSError:  # several, or a remote one
-        return path
-    return f"{status.st_size}/{status.st_mtime_ns}"
-
-
-def _results(tasks: list[_Task], journal: Journal, jobs: int, target: Path) -> Iterator[list[_Rows]]:
-    """Of every task what was written, what was rejected, and noise that was; from an earlier run where it is there."""
-    known = [_made_before(journal.get(repr(task))) for task in tasks]
-    if None in known:
-        target.unlink(missing_ok=True)  # it would tell of audio that is about to be replaced
-    todo = (task for task, done in zip(tasks, known, strict=True) if done is None)
-    with local_pool(jobs) as pool:
-        fresh = pool.in_order(_make_copies, todo)
-        for task, done in zip(tasks, known, strict=True):
-            result = done if done is not None else next(fresh)
-            if isinstance(result, Died):
-                result = _one_by_one(task)
-            if done is None:
-                journal.add(repr(task), result)
-                journal.flush()
-            yield result
-
-
-def _made_before(result: list[_Rows] | None) -> list[_Rows] | None:
-    """The result in a journal, if its audio is still there."""
-    if result is None or not all(Path(row["audio_filepath"]).is_file() for row in result[0]):
-        return None
+def _made(journal: Journal, task: _Task) -> dict[str, Any]:
+    result: dict[str, Any] | None = journal.get(repr(task))
+    if result is None:
+        raise RunFailedError(f"{task.folder}: the disk lost what was written. The same command goes on where it was.")
     return result
 
 
-def _one_by_one(task: _Task) -> list[_Rows]:
+def _made_before(journal: Journal, task: _Task) -> dict[str, Any] | None:
+    """The result in the journal, if its audio is still there."""
+    result: dict[str, Any] | None = journal.get(repr(task))
+    if result is None:
+        return None
+    files = zip(result["written"], result["sizes"], strict=True)
+    return result if all(size == _size(row["audio_filepath"]) for row, size in files) else None
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return -1
+
+
+def _one_by_one(task: _Task) -> dict[str, list[Any]]:
     """The lines of a task whose process died, each in a task of its own: a crash is charged to one line."""
-    found: list[_Rows] = [[], [], []]
+    found: dict[str, list[Any]] = {key: [] for key in ("written", "sizes", "rejected", "noise")}
     with local_pool(1) as pool:
-        singles = [replace(task, lines=[line]) for line in task.lines]
+        singles = [replace(task, first=line, end=line + 1) for line in range(task.first, task.end)]
         for single, result in zip(singles, pool.in_order(_make_copies, singles), strict=True):
             if isinstance(result, Died):
-                entry = read_manifests(task.speech).entry(single.lines[0])
+                entry = read_manifests(task.speech).entry(single.first)
                 row = {"audio_filepath": entry.audio_filepath, "reason": "crashed", "detail": result.detail}
-                result = [[], [{**row, "line": entry.line}], []]
-            found = [rows + more for rows, more in zip(found, result, strict=True)]
+                found["rejected"].append({**row, "line": entry.line})
+                continue
+            for key, more in result.items():
+                found[key] += more
     return found
 
 
-def _make_copies(task: _Task) -> list[_Rows]:
+def _make_copies(task: _Task) -> dict[str, list[Any]]:
     """In a process of the pool."""
     audio = Path(task.folder) / "audio"
-    made = [write_copy(task.speech, task.noise, line, task.copy, audio, task.options) for line in task.lines]
-    return [
-        [each.row for each in made if not each.rejected],
-        [each.row for each in made if each.rejected],
-        [row for each in made for row in each.noise],
-    ]
+    lines = range(task.first, task.end)
+    made = [write_copy(task.speech, task.noise, line, task.copy, audio, task.options) for line in lines]
+    return {
+        "written": [each.row for each in made if each.size is not None],
+        "sizes": [each.size for each in made if each.size is not None],
+        "rejected": [each.row for each in made if each.size is None],
+        "noise": [row for each in made for row in each.noise],
+    }

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from nestcli.data.batch import NoiseBatch
+from nestcli.data.batch import Empty, NoiseBatch, Samples, empty
 from nestcli.data.mixing import (
     AugmentationConfig,
     Given,
@@ -37,14 +37,15 @@ def mix_speakers_and_noise(
     rng: random.Random,
     noise_of: NoiseOf | None = None,
     record: list[Mixture | None] | None = None,
+    empty: Empty = empty,
 ) -> NoiseBatch:
     """Mix segments of noise, or of several other speakers of the batch, into each item with probability `prob`.
 
-    Noise is that of the batch, or what `noise_of` gives. `record` takes what was done to every item. The ratio in dB
-    holds over the whole item, not over the mixed part alone. Source: arXiv:2408.13106 section 2.4; NeMo
-    `MultiSpeakerNoiseAugmentation`.
+    Noise is that of the batch, or what `noise_of` gives; then the result has none of its own. `record` takes what was
+    done to every item, `empty` makes the array of the noisy audio. The ratio in dB holds over the whole item, not over
+    the mixed part alone. Source: arXiv:2408.13106 section 2.4; NeMo `MultiSpeakerNoiseAugmentation`.
     """
-    return _mixed(batch, config, rng, noise_of, record, scattered_segments)
+    return _mixed(batch, config, rng, noise_of, record, empty, scattered_segments)
 
 
 def mix_one_speaker_or_noise(
@@ -53,13 +54,14 @@ def mix_one_speaker_or_noise(
     rng: random.Random,
     noise_of: NoiseOf | None = None,
     record: list[Mixture | None] | None = None,
+    empty: Empty = empty,
 ) -> NoiseBatch:
     """Mix one stretch of noise, or of one other speaker, into each item with probability `prob`.
 
     As `mix_speakers_and_noise`, but the ratio in dB is that of the item to the whole noise. Source: NeMo
     `SpeakerNoiseAugmentation`.
     """
-    return _mixed(batch, config, rng, noise_of, record, one_stretch_of)
+    return _mixed(batch, config, rng, noise_of, record, empty, one_stretch_of)
 
 
 def _mixed(
@@ -68,6 +70,7 @@ def _mixed(
     rng: random.Random,
     noise_of: NoiseOf | None,
     record: list[Mixture | None] | None,
+    empty: Empty,
     choose: Callable[[int, Given], Pieces | None],
 ) -> NoiseBatch:
     raw = batch.noise.numpy()
@@ -81,8 +84,11 @@ def _mixed(
         rng,
     )
     # an item that is left alone keeps its raw noise in NeMo, and the noise's length
-    noise = raw.copy() if config.nemo_exact else np.zeros_like(audio)
-    noisy = audio.copy()
+    noise: Samples | None = None
+    if noise_of is None:
+        noise = raw.copy() if config.nemo_exact else np.zeros_like(audio)
+    noisy = empty(audio.shape)
+    noisy[:] = audio
     noise_len = batch.noise_len.clone() if config.nemo_exact else batch.audio_len
     for item in range(len(noisy)):
         pieces = None if rng.random() > config.prob else choose(item, given)
@@ -91,13 +97,13 @@ def _mixed(
             done = mix_in(item, given, pieces, noise, noisy)
             if config.nemo_exact:
                 noise_len[item] = len(given.speech[item])
-        elif config.nemo_exact:
+        elif config.nemo_exact and noise is not None:
             noisy[item] += noise[item]
         if record is not None:
             record.append(done)
     return replace(
         batch,
-        noise=torch.from_numpy(noise),
+        noise=torch.empty(len(noisy), 0) if noise is None else torch.from_numpy(noise),
         noise_len=noise_len,
         noisy_audio=torch.from_numpy(noisy),
         noisy_audio_len=noise_len,

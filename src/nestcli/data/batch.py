@@ -49,25 +49,36 @@ class NoiseBatch:
 Samples = npt.NDArray[np.float32]
 
 
-def collate(audios: Sequence[Samples], noises: Sequence[Samples], sample_ids: Sequence[int]) -> NoiseBatch:
+Empty = Callable[[tuple[int, ...]], Samples]  # makes an array of any content
+
+
+def empty(shape: tuple[int, ...]) -> Samples:
+    return np.empty(shape, np.float32)
+
+
+def collate(
+    audios: Sequence[Samples], noises: Sequence[Samples] | None, sample_ids: Sequence[int], empty: Empty = empty
+) -> NoiseBatch:
     """Zero-pad items to the longest; noise is cut or padded to the same width. Nothing is mixed yet."""
     longest = max(len(audio) for audio in audios)
-    audio, noise = (_stacked(items, longest) for items in (audios, noises))
+    audio = torch.from_numpy(_stacked(audios, longest, empty))
     audio_len = torch.tensor([len(item) for item in audios])
+    noise = torch.empty(len(audios), 0) if noises is None else torch.from_numpy(_stacked(noises, longest, empty))
     return NoiseBatch(
         audio=audio,
         audio_len=audio_len,
         noise=noise,
-        noise_len=torch.tensor([min(len(item), longest) for item in noises]),
+        noise_len=torch.tensor([0] * len(audios) if noises is None else [min(len(item), longest) for item in noises]),
         noisy_audio=audio,
         noisy_audio_len=audio_len,
         sample_ids=tuple(sample_ids),
     )
 
 
-def _stacked(items: Sequence[Samples], width: int) -> Tensor:
-    stacked = torch.zeros(len(items), width)  # NumPy's memory cost more page faults, here and in the mixing
-    for row, item in zip(stacked.numpy(), items, strict=True):
+def _stacked(items: Sequence[Samples], width: int, empty: Empty) -> Samples:
+    stacked = empty((len(items), width))
+    for row, item in zip(stacked, items, strict=True):
         kept = item[:width]
         row[: len(kept)] = kept
+        row[len(kept) :] = 0
     return stacked

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from nestcli.data.audio import AudioReport, inspect_audio
-from nestcli.data.journal import Journal
+from nestcli.data.journal import Journal, file_version
 from nestcli.data.pool import Died, Pool
 
 Progress = Callable[[int, int], None]
@@ -23,48 +24,61 @@ def check_files(
 ) -> dict[str, AudioReport]:
     """The report of every file, decoded now or in an earlier run if it is still the same file."""
     reports: dict[str, AudioReport] = {}
-    todo: list[tuple[str, str]] = []
+    todo: list[str] = []
     for path in paths:
-        key = _version(path)
-        known = journal.get(key)
+        known = journal.get(file_version(path))
         if known is None:
-            todo.append((path, key))
+            todo.append(path)
         else:
             reports[path] = _from_json(known)
-    for number, (path, key, report) in enumerate(_checked(todo, pool), 1):
+    for number, (path, version, report) in enumerate(_checked(todo, pool), 1):
         reports[path] = report
         if report.reason != _CRASHED:  # of which the file need not be the cause
-            journal.add(key, _as_json(report))
+            journal.add(version, _as_json(report))
         if number % 16 == 0 or number == len(todo):
             journal.flush()
             progress(len(paths) - len(todo) + number, len(paths))
     return reports
 
 
-def _checked(todo: Sequence[tuple[str, str]], pool: Pool) -> Iterator[tuple[str, str, AudioReport]]:
-    batches = list(_batches(todo))
-    again: list[tuple[str, str]] = []
-    tasks = ([path for path, _ in each] for each in batches)
-    for batch, results in zip(batches, pool.in_order(_inspect_all, tasks), strict=True):
+def _checked(todo: Sequence[str], pool: Pool) -> Iterator[tuple[str, str, AudioReport]]:
+    """Every path, the version of the file that was decoded, and its report."""
+    sent: deque[list[str]] = deque()
+    again: list[str] = []
+    for results in pool.in_order(_inspect_all, _noting(_batches(todo), sent)):
+        batch = sent.popleft()
         if isinstance(results, Died):
             again.extend(batch)  # one of them is the culprit
         else:
-            yield from ((path, key, report) for (path, key), report in zip(batch, results, strict=True))
-    for (path, key), result in zip(again, pool.in_order(inspect_audio, (path for path, _ in again)), strict=True):
+            yield from ((path, *result) for path, result in zip(batch, results, strict=True))
+    for path, result in zip(again, pool.in_order(_inspect, again), strict=True):
         if isinstance(result, Died):
-            result = AudioReport(reason=_CRASHED, detail=f"decoding it crashes: {result.detail}")
-        yield path, key, result
+            yield path, "", AudioReport(reason=_CRASHED, detail=f"decoding it crashes: {result.detail}")
+        else:
+            yield path, *result
 
 
-def _inspect_all(paths: Sequence[str]) -> list[AudioReport]:
-    return [inspect_audio(path) for path in paths]
+def _noting(batches: Iterable[list[str]], sent: deque[list[str]]) -> Iterator[list[str]]:
+    """Pass batches on, and keep those under way: a list of all would be as large as the corpus's."""
+    for batch in batches:
+        sent.append(batch)
+        yield batch
 
 
-def _batches(todo: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch: list[tuple[str, str]] = []
+def _inspect_all(paths: Sequence[str]) -> list[tuple[str, AudioReport]]:
+    return [_inspect(path) for path in paths]
+
+
+def _inspect(path: str) -> tuple[str, AudioReport]:
+    version = file_version(path)  # before it is read: what changes meanwhile is looked at again
+    return version, inspect_audio(path)
+
+
+def _batches(paths: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
     size = 0
-    for path, key in todo:
-        batch.append((path, key))
+    for path in paths:
+        batch.append(path)
         size += _size(path)
         if size >= _BATCH_BYTES or len(batch) >= _BATCH_FILES:
             yield batch
@@ -78,15 +92,6 @@ def _size(path: str) -> int:
         return os.stat(path).st_size  # noqa: PTH116  (str paths, perhaps with bytes that are not UTF-8)
     except (OSError, ValueError):
         return 0
-
-
-def _version(path: str) -> str:
-    """A name for a file as it is now."""
-    try:
-        status = os.stat(path)  # noqa: PTH116
-    except (OSError, ValueError):
-        return f"{path}\0gone"
-    return f"{path}\0{status.st_size}\0{status.st_mtime_ns}"
 
 
 def _as_json(report: AudioReport) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from nestcli.data import remote
 from nestcli.data.cuts import recording_to_row
+from nestcli.data.journal import NAME as JOURNAL
 from nestcli.data.kaldi import is_kaldi, read_kaldi
 from nestcli.data.manifest import Manifest, of_scan
 from nestcli.data.scan import scan, to_row
@@ -32,8 +33,8 @@ class Item:
     """One utterance to check: a whole file, or the segment that a manifest names.
 
     `path` is absolute; `key` is the path relative to the input that it came with, or as its manifest writes
-    it. Times are in seconds; the duration is NaN where no manifest states one. `facts` is what is known without a
-    manifest to read it from again; `refused` says why the item cannot be looked at.
+    it, or Kaldi's name of the recording. Times are in seconds; the duration is NaN where no manifest states one.
+    `facts` is what is known without a manifest to read it from again; `refused` says why the item cannot be looked at.
     """
 
     path: str
@@ -71,11 +72,10 @@ def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
 
     Raises DataError, before anything is listed, for an input that does not exist.
     """
-    paths = [path for each in inputs for path in _existing(os.fspath(each))]
     collection = Collection()
-    for path in paths:
-        if path.is_dir() and is_kaldi(path):
-            collection.items.extend(_kaldi_items(path))
+    for path in [path for each in inputs for path in _existing(os.fspath(each), out, collection)]:
+        if path.name == "wav.scp" or is_kaldi(path):
+            collection.items.extend(_kaldi_items(path.parent if path.is_file() else path))
         elif path.is_dir():
             _add_folder(path, out, collection)
         elif path.name.lower().endswith(MANIFEST_SUFFIXES):
@@ -85,7 +85,7 @@ def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
     return collection
 
 
-def _existing(given: str) -> list[Path]:
+def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
     """The input, or, where there is no such file, those that it matches as a glob."""
     if os.path.lexists(given):
         return [Path(given)]
@@ -93,15 +93,34 @@ def _existing(given: str) -> list[Path]:
         raise DataError(f"{given} is a remote address; copy the audio to this machine, or a disk that it sees, first")
     if glob.has_magic(given):
         if found := sorted(glob.glob(given, recursive=True)):  # noqa: PTH207  (absolute patterns, "~", hidden files)
-            return [Path(each) for each in found]
+            return _wanted(given, [Path(each) for each in found], out, collection)
         raise DataError(f"nothing matches {given}; give folders, audio files or manifests")
     raise DataError(f"{given} does not exist; give folders, audio files or manifests")
+
+
+def _wanted(pattern: str, found: Sequence[Path], out: Path, collection: Collection) -> list[Path]:
+    """What a glob found, without what is in a folder that it found too, in `out`, or no audio by its name.
+
+    Manifests are meant where the pattern says so: `corpus/**` also finds JSON of other kinds.
+    """
+    endings = (*AUDIO_SUFFIXES, *(MANIFEST_SUFFIXES if pattern.lower().endswith(MANIFEST_SUFFIXES) else ()))
+    folders = {path for path in found if path.is_dir()}
+    own = out.absolute()
+    alone = [path for path in found if folders.isdisjoint(path.parents) and own not in path.absolute().parents]
+    wanted = [path for path in alone if path in folders or path.name.lower().endswith((*endings, "wav.scp"))]
+    collection.passed_over += len(alone) - len(wanted)
+    return wanted
+
+
+def made_before(out: Path) -> list[Path]:
+    """The folders of converted audio and of shards in `out`: a journal tells them from a user's of the same name."""
+    return [out / name for name in OUTPUT_FOLDERS if (out / name / JOURNAL).exists()]
 
 
 def _add_folder(root: Path, out: Path, collection: Collection) -> None:
     base = str(root.absolute())
     own = OUTPUTS if root.resolve() == out.resolve() else frozenset()
-    made = {f"{base}/{name}" for name in OUTPUT_FOLDERS} if own else set()
+    made = {f"{base}/{folder.name}" for folder in made_before(out)} if own else set()
     for folder, names in _walk(base, os.path.realpath(out)):
         if any(folder == each or folder.startswith(f"{each}/") for each in made):
             continue
@@ -161,7 +180,7 @@ def _kaldi_items(folder: Path) -> Iterator[Item]:
         command = "wav.scp has a command in place of a file, and commands are not run; write its output to a file"
         yield Item(
             path=utterance.path or f"{folder.absolute()}/wav.scp: {utterance.name}",
-            key=utterance.name,
+            key=utterance.recording,
             offset=utterance.offset,
             duration=math.nan if utterance.duration is None else utterance.duration,
             speaker=utterance.known.get("speaker"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 import soundfile as sf
@@ -16,6 +17,7 @@ _CHUNK_SLACK = 64  # bytes: sizes that count the header too, or forget a padding
 _UNKNOWN_SIZE = 0x7F00_0000  # SoX writes 0x7F000008 or 0x7FFFF000 into a pipe, ffmpeg 0xFFFFFFFF
 _MPEG_SLACK = 2 * 1152  # frames: encoder delay and padding may or may not be counted
 _MAX_TRAILING_TAG = 8192  # bytes behind the last frame of an MP3 that are no audio
+_MAX_BEHIND = 1 << 15  # bytes behind the samples that are a tag or a buffer
 _MAX_CHUNKS = 1000  # before the samples; a file with more is not worth the time
 _MAX_OGG_PAGE = 1 << 16  # bytes
 
@@ -33,13 +35,60 @@ def missing_audio(path: str, sound: sf.SoundFile, frames: int) -> str:
     return "" if frames >= declared else _shorter(declared, frames, sound.samplerate)
 
 
+def undeclared_audio(path: str, sound: sf.SoundFile) -> str:
+    """Say how much audio stands behind the declared end of a decoded WAV, AIFF or FLAC; empty if there is none."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        size = os.fstat(file.fileno()).st_size
+        if sound.format == "FLAC":
+            behind = size - os.lseek(sound.name, 0, os.SEEK_CUR) - size // 10  # a decoder reads ahead
+        elif sound.format in ("WAV", "WAVEX", "AIFF"):
+            behind = _behind_samples(file, size, sound.frames)
+        else:
+            return ""
+    seconds = sound.frames / sound.samplerate
+    return f"the header declares {seconds:.2f} s, and more follows" if behind > _MAX_BEHIND else ""
+
+
+def _behind_samples(file: BinaryIO, size: int, frames: int) -> int:
+    """Bytes behind a WAV's or AIFF's chunk of samples that are neither another chunk nor zeros."""
+    found = _samples_chunk(file)
+    if found is None or found.declared >= _UNKNOWN_SIZE or (found.declared == 0 and frames > 0):
+        return 0
+    end = found.start + found.declared + found.declared % 2
+    file.seek(min(end, size))
+    head = file.read(64)
+    next_size = int.from_bytes(head[4:8], found.order)
+    is_chunk = (
+        head[:4].isascii() and head[:4].decode("ascii").isprintable() and end + 8 + next_size <= size + _CHUNK_SLACK
+    )
+    return 0 if is_chunk or not any(head) else size - end
+
+
 def _shorter(declared: int, frames: int, rate: int) -> str:
     return f"the header declares {declared / rate:.2f} s, the file holds {frames / rate:.2f} s"
 
 
 def _chunk_shortfall(file: BinaryIO) -> str:
     """Compare the declared size of a WAV's or AIFF's chunk of samples with the file's."""
-    size = os.fstat(file.fileno()).st_size
+    found = _samples_chunk(file)
+    if found is None:
+        return ""
+    held = os.fstat(file.fileno()).st_size - found.start
+    if found.declared >= _UNKNOWN_SIZE or found.declared <= held + _CHUNK_SLACK:
+        return ""
+    return f"the header declares {found.declared} bytes of audio, the file holds {held}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Where the samples of a WAV or AIFF start, how many bytes they declare, and the order of its numbers' bytes."""
+
+    start: int
+    declared: int
+    order: Literal["little", "big"]
+
+
+def _samples_chunk(file: BinaryIO) -> _Chunk | None:
     form = file.read(12)[:4]
     wanted = b"SSND" if form == b"FORM" else b"data"
     order: Literal["little", "big"] = "little" if form == b"RIFF" else "big"
@@ -47,12 +96,9 @@ def _chunk_shortfall(file: BinaryIO) -> str:
         header = file.read(8)
         declared = int.from_bytes(header[4:], order)
         if header[:4] == wanted:
-            held = size - file.tell()
-            if declared >= _UNKNOWN_SIZE or declared <= held + _CHUNK_SLACK:
-                return ""
-            return f"the header declares {declared} bytes of audio, the file holds {held}"
+            return _Chunk(file.tell(), declared, order)
         file.seek(declared + declared % 2, os.SEEK_CUR)
-    return ""
+    return None
 
 
 def _ogg_shortfall(file: BinaryIO) -> str:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nestcli.config import TARGETS, section, seed_of
 from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
-from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate
+from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate, empty
 from nestcli.data.cores import available_cores
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
 from nestcli.data.manifest import Manifest
@@ -29,9 +30,12 @@ from nestcli.data.planning import plan_batches
 from nestcli.data.reading import read_audio
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.skipping import SkipCounter
+from nestcli.data.slabs import Placed, SlabLoader, Slabs
 from nestcli.errors import ConfigError, DataError, NestError
 
 MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
+_PREFETCHED = 2  # batches that a loader process is ahead
+_BYTES_A_SAMPLE, _LARGEST_SLAB = 8, 1 << 28  # of a batch on its way: clean and noisy audio
 _REPLACEMENTS = 20  # lines tried in place of a batch of which nothing can be read
 _MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
 _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
@@ -46,7 +50,7 @@ class Place:
     counts: bool = True
 
 
-class NoisySpeech(Dataset[NoiseBatch | NestError]):
+class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
     """Batches by place: clean speech, noise and their mixture.
 
     Audio that cannot be read is left out of its batch and named there. An error that a user can mend is returned, not
@@ -57,12 +61,16 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         self.speech, self.noise, self.seed = speech, noise, seed
         self.sample_rate = section(DatasetConfig, config, key).sample_rate
         self.mix, self.augmentation = _mixer(config, key)
+        self.slabs: Slabs | None = None
 
-    def __getitem__(self, place: Place) -> NoiseBatch | NestError:
+    def __getitem__(self, place: Place) -> NoiseBatch | Placed | NestError:
+        if self.slabs is not None:
+            self.slabs.begin()
         try:
-            return self._batch(place)
+            batch = self._batch(place)
         except NestError as error:
             return error
+        return batch if self.slabs is None else self.slabs.put(batch)
 
     def _batch(self, place: Place) -> NoiseBatch:
         items, audios, skipped = self._speech_of(place.items)
@@ -73,7 +81,8 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         batch = self._noisy(place.epoch, items, audios)
         if self.noise is not None:
             skipped += self.noise.take_skipped()
-        return replace(batch, counts=counts, skipped=tuple(skipped))
+        unneeded = torch.empty(0)  # the model looks at audio and noisy audio; a third less has to be sent
+        return replace(batch, noise=unneeded, counts=counts, skipped=tuple(skipped))
 
     def _noisy(self, epoch: int, items: list[int], audios: list[Samples]) -> NoiseBatch:
         lines = [item % len(self.speech) for item in items]
@@ -87,8 +96,8 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         def noise_of(place: int, count: int) -> Samples:  # the same draws, but only of what is mixed in
             return self._noise(epoch, items[place], len(audios[place]), count)
 
-        batch = collate(audios, [np.zeros(0, np.float32)] * len(items), lines)
-        return self.mix(batch, self.augmentation, generator, noise_of)
+        make = empty if self.slabs is None else self.slabs.array
+        return self.mix(collate(audios, None, lines, make), self.augmentation, generator, noise_of, None, make)
 
     def _noises(self, epoch: int, items: list[int], audios: list[Samples]) -> list[Samples]:
         return [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]
@@ -122,10 +131,13 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         return np.resize(audio, shortest) if len(audio) < shortest else audio
 
     def _noise(self, epoch: int, item: int, n_samples: int, keep: int | None = None) -> Samples:
+        exact = self.augmentation is not None and self.augmentation.nemo_exact
         if self.noise is None:
-            exact = self.augmentation is not None and self.augmentation.nemo_exact
             return np.zeros(n_samples if exact else 0, np.float32)
-        return self.noise.draw(n_samples, self._generator("noise", epoch, item), keep).samples
+        generator = self._generator("noise", epoch, item)
+        if exact:  # NeMo draws noise from NumPy's generator
+            return self.noise.draw_like_nemo(n_samples, np.random.RandomState(generator.getrandbits(32))).samples
+        return self.noise.draw(n_samples, generator, keep).samples
 
     def _generator(self, purpose: str, epoch: int, item: int) -> random.Random:
         return random.Random(f"{self.seed}/{purpose}/{epoch}/{item}")  # noqa: S311  # no secrets here
@@ -230,19 +242,19 @@ class NestDataModule(LightningDataModule):
 
     # ---- Lightning's hooks ----
 
-    def train_dataloader(self) -> DataLoader[NoiseBatch | NestError]:
+    def train_dataloader(self) -> DataLoader[Any]:
         plan = self.train_plan(*self._ranks())
         self._sampler = ResumableSampler(plan, self.batches or len(plan.batches(0)), lambda: self._start(plan))
         return self._loader(self._data(self.train, self.train_noise, "model.train_ds"), self._sampler, "model.train_ds")
 
-    def val_dataloader(self) -> DataLoader[NoiseBatch | NestError] | list[Any]:
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if self.val is None:
             return []
         plan = self._plan(self.val, "model.validation_ds", *self._ranks())
         sampler = ResumableSampler(plan, len(plan.batches(0)), lambda: Position(0, 0, 0))
         return self._loader(self._data(self.val, self.val_noise, "model.validation_ds"), sampler, "model.validation_ds")
 
-    def on_before_batch_transfer(self, batch: NoiseBatch | NestError, dataloader_idx: int) -> NoiseBatch:
+    def on_before_batch_transfer(self, batch: NoiseBatch | Placed | NestError, dataloader_idx: int) -> NoiseBatch:
         training = self.trainer is None or self.trainer.training
         return self._counted(batch, self.skipped if training else self._val_skipped)
 
@@ -307,24 +319,29 @@ class NestDataModule(LightningDataModule):
         manifest = noise_manifest(self.config, key)
         return None if manifest is None else NoisePool(manifest, self._settings(key).sample_rate)
 
-    def _counted(self, batch: NoiseBatch | NestError, counter: SkipCounter) -> NoiseBatch:
+    def _counted(self, batch: NoiseBatch | Placed | NestError, counter: SkipCounter) -> NoiseBatch:
         if isinstance(batch, NestError):
             raise batch
+        assert isinstance(batch, NoiseBatch)  # slabs are the loader's own business
         counter.add(len(batch.sample_ids) if batch.counts else 0, batch.skipped)
         return batch
 
-    def _loader(self, data: NoisySpeech, sampler: ResumableSampler, key: str) -> DataLoader[NoiseBatch | NestError]:
+    def _loader(self, data: NoisySpeech, sampler: ResumableSampler, key: str) -> DataLoader[Any]:
         settings = self._settings(key)
         workers = min(settings.num_workers, available_cores())
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
-            data,
-            sampler=cast("Sampler[int]", sampler),  # places, not numbers: the data set takes them as they are
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=settings.pin_memory and on_gpu,
-            persistent_workers=workers > 0,
-        )
+        options: dict[str, Any] = {
+            "sampler": cast("Sampler[int]", sampler),  # places, not numbers: the data set takes them as they are
+            "batch_size": None,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+        }
+        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
+            return DataLoader(data, pin_memory=settings.pin_memory, **options)  # a thread of its own copies batches
+        if workers == 0:
+            return DataLoader(data, **options)
+        n_samples = (sampler.plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
+        data.slabs = Slabs(workers, _PREFETCHED, min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLAB))
+        return SlabLoader(data, slabs=data.slabs, prefetch_factor=_PREFETCHED, **options)
 
 
 def _wants_validation(config: DictConfig) -> bool:

@@ -18,10 +18,14 @@ class Utterance:
     """
 
     name: str
+    recording: str
     path: str | None
     offset: float
     duration: float | None
     known: dict[str, Any]
+
+
+_BLANKS = " \t\r"
 
 
 def is_kaldi(folder: Path) -> bool:
@@ -30,7 +34,11 @@ def is_kaldi(folder: Path) -> bool:
 
 def read_kaldi(folder: Path) -> Iterator[Utterance]:
     """The utterances of a folder in the order of segments, or of wav.scp. Raises DataError naming file and line."""
-    recordings = {key: _audio_file(folder, rest) for key, rest in _table(folder / "wav.scp")}
+    recordings: dict[str, str | None] = {}
+    for key, rest in _table(folder / "wav.scp"):
+        if key in recordings:
+            raise DataError(f"{folder / 'wav.scp'}: {key} is there twice; one of its lines would be lost")
+        recordings[key] = _audio_file(folder, rest)
     speakers, texts = (dict(_table(folder / name)) for name in ("utt2spk", "text"))
     spans: list[tuple[str, str, float, float | None]]
     if (folder / "segments").is_file():
@@ -45,6 +53,7 @@ def read_kaldi(folder: Path) -> Iterator[Utterance]:
         known = {"speaker": speakers.get(name), "text": texts.get(name)}
         yield Utterance(
             name=name,
+            recording=recording,
             path=recordings[recording],
             offset=start,
             duration=None if end is None else round(end - start, 6),
@@ -57,17 +66,21 @@ def _table(path: Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         return
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at what else Unicode takes for a line's end
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(filter(str.strip, lines), 1):
-        key, *after = line.split(maxsplit=1)
-        rest = after[0] if after else ""
-        if not rest.strip():
+    for number, line in enumerate(lines, 1):
+        key, _, rest = line.strip(_BLANKS).replace("\t", " ").partition(" ")
+        rest = rest.strip(_BLANKS)
+        if not key:
+            continue
+        if "\0" in line:
+            raise DataError(f"{path}, line {number}: there is a zero byte; is this a table of Kaldi's?")
+        if not rest:
             if path.name == "text":  # an utterance without words
                 continue
             raise DataError(f"{path}, line {number}: there is nothing after {key!r}")
-        yield key, rest.strip()
+        yield key, rest
 
 
 def _audio_file(folder: Path, rest: str) -> str | None:
@@ -79,12 +92,15 @@ def _audio_file(folder: Path, rest: str) -> str | None:
     return str((folder / path).absolute())
 
 
-def _segment(folder: Path, name: str, rest: str) -> tuple[str, float, float]:
+def _segment(folder: Path, name: str, rest: str) -> tuple[str, float, float | None]:
+    """The recording, the start and the end in seconds; Kaldi writes -1 for an end that is the recording's."""
     fields = rest.split()
     try:
         recording, start, end = fields[0], float(fields[1]), float(fields[2])
     except (IndexError, ValueError):
         raise DataError(f"{folder / 'segments'}: {name} needs RECORDING START END, and has {rest!r}") from None
+    if end == -1 and start >= 0:
+        return recording, start, None
     if not 0 <= start < end:
         raise DataError(f"{folder / 'segments'}: {name} goes from {start:g} to {end:g} s; it must go forward from 0 on")
     return recording, start, end

@@ -124,16 +124,19 @@ class Pieces:
     energy: float  # mean of squares
 
 
-def mix_in(item: int, given: Given, pieces: Pieces, noise: Samples, noisy: Samples) -> Mixture:
-    """Write the pieces into the item's rows of noise and of noisy audio."""
+def mix_in(item: int, given: Given, pieces: Pieces, noise: Samples | None, noisy: Samples) -> Mixture:
+    """Write the pieces into the item's rows of noise, where that is kept, and of noisy audio."""
     speech = given.speech[item]
     gain = _gain(_energy(speech), pieces.energy, pieces.ratio_db)
-    noise[item] = 0
+    if noise is not None:
+        noise[item] = 0
     segments = zip(pieces.segments, pieces.sounds, strict=True) if gain > 0 else ()  # 0 * NaN would be NaN
     for segment, sound in segments:
         place = slice(segment.start, segment.start + segment.length)
-        np.multiply(sound, np.float32(gain), out=noise[item, place])
-        noisy[item, place] += noise[item, place]
+        scaled = sound * np.float32(gain)
+        noisy[item, place] += scaled
+        if noise is not None:
+            noise[item, place] = scaled
     scale = 1.0
     if gain > 0 and not given.config.nemo_exact:
         row = noisy[item, : len(speech)]

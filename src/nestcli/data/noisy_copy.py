@@ -21,7 +21,7 @@ from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into
 from nestcli.data.noise import Clip, NoisePool
 from nestcli.data.reading import read_audio
 from nestcli.data.shape import file_name
-from nestcli.errors import DataError
+from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 
 _Row = dict[str, Any]
@@ -43,26 +43,27 @@ class CopyOptions:
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """The row of a written copy, or of what was rejected; and of noise that could not be read."""
+    """The row of a written copy and the bytes of its file, or of what was rejected; and of noise that is."""
 
     row: _Row
-    rejected: bool
+    size: int | None
     noise: list[_Row]
 
 
 def write_copy(speech: str, noise: str | None, line: int, copy: int, folder: Path, options: CopyOptions) -> CopyResult:
     """Mix something into a line of a manifest and write it below `folder`; every draw depends on (seed, copy, line).
 
-    Speech that cannot be read is rejected. Raises DataError where nothing can be written, or no noise be read.
+    Speech that cannot be read is rejected. Raises RunFailedError where nothing can be written, DataError where no noise
+    can be read.
     """
     manifest = _opened(speech)
     entry = manifest.entry(line)
     try:
         clean = _finite(read_audio(entry, sample_rate=options.sample_rate), entry)
     except _RejectedError as error:
-        return CopyResult(_rejection(entry, error.reason, str(error)), rejected=True, noise=[])
+        return CopyResult(_rejection(entry, error.reason, str(error)), size=None, noise=[])
     except DataError as error:
-        return CopyResult(_rejection(entry, _reason(entry), str(error)), rejected=True, noise=[])
+        return CopyResult(_rejection(entry, _reason(entry), str(error)), size=None, noise=[])
     rng = random.Random(f"{options.seed}/augment/{copy}/{line}")  # noqa: S311  (no secrets)
     others = _Others(speech, line, options.sample_rate, rng)
     sources = _Sources(clean, others, others.draw(options.mixing.max_num_speakers))
@@ -78,7 +79,7 @@ def write_copy(speech: str, noise: str | None, line: int, copy: int, folder: Pat
     noisy, scale = _within_full_scale(noisy, 1.0 if mixture is None else mixture.scale)
     own = manifest.row(line)
     path = folder / f"{file_name(own['audio_filepath'], f'{entry.name}/{line}')}-{copy}.flac"
-    _write(path, noisy, min(_level_db(clean), _level_db(added)) + 20 * math.log10(scale), options.sample_rate)
+    size = _write(path, noisy, min(_level_db(clean), _level_db(added)) + 20 * math.log10(scale), options.sample_rate)
     row = {
         **{key: value for key, value in own.items() if key not in ("offset", "shard_id")},
         "audio_filepath": str(path),
@@ -89,7 +90,7 @@ def write_copy(speech: str, noise: str | None, line: int, copy: int, folder: Pat
         **({} if entry.shard is None else {"clean_shard": entry.shard}),
         "augmentation": {**_described(mixture, clean, added, sources, noise), "scale": scale},
     }
-    return CopyResult(row, rejected=False, noise=[] if pool is None else _unreadable(pool))
+    return CopyResult(row, size, noise=[] if pool is None else _unreadable(pool))
 
 
 @lru_cache(maxsize=4)
@@ -264,16 +265,21 @@ def _within_full_scale(noisy: Samples, scale: float) -> tuple[Samples, float]:
     return (noisy, scale) if peak <= 1 else (noisy / np.float32(peak), scale / peak)
 
 
-def _write(path: Path, noisy: Samples, quietest_db: float, rate: int) -> None:
-    """Write FLAC in 16 bits, or in 24 where what was mixed is so faint that rounding would change the ratio."""
+def _write(path: Path, noisy: Samples, quietest_db: float, rate: int) -> int:
+    """Write FLAC in 16 bits, or in 24 where what was mixed is so faint that rounding would change it; its bytes.
+
+    Raises RunFailedError: where one file cannot be written, others cannot either.
+    """
     kind = "PCM_24" if quietest_db < _QUIET_DB else "PCM_16"
     full = 1 << (23 if kind == "PCM_24" else 15)
     whole = np.clip(np.rint(noisy.astype(np.float64) * full), -full, full - 1)  # libsndfile would take full - 1 for 1.0
     samples = whole.astype(np.int32) << 8 if kind == "PCM_24" else whole.astype(np.int16)
     flac = io.BytesIO()  # not into the file itself: soundfile does not tell of a full disk
     sf.write(flac, samples, rate, format="FLAC", subtype=kind)
-    with atomic_file(path, DataError, "What is written so far stays; the same command goes on from there.") as part:
-        part.write(flac.getvalue())
+    with atomic_file(
+        path, RunFailedError, "Is the disk full? The same command goes on where it was.", sync=False
+    ) as part:
+        return part.write(flac.getvalue())
 
 
 def _level_db(samples: Samples) -> float:

@@ -14,7 +14,7 @@ from nestcli.files import write_text
 
 _WIDTH, _HEIGHT, _PLOT = 860, 330, 380
 _INK, _BAR, _LINE = "#24292f", "#3b7dd8", "#d0d7de"
-_LEVELS = np.arange(-72.0, 0.1, 3.0)  # dBFS
+_QUIETEST = -72.0  # dBFS; what is below counts as that
 
 
 def draw_summary(path: Path, kind: str, accepted: Sequence[Accepted]) -> None:
@@ -38,21 +38,23 @@ def draw_summary(path: Path, kind: str, accepted: Sequence[Accepted]) -> None:
     write_text(path, ["\n".join(text)], DataError)
 
 
-def duration_bins(durations: np.ndarray) -> tuple[list[str], list[float]]:
-    """Labels in seconds, and the hours of the utterances up to each."""
+def duration_bins(durations: np.ndarray, most: int = 24) -> tuple[list[str], list[float]]:
+    """Labels in seconds, and the hours of the utterances up to each; at most `most` where that is possible."""
     longest = float(durations.max())
-    step = next(size for size in (0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, math.inf) if longest / size <= 24)
+    step = next(size for size in (0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, math.inf) if longest / size <= most)
     n_bins = max(1, math.ceil(longest / step)) if math.isfinite(step) else 1
-    bins = np.minimum((durations / step).astype(int), n_bins - 1)
+    bins = np.minimum((durations / step).astype(int), n_bins - 1) if math.isfinite(step) else durations.astype(int) * 0
     hours = np.bincount(bins, weights=durations / 3600, minlength=n_bins)
-    return [f"{(number + 1) * step:g}" for number in range(n_bins)], hours.tolist()
+    labels = [f"{(number + 1) * step:g}" for number in range(n_bins)] if math.isfinite(step) else [f"{longest:g}"]
+    return labels, hours.tolist()
 
 
-def level_bins(levels: np.ndarray) -> tuple[list[str], list[float]]:
+def level_bins(levels: np.ndarray, step: float = 3.0) -> tuple[list[str], list[float]]:
     """Labels in dBFS, and the number of utterances up to each."""
-    bins = np.searchsorted(_LEVELS, np.clip(levels, _LEVELS[0], _LEVELS[-1]), side="left")
-    counts = np.bincount(bins, minlength=len(_LEVELS)).astype(float)
-    return [f"{level:g}" for level in _LEVELS], counts.tolist()
+    edges = np.arange(_QUIETEST, 0.1, step)
+    bins = np.searchsorted(edges, np.clip(levels, edges[0], edges[-1]), side="left")
+    counts = np.bincount(bins, minlength=len(edges)).astype(float)
+    return [f"{edge:g}" for edge in edges], counts.tolist()
 
 
 def _bars(left: int, title: str, labels: list[str], values: list[float], unit: str) -> list[str]:

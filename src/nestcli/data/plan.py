@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -121,6 +122,17 @@ class BatchPlan:
         lengths = self.durations[formed.items % len(self.durations)]
         longest = np.maximum.reduceat(lengths, formed.starts[:-1])
         return 1 - float(lengths.sum() / (longest * sizes).sum())
+
+    def largest_batch(self) -> float:
+        """An upper bound of the seconds of a batch, padding included."""
+        bounds = []
+        for bucket, limits in enumerate(self.limits):
+            own = self.durations if len(self.limits) == 1 else self.durations[self.bucket_of == bucket]
+            longest = float(own.max(initial=0.0))
+            by_size = math.inf if limits.size is None else limits.size * longest
+            by_duration = math.inf if limits.duration is None else max(limits.duration, longest)
+            bounds.append(min(by_size, by_duration))
+        return max(bounds)
 
     # ---- forming ----
 

@@ -8,66 +8,47 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
+import shutil
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from nestcli.data.check import check_files
-from nestcli.data.collect import Collection, Item, collect
+from nestcli.data.collect import OUTPUTS, Collection, collect, made_before
 from nestcli.data.cores import available_cores
 from nestcli.data.journal import Journal, open_journal
 from nestcli.data.manifest import write_manifest
-from nestcli.data.picture import draw_summary
+from nestcli.data.picture import draw_summary, duration_bins, level_bins
 from nestcli.data.pool import Pool, local_pool
-from nestcli.data.shape import ShapeOptions, ShapeTask, file_name, shape
+from nestcli.data.prepare_options import PrepareOptions, checked_fraction, speaker_finder
+from nestcli.data.shape import Piece, ShapeOptions, ShapeTask, file_name, shape
 from nestcli.data.shards_write import ShardSet, write_shards
 from nestcli.data.split import for_validation
 from nestcli.data.verdict import Accepted, Limits, Rejected, judge, length_fault
 from nestcli.errors import DataError
 from nestcli.files import write_text
 
-VAL_FRACTION = {"speech": 0.05, "noise": 0.0}
+__all__ = ["SHORT", "PrepareOptions", "PrepareSummary", "first_rejection", "prepare"]
+
 SHORT = 1.0  # s; `nest pretrain` leaves out shorter utterances unless told otherwise
 
 Progress = Callable[..., None]  # (done, total, doing)
 
 
 @dataclass(frozen=True, slots=True)
-class PrepareOptions:
-    """What to make of the inputs; durations in seconds, None for no limit.
-
-    `val_fraction` None is 0.05 for speech and 0 for noise. `jobs` None is one process a core; `ray` is the address of
-    a cluster that works instead. `channel` None averages all channels; it and `sample_rate` are those of converted
-    files and shards.
-    """
-
-    kind: Literal["speech", "noise"] = "speech"
-    val_fraction: float | None = None
-    split_by: Literal["utterance", "speaker"] = "utterance"
-    speaker_pattern: str | None = None
-    min_duration: float | None = None
-    max_duration: float | None = None
-    segment: float | None = None
-    convert: bool = False
-    channel: int | None = None
-    sample_rate: int = 16000
-    shards: int | None = None
-    shard_format: Literal["nemo-tar", "shar"] = "nemo-tar"
-    jobs: int | None = None
-    ray: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class PrepareSummary:
     """What was prepared, as it stands in summary.json; durations in seconds, levels in dBFS.
 
-    `shards` are the keys of `model.train_ds` and `model.validation_ds` that make `nest pretrain` read the shards.
+    `shards` are the keys of `model.train_ds` and `model.validation_ds` that make `nest pretrain` read the shards;
+    `not_packed` utterances could not be read any more when those were made, and stand in their folders' skipped.jsonl.
     """
 
     kind: str
@@ -81,10 +62,12 @@ class PrepareSummary:
     without_speaker: int
     durations: dict[str, float]
     levels: dict[str, float]
+    histograms: dict[str, dict[str, float]]
     shorter_than_1s: int
     sample_rates: dict[int, int]
     passed_over: int
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    not_packed: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,16 +84,19 @@ def prepare(
     The result depends on inputs and options only, not on who works how fast; a run that was interrupted goes on where
     it was. Raises DataError for a wrong call or input; where nothing can be accepted the summary says so.
     """
-    fraction = _checked_fraction(options)
-    find_speaker = _speaker_finder(options.speaker_pattern)
+    fraction = checked_fraction(options)
+    find_speaker = speaker_finder(options.speaker_pattern)
     collection = collect(inputs, Path(out))
     if not collection.items:
         raise DataError(_nothing_found(inputs, collection))
     folder = _make_folder(Path(out))
+    if options.split_by == "speaker":
+        _check_speakers(map(find_speaker, collection.items))
     with open_journal(folder) as journal, _pool(options) as pool:
+        _clear_leftovers(folder)
         paths = list(dict.fromkeys(item.path for item in collection.items if item.refused is None))
         reports = check_files(paths, pool, journal, progress)
-        limits = Limits(options.min_duration, options.max_duration, cut=options.segment is not None)
+        limits = Limits(options.min_duration, options.max_duration, options.segment is not None, options.max_clipped)
         accepted, rejected = judge(collection.items, reports, limits, find_speaker)
         reports.clear()
         accepted, rejected = _shaped(accepted, rejected, folder, options, limits, pool, journal, progress)
@@ -118,11 +104,15 @@ def prepare(
         write_manifest(folder / "rejected.jsonl", (_rejected_row(each) for each in rejected))
         manifests = _write(folder, accepted, in_val)
         shards = _packed(folder, manifests, options, pool, progress) if options.shards else {}
-    summary = _summarise(options.kind, accepted, rejected, in_val, manifests, collection.passed_over)
-    summary = replace(summary, shards={side: made.config for side, made in shards.items()})
-    text = json.dumps(summary.as_json(), ensure_ascii=False, indent=2)
-    draw_summary(folder / "summary.svg", options.kind, accepted)
-    write_text(folder / "summary.json", [text, "\n"], DataError)
+        summary = _summarise(options.kind, accepted, rejected, in_val, manifests, collection.passed_over)
+        summary = replace(
+            summary,
+            shards={side: made.config for side, made in shards.items()},
+            not_packed=sum(len(made.skipped) for made in shards.values()),
+        )
+        draw_summary(folder / "summary.svg", options.kind, accepted)
+        text = json.dumps(summary.as_json(), ensure_ascii=False, indent=2)
+        write_text(folder / "summary.json", [text, "\n"], DataError)
     return summary
 
 
@@ -146,44 +136,6 @@ def _pool(options: PrepareOptions) -> Iterator[Pool]:
 
 
 # --- the call
-
-
-def _checked_fraction(options: PrepareOptions) -> float:
-    """Check the options; the share of validation."""
-    fraction = VAL_FRACTION[options.kind] if options.val_fraction is None else options.val_fraction
-    if not 0 <= fraction < 1:
-        raise DataError(f"a validation share of {fraction:g} is not possible; give 0 or more, and less than 1")
-    low, high = options.min_duration or 0.0, options.max_duration
-    if not math.isfinite(low) or (high is not None and not low <= high):
-        raise DataError(f"no duration lies between {low:g} s and {high} s; raise the maximum")
-    if options.segment is not None and not options.segment > 0:
-        raise DataError(f"pieces of {options.segment:g} s are not possible; give --segment more than 0")
-    if options.channel is not None and not (options.convert or options.shards):
-        raise DataError("a channel is chosen for converted files and shards; add --convert or --shards")
-    if options.shards is not None and options.shards < 1:
-        raise DataError(f"{options.shards} shards hold nothing; give 1 or more")
-    if options.jobs is not None and options.jobs < 1:
-        raise DataError(f"{options.jobs} jobs do no work; give 1 or more")
-    return fraction
-
-
-def _speaker_finder(pattern: str | None) -> Callable[[Item], str | None]:
-    """A function that finds an item's speaker: by the pattern in its path, else in its manifest."""
-    if pattern is None:
-        return lambda item: item.speaker or None
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise DataError(f"the speaker pattern {pattern!r} is no regular expression: {error}") from None
-    if not compiled.groups:
-        raise DataError(f"the speaker pattern {pattern!r} has no group; put ( ) around the speaker's part of it")
-    group = "speaker" if "speaker" in compiled.groupindex else 1
-
-    def find(item: Item) -> str | None:
-        found = compiled.search(item.path)
-        return (found[group] if found else None) or item.speaker or None
-
-    return find
 
 
 def _make_folder(folder: Path) -> Path:
@@ -219,34 +171,69 @@ def _shaped(
     if options.segment is None and not options.convert:
         return accepted, rejected
     audio = folder.absolute() / "audio"
-    for stale in audio.rglob(".*.tmp"):  # of a run that was killed
-        stale.unlink(missing_ok=True)
     how = ShapeOptions(options.segment, str(audio) if options.convert else None, options.sample_rate, options.channel)
     tasks = [_shape_task(each, how) for each in accepted]
     final = Limits(limits.min_duration, limits.max_duration, cut=False)
+    with _audio_journal(audio) if options.convert else nullcontext(journal) as pieces_made:
+        shaped = shape(tasks, pool, pieces_made, partial(progress, doing="(cutting and converting)"))
+        return _piecewise(accepted, rejected, shaped, options, final)
+
+
+def _piecewise(
+    accepted: Sequence[Accepted],
+    rejected: list[Rejected],
+    shaped: Iterable[list[Piece] | str],
+    options: PrepareOptions,
+    limits: Limits,
+) -> tuple[list[Accepted], list[Rejected]]:
     kept: list[Accepted] = []
-    shaped = shape(tasks, pool, journal, partial(progress, doing="(cutting and converting)"))
     for whole, pieces in zip(accepted, shaped, strict=True):
         if isinstance(pieces, str):
             rejected.append(Rejected(whole.item, "not_converted", pieces))
             continue
+        start = whole.offset
         for piece in pieces:
-            fault = length_fault(piece.duration, final)
-            if fault:
-                rejected.append(Rejected(whole.item, *fault))
+            if fault := length_fault(piece.duration, limits):
+                where = f"its piece at {start:.2f} s: " if len(pieces) > 1 else ""
+                rejected.append(Rejected(whole.item, fault[0], where + fault[1]))
+                start += piece.duration
                 continue
+            start += piece.duration
             path = piece.path if options.convert else None
             rate = options.sample_rate if options.convert else whole.sample_rate
             kept.append(replace(whole, offset=piece.offset, duration=piece.duration, path=path, sample_rate=rate))
     return kept, rejected
 
 
+@contextmanager
+def _audio_journal(folder: Path) -> Iterator[Journal]:
+    """The journal of converted files. Raises DataError where the folder is somebody else's."""
+    if folder.is_dir() and any(folder.iterdir()) and folder not in made_before(folder.parent):
+        raise DataError(f"{folder} has files of yours; converted ones would go between them. Give another --out")
+    folder.mkdir(exist_ok=True)
+    journal = Journal(folder)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a run that was killed had not finished."""
+    stale = [path for name in OUTPUTS for path in folder.glob(f".{name}.*.tmp")]
+    for made in made_before(folder):
+        stale.extend(made.rglob(".*.tmp"))
+        for half in made.glob(".shar-*"):
+            shutil.rmtree(half, ignore_errors=True)
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
 def _shape_task(utterance: Accepted, how: ShapeOptions) -> ShapeTask:
     item = utterance.item
-    name = file_name(item.key, item.path)
-    if item.offset or not math.isnan(item.duration):  # a part of its file has a name of its own
-        name += f"-{round(item.offset * 1000):08d}-{round((item.offset + utterance.duration) * 1000):08d}"
-    return ShapeTask(item.path, utterance.offset, utterance.duration, name, how)
+    # one name for one content: another run with other options must not find its own pieces changed
+    content = (item.path, utterance.offset, utterance.duration, how.segment, how.sample_rate, how.channel)
+    return ShapeTask(item.path, utterance.offset, utterance.duration, file_name(item.key, repr(content)), how)
 
 
 def _packed(
@@ -286,9 +273,13 @@ def _groups(accepted: Sequence[Accepted], by: str) -> list[str | None]:
     if by == "utterance":
         return [each.item.key for each in accepted]
     speakers = [each.speaker for each in accepted]
+    _check_speakers(speakers)
+    return speakers
+
+
+def _check_speakers(speakers: Iterable[str | None]) -> None:
     if not any(speakers):
         raise DataError("no speakers are known to split by; give --speaker-pattern, or manifests with speakers")
-    return speakers
 
 
 def _write(folder: Path, accepted: Sequence[Accepted], in_val: Sequence[bool]) -> dict[str, str | None]:
@@ -347,10 +338,21 @@ def _summarise(
         without_speaker=sum(each.speaker is None for each in accepted),
         durations=_spread(durations),
         levels=_spread(levels),
+        histograms=_histograms(np.array(durations), np.array(levels)) if accepted else {},
         shorter_than_1s=sum(each.duration < SHORT for each in accepted),
         sample_rates=dict(sorted(Counter(each.sample_rate for each in accepted).items())),
         passed_over=passed_over,
     )
+
+
+def _histograms(durations: npt.NDArray[np.float64], levels: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    """Hours by the seconds, and utterances by the dBFS, up to which they go; coarse, for the terminal."""
+    hours = zip(*duration_bins(durations, most=12), strict=True)
+    counts = zip(*level_bins(levels, step=6.0), strict=True)
+    return {
+        "hours_by_seconds": {label: round(value, 6) for label, value in hours},
+        "utterances_by_dbfs": dict(counts),
+    }
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

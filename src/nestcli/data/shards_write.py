@@ -18,7 +18,7 @@ import numpy as np
 import soundfile as sf
 
 from nestcli.data.audio import Samples, load_audio
-from nestcli.data.journal import Journal
+from nestcli.data.journal import Journal, file_version
 from nestcli.data.manifest import read_manifests, write_manifest
 from nestcli.data.pool import Died, Pool
 from nestcli.errors import DataError
@@ -85,6 +85,7 @@ def write_shards(
     finally:
         journal.close()
     skipped = [row for each in packed for row in each.skipped]
+    write_manifest(out / "skipped.jsonl", skipped)
     written = sum(len(each.rows) for each in packed)
     if not written:
         raise DataError(f"nothing of {manifest} could be packed; the first: {skipped[0]['detail']}")
@@ -130,7 +131,8 @@ def _all_packed(
 
 
 def _digest(task: _Packing) -> str:
-    content = json.dumps([task.rows, task.format, task.sample_rate, task.channel])
+    versions = [file_version(row["audio_filepath"]) for _, row in task.rows]
+    content = json.dumps([task.rows, versions, task.format, task.sample_rate, task.channel])
     return blake2b(content.encode(), digest_size=16).hexdigest()
 
 
@@ -253,11 +255,19 @@ def _pack_shar(task: _Packing) -> _Packed:
                     continue
                 writer.write(_cut(line, row, samples, task.sample_rate))
                 packed.rows.append({"audio_filepath": row["audio_filepath"]})
+        _forget_time(folder / "cuts.000000.jsonl.gz")
         for target in _files(task):
             (folder / target.name.replace(f"{task.number:06d}", "000000")).replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return packed
+
+
+def _forget_time(path: Path) -> None:
+    """Zero the time in a gzip's header: the same cuts shall be the same bytes, whenever they are written."""
+    with path.open("r+b") as file:
+        file.seek(4)
+        file.write(bytes(4))
 
 
 def _cut(line: int, row: dict[str, Any], samples: Samples, rate: int) -> Any:

@@ -146,5 +146,5 @@ def _features_of_a_mixed_item(run: Pretraining, model: Any) -> tuple[Any, Any, A
     clean_BDT, frames_B = model.preprocessor(batch.audio, batch.audio_len)
     noisy_BDT, _ = model.preprocessor(batch.noisy_audio, batch.noisy_audio_len)
     masked_BDT, _ = model.mask_processor(noisy_BDT, frames_B)
-    item = int((batch.noise**2).sum(1).argmax())
+    item = int(((batch.noisy_audio - batch.audio) ** 2).sum(1).argmax())
     return clean_BDT, noisy_BDT, masked_BDT, int(frames_B[item]), item

@@ -1,0 +1,47 @@
+"""The lines that a configuration's training set is made of, for those who read them without the loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from nestcli.data.manifest import Manifest, read_manifests
+from nestcli.errors import ConfigError, DataError
+
+_NOT_FILES = ("is_tarred", "shar_path", "input_cfg", "cuts_path")
+
+
+@dataclass(frozen=True)
+class Material:
+    """Utterances of a duration that training takes, and noise."""
+
+    speech: Manifest
+    noise: Manifest | None
+
+
+def read_material(config: DictConfig) -> Material:
+    """The manifests of `model.train_ds`; ConfigError where it reads something else."""
+    block = config.model.train_ds
+    for key in _NOT_FILES:
+        if block.get(key):
+            raise ConfigError(f"nest bench measures on loose files: leave out model.train_ds.{key}, name a manifest.")
+    speech = read_manifests(_paths(block.manifest_filepath))
+    shortest, longest = block.get("min_duration") or 0.0, block.get("max_duration") or np.inf
+    kept = speech.select((speech.durations >= shortest) & (speech.durations <= longest))
+    if len(kept) == 0:
+        raise DataError(
+            f"model.train_ds: none of the {len(speech)} utterances lasts between {shortest:g} and {longest:g} s. "
+            "Change model.train_ds.min_duration or model.train_ds.max_duration."
+        )
+    noise = block.noise_manifest
+    return Material(kept, read_manifests(_paths(noise)) if noise else None)
+
+
+def _paths(value: Any) -> str | list[str]:
+    if isinstance(value, str):
+        return str(Path(value).expanduser())
+    return [str(Path(path).expanduser()) for path in value]

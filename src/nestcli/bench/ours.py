@@ -1,0 +1,128 @@
+"""Our side of a measurement: `python -m nestcli.bench.ours` answers the requests of `peer.py`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from nestcli.bench import side
+from nestcli.errors import NestError
+
+if TYPE_CHECKING:
+    from nestcli.data.datamodule import NestDataModule
+
+Facts = dict[str, Any]
+_ENDLESS = 10**9  # batches
+
+
+def open_loader(parameters: Facts) -> Facts:
+    """The training loader of `config` and its first batch; seconds that each part took.
+
+    With `consumed` batches behind it, the loader of a run that goes on, from the `state` in its checkpoint.
+    """
+    start = time.perf_counter()
+    import torch
+
+    import nestcli.data.datamodule  # noqa: F401  # counted as an import
+
+    torch.set_num_threads(1)
+    imported = time.perf_counter()
+    data, batches_per_epoch = _data(parameters)
+    loader = data.train_dataloader()
+    built = time.perf_counter()
+    side.STATE["batches"] = side.endless(loader, _seconds_of(data.sample_rate))
+    next(side.STATE["batches"])
+    return {
+        "imports": imported - start,
+        "manifest": built - imported,
+        "first_batch": time.perf_counter() - built,
+        "batches_per_epoch": batches_per_epoch,
+    }
+
+
+def state_at(parameters: Facts) -> Facts:
+    """What the checkpoint of a run would hold of its loader after `consumed` batches."""
+    data, _ = _data(parameters)
+    data.train_dataloader()
+    return {"state": data.state_dict()}
+
+
+def _data(parameters: Facts) -> tuple[NestDataModule, int]:
+    """The data module of an endless run that stands at `consumed`, and the batches of its first epoch."""
+    from omegaconf import DictConfig
+
+    from nestcli.data.datamodule import NestDataModule
+
+    class Standing(NestDataModule):
+        def _consumed(self) -> int:
+            return int(parameters.get("consumed", 0))
+
+    data = Standing(DictConfig(parameters["config"]))
+    data.load_state_dict(parameters.get("state", {}))
+    batches_per_epoch = len(data.train_dataloader())
+    data.batches = _ENDLESS
+    return data, batches_per_epoch
+
+
+def _seconds_of(sample_rate: int) -> Any:
+    def seconds(batch: Any) -> float:
+        if isinstance(batch, NestError):
+            raise batch
+        return int(batch.audio_len.sum()) / sample_rate
+
+    return seconds
+
+
+def staged_round(parameters: Facts) -> Facts:
+    """A round, and where its time went."""
+    from nestcli.bench.stages import StageClock
+
+    with StageClock() as clock:
+        facts = side.timed_round(parameters)
+    return {**facts, "stages": clock.seconds}
+
+
+def open_floor(parameters: Facts) -> Facts:
+    """Choose what the floor reads: the utterances of `config` in random order, a stretch of noise of each length."""
+    from nestcli.bench.floor import chosen_reads
+
+    side.STATE["reads"] = chosen_reads(parameters["config"])
+    return {"reads": len(side.STATE["reads"])}
+
+
+def floor_round(parameters: Facts) -> Facts:
+    from nestcli.bench.floor import read_and_mix
+
+    return read_and_mix(side.STATE["reads"], parameters["seconds"])
+
+
+def open_step(parameters: Facts) -> Facts:
+    """Build the training step of `config` on `device`, within `memory` bytes; null: a share of what is free."""
+    from omegaconf import DictConfig
+
+    from nestcli.bench.trial import TrainingStep, default_memory
+
+    memory = parameters["memory"] or default_memory(parameters["device"])
+    side.STATE["step"] = TrainingStep(DictConfig(parameters["config"]), parameters["device"], memory)
+    return {"memory": memory}
+
+
+def try_step(parameters: Facts) -> Facts:
+    facts: Facts = side.STATE["step"].attempt(parameters["batch"], parameters["seconds"])
+    return facts
+
+
+OPERATIONS = {
+    **side.TIMING,
+    "open_loader": open_loader,
+    "state_at": state_at,
+    "staged_round": staged_round,
+    "open_floor": open_floor,
+    "floor_round": floor_round,
+    "open_step": open_step,
+    "try_step": try_step,
+}
+
+
+if __name__ == "__main__":
+    side.converse(OPERATIONS, (NestError,))

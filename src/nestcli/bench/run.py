@@ -1,0 +1,69 @@
+"""All of `nest bench`: the sections by name."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nestcli.bench.context import Context, Options
+from nestcli.bench.fit import buckets_section
+from nestcli.bench.loader import loader_section
+from nestcli.bench.report import SectionReport
+from nestcli.bench.scale import scale_section
+from nestcli.errors import RunFailedError
+from nestcli.training.settings import accelerator
+
+SECTIONS: dict[str, Callable[[Context], SectionReport]] = {
+    "loader": loader_section,
+    "scale": scale_section,
+    "buckets": buckets_section,
+}
+_WITH_NEMO = ("loader", "scale")
+
+
+@dataclass
+class BenchReport:
+    """The sections that were measured, and why others could not be."""
+
+    sections: list[SectionReport] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        failed = [{"name": name, "error": error} for name, error in self.failures.items()]
+        return {"sections": [section.to_json() for section in self.sections], "failed": failed}
+
+
+def run_bench(
+    config: DictConfig, names: Sequence[str], options: Options, advance: Callable[[int, int, str], None]
+) -> BenchReport:
+    """Measure the named sections, or those that suit this machine, one after another; one that fails stops no other.
+
+    `advance` is told (sections done, sections in all, what is being done). Raises NestError for what is wrong in
+    the call.
+    """
+    names = names or default_sections(config)
+    report, folder = BenchReport(), Path(tempfile.mkdtemp(prefix="nest-bench-"))
+    context = Context(config, options, folder, lambda doing: advance(number, len(names), doing))
+    number = 0
+    try:
+        if any(name in _WITH_NEMO for name in names):
+            context.check_nemo()
+        for number, name in enumerate(names):  # noqa: B007  # the context's lambda tells it
+            try:
+                report.sections.append(SECTIONS[name](context))
+            except RunFailedError as error:
+                report.failures[name] = str(error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def default_sections(config: DictConfig) -> list[str]:
+    """All; without a GPU not the search for the largest batches, which takes hours on a processor with its memory."""
+    return [name for name in SECTIONS if name != "buckets" or accelerator(config) == "gpu"]

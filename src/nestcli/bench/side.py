@@ -1,0 +1,169 @@
+"""One side of a measurement: a process that answers requests. By itself: NeMo's side.
+
+This file stands alone: it imports nothing of nestcli, so that the python of another environment can run it.
+
+    NEMO_PYTHON side.py
+
+reads one JSON request a line from standard input, {"operation": NAME, "parameters": {...}}, and answers each with one
+line {"facts": {...}} or {"error": TEXT, "kind": NAME}; NAME is the class of an error of ours, null for any other.
+Both sides are timed by the functions of this file.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+STATE: dict[str, Any] = {}  # what "open_loader" made: "batches", an endless iterator of seconds of audio
+_IDLE = 0.05  # s of looking at the processes' clocks, to see that nothing is being computed any more
+
+
+# ---- timing ------------------------------------------------------------------------------------------------------
+
+
+def timed_round(parameters):
+    """Seconds of audio delivered between the end of one batch and the end of another, at least `seconds` later.
+
+    The first `skip` batches are not counted: they were made while nobody waited.
+    """
+    batches = STATE["batches"]
+    for _ in range(parameters["skip"]):
+        next(batches)
+    audio, number, start, processors = 0.0, 0, time.perf_counter(), _processor_seconds()
+    while time.perf_counter() - start < parameters["seconds"] or number < parameters["least"]:
+        audio += next(batches)
+        number += 1
+    seconds = time.perf_counter() - start
+    busy = _processor_seconds() - processors
+    return {"audio_seconds": audio, "batches": number, "seconds": seconds, "processor_seconds": busy}
+
+
+def settle(parameters):
+    """Wait until the loader's processes have filled their queue and rest, so that they do not slow the other side."""
+    deadline = time.monotonic() + parameters["seconds"]
+    while time.monotonic() < deadline:
+        before = _ticks()
+        time.sleep(_IDLE)
+        if _ticks() == before:
+            return {"idle": True}
+    return {"idle": False}
+
+
+def _processor_seconds():
+    """Of this process and its loader's processes."""
+    ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    return time.process_time() + _ticks() / ticks
+
+
+def _ticks():
+    """Processor time of the loader's processes in clock ticks."""
+    total = 0
+    for process in multiprocessing.active_children():
+        with contextlib.suppress(OSError, IndexError):
+            fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+    return total
+
+
+def memory(_parameters):
+    """Bytes of this process and of each of its children: peak, resident, shared pages divided among those who share."""
+    children = [process.pid for process in multiprocessing.active_children()]
+    return {"main": memory_of("self"), "workers": [memory_of(pid) for pid in children]}
+
+
+def memory_of(pid):
+    """Memory of one process; where the system has no /proc, only this process's peak is known."""
+    try:
+        status = _kibibytes(Path(f"/proc/{pid}/status"))
+        shares = _kibibytes(Path(f"/proc/{pid}/smaps_rollup"))
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"peak": peak, "resident": peak, "proportional": None, "own": None}
+    own = shares.get("Private_Clean", 0) + shares.get("Private_Dirty", 0)
+    return {
+        "peak": status["VmHWM"],
+        "resident": status["VmRSS"],
+        "proportional": shares.get("Pss"),
+        "own": own,
+    }
+
+
+def _kibibytes(path):
+    rows = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) == 3 and row[2] == "kB"}
+
+
+def endless(loader, seconds_of):
+    """Seconds of audio of one batch after another, epoch after epoch."""
+    while True:
+        for batch in loader:
+            yield seconds_of(batch)
+
+
+# ---- the conversation --------------------------------------------------------------------------------------------
+
+
+def converse(operations, known=()):
+    """Answer requests until whoever asks is gone."""
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries print to standard output, which is ours alone
+    with contextlib.suppress(BrokenPipeError):
+        for line in requests:
+            answers.write(json.dumps(_reply(operations, json.loads(line), known)) + "\n")
+            answers.flush()
+
+
+def _reply(operations, request, known):
+    try:
+        return {"facts": operations[request["operation"]](request["parameters"])}
+    except Exception as error:
+        if isinstance(error, known):
+            return {"error": str(error), "kind": type(error).__name__}
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"[:2000], "kind": None}
+
+
+TIMING = {"round": timed_round, "settle": settle, "memory": memory}
+
+
+# ---- NeMo --------------------------------------------------------------------------------------------------------
+
+
+def _hello(_parameters):
+    import nemo
+    import torch
+
+    return {"version": nemo.__version__, "torch": torch.__version__}
+
+
+def _open_loader(parameters):
+    """The training loader, made by the model's own method; the model itself plays no part in it."""
+    start = time.perf_counter()
+    from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
+    from omegaconf import OmegaConf
+
+    imported = time.perf_counter()
+    block = OmegaConf.create(parameters["train_ds"])
+    model = types.SimpleNamespace(cfg=OmegaConf.create({"sample_rate": block.sample_rate}), global_rank=0, world_size=1)
+    loader = EncDecDenoiseMaskedTokenPredModel._setup_dataloader_from_config(model, block)
+    built = time.perf_counter()
+    rate = float(block.sample_rate)
+    STATE["batches"] = endless(loader, lambda batch: int(batch.audio_len.sum()) / rate)
+    next(STATE["batches"])
+    first = time.perf_counter()
+    return {"imports": imported - start, "manifest": built - imported, "first_batch": first - built}
+
+
+if __name__ == "__main__":
+    # Python puts this file's folder first, where a file of ours could hide a module of theirs.
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+    converse({**TIMING, "hello": _hello, "open_loader": _open_loader})

@@ -1,0 +1,154 @@
+"""`nest bench`: speed and memory on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nestcli.cli import console
+from nestcli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nestcli.bench.run import BenchReport
+
+_SECTIONS = ("loader", "scale", "buckets")
+
+
+def bench(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [key=value ...]",
+            help="A preset, a YAML file, a .ckpt or a .nemo, then overrides, e.g. "
+            "model.train_ds.manifest_filepath=train.json model.train_ds.noise_manifest=noise.json.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="SECTION", help=f"One of {', '.join(_SECTIONS)}. May be repeated."),
+    ] = None,
+    nemo_python: Annotated[
+        str | None,
+        typer.Option(
+            "--nemo-python",
+            metavar="PATH",
+            envvar="NEST_NEMO_PYTHON",
+            help="Python of an environment with NeMo, to measure beside us.",
+            show_default=False,
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, max=1000, help="Times that each side is measured, in turn.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0.1, max=3600, help="Of each side in a round, section loader.")
+    ] = None,
+    lines: Annotated[
+        list[int] | None,
+        typer.Option("--lines", min=1, max=10**8, help="Lines of a manifest, section scale. May be repeated."),
+    ] = None,
+    buckets: Annotated[
+        int, typer.Option("--buckets", min=1, max=1000, help="Duration bins at most, section buckets.")
+    ] = 30,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            "--memory",
+            min=0.1,
+            help="GiB that a training step may take, section buckets; without it 90% of what the GPU has free, "
+            "or 80% of the main memory that is free.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Measure the data loader, the start on long manifests, and the largest batches that fit; beside NeMo if named."""
+    for name in only or []:
+        if name not in _SECTIONS:
+            raise ConfigError(f"--only {name}: there is no such section. Known: {', '.join(_SECTIONS)}.")
+    from nestcli.cli.named import read_config
+
+    config = read_config(words or [], training=True).config
+    from nestcli.bench.context import Options
+    from nestcli.bench.run import run_bench
+
+    options = Options(nemo_python=nemo_python, rounds=rounds, seconds=seconds, buckets=buckets)
+    if lines:
+        options = options.changed(lines=tuple(lines))
+    if memory is not None:
+        options = options.changed(memory=int(memory * 2**30))
+    with console.progress("measuring") as advance:
+        report = run_bench(config, list(dict.fromkeys(only or [])), options, advance)
+    if as_json:
+        console.emit_json(report.to_json())
+    else:
+        _show(report)
+    for name, error in report.failures.items():
+        console.error(f"{name}: {error}")
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def _show(report: BenchReport) -> None:
+    shown = {"loader": _show_loader, "scale": _show_scale, "buckets": _show_buckets}
+    for section in report.sections:
+        shown[section.name](section.to_json())
+
+
+def _show_loader(section: dict[str, Any]) -> None:
+    sides = {"ours, one loader process": section["ours"], "without a loader process": section["without_loader_process"]}
+    sides["floor: plain reads and a sum"] = section["floor"]
+    if section["nemo"]:
+        sides[f"NeMo {section['nemo_version']}"] = section["nemo"]
+    rows = [(name, *(f"{spread[key]:,.0f}" for key in ("median", "min", "max"))) for name, spread in sides.items()]
+    console.table("loader: seconds of audio a second", ["", ">median", ">least", ">most"], rows)
+    if section["ratio"]:
+        console.line(f"{section['ratio']:.1f} times NeMo's speed.")
+    console.line(f"{section['floor']['share']:.0%} of the floor.")
+    busy = section["per_processor_second"]
+    theirs = f"; {busy['ratio']:.1f} times NeMo" if busy["ratio"] else ""
+    console.line(f"By processor time: {busy['ours']:,.0f} a second, {busy['share_of_floor']:.0%} of the floor{theirs}.")
+    console.line(_memory(section))
+    cost = section["microseconds_per_second_of_audio"]
+    for side in ("ours", "floor"):
+        stages = [(name, f"{value:,.1f}") for name, value in cost[side].items()]
+        stages.append(("in all", f"{cost[f'{side}_total']:,.1f}"))
+        console.table(f"{side}: microseconds for a second of audio", ["stage", ">µs"], stages)
+
+
+def _show_scale(section: dict[str, Any]) -> None:
+    rows = []
+    for row in section["rows"]:
+        rows += [_scale_row(f"{row['lines']:,}", row)]
+        rows += [_scale_row("  NeMo", row["nemo"])] if "nemo" in row else []
+    rows.append(_scale_row("resumed", section["resume"]))
+    columns = ["lines", ">all", ">imports", ">manifest", ">batch", ">µs/line", ">MiB", ">worker"]
+    console.table("scale: seconds from a fresh process to its first batch", columns, rows)
+    console.line("resumed: the longest manifest, nine tenths through the fourth epoch. MiB: at most.")
+
+
+def _scale_row(label: str, row: dict[str, Any]) -> tuple[str, ...]:
+    times = (f"{row[key]:.2f}" for key in ("seconds", "imports", "manifest", "first_batch"))
+    memory = (f"{row['memory'][process]['peak'] / 2**20:,.0f}" for process in ("main", "worker"))
+    return (label, *times, f"{row['microseconds_per_line']:.2f}", *memory)
+
+
+def _show_buckets(section: dict[str, Any]) -> None:
+    rows = [
+        (f"{row['upto_seconds']:g}", f"{row['utterances']:,}", row["batch_size"]) for row in section["bins"]
+    ]  # fmt: skip
+    console.table("buckets: the largest batches that fit", [">up to s", ">utterances", ">batch"], rows)
+    console.line(f"Within {section['memory_budget_bytes'] / 2**30:.1f} GiB of {section['device']} memory.")
+    padding = section["padding"]
+    console.line(f"Padding: {padding['plain']:.1%} in plain batches, {padding['buckets']:.1%} in these buckets.")
+    console.line("Put into the configuration, or on the command line of nest pretrain:")
+    for word in section["words"]:
+        console.line(f"  {word}")
+
+
+def _memory(section: dict[str, Any]) -> str:
+    peaks = section["peak_memory_bytes"]
+    theirs = f"; NeMo's {peaks['nemo'] / 2**20:,.0f} MiB" if peaks["nemo"] else ""
+    return f"Peak memory, process and loader process: {peaks['ours'] / 2**20:,.0f} MiB{theirs}."

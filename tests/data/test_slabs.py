@@ -1,0 +1,95 @@
+"""Batches through shared slots, beside the same batches sent by PyTorch."""
+
+import pickle
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from nestcli.data.batch import NoiseBatch
+from nestcli.data.slabs import SlabLoader, Slabs
+from nestcli.errors import DataError
+
+BATCHES = 23
+
+
+def batch_of(number: int) -> NoiseBatch:
+    generator = torch.Generator().manual_seed(number)
+    clips, samples = 1 + number % 3, 50 + 37 * number
+    audio, noise, noisy = (torch.randn(clips, samples, generator=generator) for _ in range(3))
+    lengths = torch.full((clips,), samples)
+    return NoiseBatch(audio, lengths, noise, lengths - 1, noisy, lengths, tuple(range(clips)), number != 5)
+
+
+class Batches(Dataset[Any]):
+    def __init__(self, slabs: Slabs | None, failing: int = -1) -> None:
+        self.slabs, self.failing = slabs, failing
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __getitem__(self, number: int) -> Any:
+        if number == self.failing:
+            return DataError("rotten")
+        batch = batch_of(number)
+        return batch if self.slabs is None else self.slabs.put(batch)
+
+
+def same(ours: NoiseBatch, theirs: NoiseBatch) -> bool:
+    pairs = ((getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(NoiseBatch))
+    return all(torch.equal(a, b) and a.dtype == b.dtype if torch.is_tensor(a) else a == b for a, b in pairs)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("prefetch", [1, 2, 5])
+def test_the_same_batches(workers: int, prefetch: int) -> None:
+    slabs = Slabs(workers, prefetch, 1 << 20)
+    options: dict[str, Any] = {"batch_size": None, "num_workers": workers}
+    if workers:
+        options |= {"prefetch_factor": prefetch, "persistent_workers": True}
+    loader = SlabLoader(Batches(slabs), slabs=slabs, **options)
+    theirs = list(DataLoader(Batches(None), batch_size=None))
+    for _ in range(2):  # epochs
+        ours = list(loader)  # all are held: none may be written over
+        assert len(ours) == BATCHES
+        assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_is_too_large_goes_the_usual_way() -> None:
+    slabs = Slabs(1, 2, 4_000)
+    sent = list(DataLoader(Batches(slabs), batch_size=None, num_workers=1))
+    kinds = {type(batch).__name__ for batch in sent}
+    assert kinds == {"Placed", "NoiseBatch"}
+    loader = SlabLoader(Batches(slabs), slabs=slabs, batch_size=None, num_workers=1)
+    assert all(same(batch, batch_of(number)) for number, batch in enumerate(loader))
+
+
+def test_errors_pass() -> None:
+    slabs = Slabs(1, 2, 1 << 20)
+    loaded = list(SlabLoader(Batches(slabs, failing=3), slabs=slabs, batch_size=None, num_workers=1))
+    assert str(loaded[3]) == "rotten"
+    assert same(loaded[4], batch_of(4))
+
+
+def test_a_process_that_was_not_forked_sends_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy: Slabs = pickle.loads(pickle.dumps(Slabs(1, 2, 1 << 20)))
+    monkeypatch.setattr("nestcli.data.slabs.get_worker_info", lambda: object())
+    batch = batch_of(1)
+    assert copy.put(batch) is batch
+
+
+def test_an_unmixed_batch_names_one_tensor_twice() -> None:
+    slabs = Slabs(1, 2, 1 << 20)
+
+    class Unmixed(Batches):
+        def __getitem__(self, number: int) -> Any:
+            audio = torch.full((2, 5), float(number))
+            lengths = torch.tensor([5, 4])
+            return slabs.put(NoiseBatch(audio, lengths, torch.zeros(2, 0), lengths, audio, lengths))
+
+    for number, batch in enumerate(SlabLoader(Unmixed(None), slabs=slabs, batch_size=None, num_workers=1)):
+        assert batch.audio.tolist() == batch.noisy_audio.tolist() == [[float(number)] * 5] * 2
+        assert batch.noise.shape == (2, 0)

@@ -1,0 +1,36 @@
+"""`nest bench` beside a live NeMo; NEST_NEMO_PYTHON names the Python of an environment with it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny_config
+from nestcli.bench.context import Context, Options
+from nestcli.bench.loader import loader_section
+from nestcli.bench.scale import scale_section
+
+pytestmark = [
+    pytest.mark.nemo,
+    pytest.mark.skipif("NEST_NEMO_PYTHON" not in os.environ, reason="NEST_NEMO_PYTHON names no NeMo"),
+]
+
+
+def context_of(corpus: dict[str, Path], folder: Path, **options: object) -> Context:
+    python = os.environ["NEST_NEMO_PYTHON"]
+    return Context(tiny_config(corpus), Options(nemo_python=python, rounds=1, **options), folder, lambda doing: None)
+
+
+def test_nemo_loads_the_same_audio(corpus: dict[str, Path], tmp_path: Path) -> None:
+    section = loader_section(context_of(corpus, tmp_path, seconds=1.0)).to_json()
+    assert section["nemo_version"] == "3.0.0"
+    assert section["ratio"] == pytest.approx(section["ours"]["median"] / section["nemo"]["median"])  # of one round
+    assert section["ratio"] > 2
+    assert section["peak_memory_bytes"]["nemo"] > 500e6
+
+
+def test_nemo_starts_too(corpus: dict[str, Path], tmp_path: Path) -> None:
+    section = scale_section(context_of(corpus, tmp_path, lines=(500,))).to_json()
+    (row,) = section["rows"]
+    assert row["nemo"]["seconds"] > row["nemo"]["manifest"] > 0
+    assert section["ratio"] == pytest.approx(row["nemo"]["seconds"] / row["seconds"])

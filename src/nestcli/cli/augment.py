@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,7 +34,7 @@ def augment(
         ),
     ] = None,
     copies: Annotated[int, typer.Option("--copies", metavar="N", min=1, help="Noisy versions of every utterance.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of all draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of all draws.")] = 0,
     preview: Annotated[
         int,
         typer.Option("--preview", metavar="N", min=0, help="Pictures of the first N that something was mixed into."),
@@ -71,18 +72,33 @@ def augment(
 
 
 def _options(words: list[str], copies: int, seed: int, sample_rate: int, jobs: int | None) -> AugmentOptions:
+    from dataclasses import fields
+
     from nestcli.config import BASE, TARGETS, load_config, section
     from nestcli.data.augment import AugmentOptions
     from nestcli.data.mixing import AugmentationConfig
     from nestcli.data.noisy_copy import CopyOptions
 
-    if wrong := [word for word in words if "=" not in word]:
-        raise ConfigError(f"{wrong[0]!r} is no key=value; give keys of the augmentation, such as prob=1.0")
-    config = load_config(BASE, [f"{_BLOCK}.{word}" for word in words])
+    _check_keys(words, ["_target_", *(field.name for field in fields(AugmentationConfig))])
+    try:
+        config = load_config(BASE, [f"{_BLOCK}.{word}" for word in words])
+        mixing = section(AugmentationConfig, config, _BLOCK)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{_BLOCK}.", "")) from None
     kind = TARGETS[config.model.train_ds.batch_augmentor["_target_"]]
-    mixing = section(AugmentationConfig, config, _BLOCK)
     copy = CopyOptions(mixing, one_stretch=kind == "speaker_noise", seed=seed, sample_rate=sample_rate)
     return AugmentOptions(copy, copies, jobs)
+
+
+def _check_keys(words: list[str], known: list[str]) -> None:
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} is no key=value; give keys of the augmentation, such as prob=1.0")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(known)}."
+            raise ConfigError(f"{key} is no key of the augmentation. {hint}")
 
 
 def _draw(summary: AugmentSummary, out: Path, count: int, sample_rate: int) -> list[str]:

@@ -103,6 +103,8 @@ def _make_all(
     todo = [task for task in tasks if _made_before(journal, task) is None]
     if todo:
         target.unlink(missing_ok=True)  # it would tell of audio that is about to be replaced
+        for torn in (target.parent / "audio").rglob(".*.tmp"):  # what a kill left
+            torn.unlink(missing_ok=True)
     total = sum(task.end - task.first for task in tasks)
     done = total - sum(task.end - task.first for task in todo)
     with local_pool(jobs) as pool:

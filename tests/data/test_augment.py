@@ -137,8 +137,13 @@ def test_the_result_depends_on_the_seed_and_not_on_processes_or_interruptions(tm
     assert not (tmp_path / "three" / "manifest.json").exists()
     augment(speech, noise, tmp_path / "three", AugmentOptions(MIXING, jobs=1))
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
-    augment(speech, noise, tmp_path / "four", AugmentOptions(MIXING, seed=1))
-    assert contents(tmp_path / "four") != contents(tmp_path / "one")
+    augment(speech, noise, tmp_path / "one", AugmentOptions(MIXING, seed=1))
+    other = {row["audio_filepath"] for row in rows(tmp_path / "one")}
+    augment(speech, noise, tmp_path / "one", AugmentOptions(MIXING))  # as it was, whatever was written between
+    again = {row["audio_filepath"] for row in rows(tmp_path / "one")}
+    assert not again & other
+    sound = contents(tmp_path / "two")
+    assert {name: contents(tmp_path / "one")[name] for name in sound} == sound
 
 
 def test_without_noise_other_speakers_are_mixed_in(tmp_path, speech):

@@ -7,7 +7,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,16 +84,17 @@ def augment(
         read_manifests(noise)
     folder = Path(out).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = replace(options, jobs=None)  # what draws do not depend on
     versions = tuple(_version(path) for path in (speech, noise) if path is not None)
     tasks = [
-        _Task(speech, noise, str(folder), copy, list(range(first, min(first + _LINES, n_lines))), options, versions)
+        _Task(speech, noise, str(folder), copy, list(range(first, min(first + _LINES, n_lines))), drawn, versions)
         for copy in range(options.copies)
         for first in range(0, n_lines, _LINES)
     ]
     rows: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
     with open_journal(folder) as journal, local_pool(options.jobs or available_cores()) as pool:
-        known = [journal.get(repr(task)) for task in tasks]
+        known = [_made_before(journal.get(repr(task))) for task in tasks]
         fresh = pool.in_order(_augment_lines, (task for task, done in zip(tasks, known, strict=True) if done is None))
         for task, done in zip(tasks, known, strict=True):
             result = done if done is not None else next(fresh)
@@ -123,6 +124,11 @@ def _version(path: str) -> str:
     except OSError:  # several, or a remote one
         return path
     return f"{status.st_size}/{status.st_mtime_ns}"
+
+
+def _made_before(result: list[list[dict[str, Any]]] | None) -> list[list[dict[str, Any]]] | None:
+    """What an earlier run wrote, if all of it is still there."""
+    return result if result is not None and all(Path(row["audio_filepath"]).is_file() for row in result[0]) else None
 
 
 # --- in a process of the pool
@@ -172,7 +178,8 @@ def _augment_line(line: int, task: _Task) -> dict[str, Any]:
         [clean, *(sound for _, sound in others)], options.mixing, rng, noise_of, one_stretch=options.one_stretch
     )
     row = speech.row(line)
-    name = f"{file_name(row['audio_filepath'], f'{entry.name}/{line}')}-{task.copy}.flac"
+    # other draws make other files: none of another run's is written over
+    name = f"{file_name(row['audio_filepath'], repr((entry.name, line, task.options, task.versions)))}-{task.copy}.flac"
     path = Path(task.folder) / "audio" / name
     _write(path, noisy, clean, options.sample_rate)
     placed = {"clean_offset": entry.offset, "clean_duration": entry.duration} if entry.offset else {}

@@ -8,7 +8,7 @@ NEMO_VENV := .venv-nemo
 NEMO_INSTALLED := $(NEMO_VENV)/.installed-3.0.0
 NEMO := NEST_NEMO_PYTHON=$(NEMO_VENV)/bin/python
 
-.PHONY: help demo test test-all test-ray check parity format setup setup-nemo clean
+.PHONY: help demo test test-all test-slow test-ray check parity format setup setup-nemo clean
 
 help:
 	@echo "make demo      set up, then run nest demo (results in nest_demo/)"
@@ -32,6 +32,9 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest -m "not slow and not nemo and not gpu and not ray"
+
+test-slow: setup
+	$(VENV)/bin/python -m pytest -m "slow and not nemo and not gpu and not ray"
 
 test-all: setup
 	$(VENV)/bin/python -m pytest -m "not nemo and not gpu and not ray"

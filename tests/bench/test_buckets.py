@@ -150,6 +150,7 @@ def test_the_search_stops_at_what_there_is() -> None:
 # ---- the training step -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_section(corpus: dict[str, Path], tmp_path: Path) -> None:
     told: list[str] = []
     context = Context(tiny_config(corpus), Options(buckets=2, memory=900 << 20), tmp_path, told.append)
@@ -165,6 +166,7 @@ def test_the_section(corpus: dict[str, Path], tmp_path: Path) -> None:
     json.dumps(section)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_found_and_nothing_is_lost(corpus: dict[str, Path]) -> None:
     config = tiny_config(corpus)
     with Trials(config, "cpu", 900 << 20, lambda doing: None) as trials:
@@ -175,12 +177,14 @@ def test_what_does_not_fit_is_found_and_nothing_is_lost(corpus: dict[str, Path])
         assert again.peak <= 900 << 20
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_the_model(corpus: dict[str, Path], tmp_path: Path) -> None:
     context = Context(tiny_config(corpus), Options(memory=40 << 20), tmp_path, lambda doing: None)
     with pytest.raises(RunFailedError, match="MiB"):
         buckets_section(context)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_did_not_fit(corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     class Dying:
         def ask(self, operation: str, **parameters: Any) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def test_epochs_follow_one_another() -> None:
     assert [next(batches) for _ in range(5)] == [1.0, 2.0, 1.0, 2.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_section(corpus: dict[str, Path], tmp_path: Path) -> None:
     context = context_of(tiny_config(corpus), tmp_path, rounds=2, seconds=0.2)
     section = loader_section(context).to_json()
@@ -66,6 +67,7 @@ def test_the_section(corpus: dict[str, Path], tmp_path: Path) -> None:
     json.dumps(section)
 
 
+@pytest.mark.slow
 def test_no_manifest_no_matter(tmp_path: Path) -> None:
     context = context_of(load_config("demo"), tmp_path)
     config = context.loader_config()
@@ -181,6 +183,7 @@ def test_the_stage_of_a_stack(codes: list[tuple[str, str]], stage: str) -> None:
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_says_what_is_wrong(corpus: dict[str, Path], tmp_path: Path) -> None:
     missing = {**corpus, "train": tmp_path / "missing.json"}
     config = plain(context_of(tiny_config(missing), tmp_path).loader_config())
@@ -202,6 +205,7 @@ def test_a_process_that_dies_is_told_from_one_that_answers(monkeypatch: pytest.M
     assert peer._process.poll() is not None
 
 
+@pytest.mark.slow
 def test_a_python_without_nemo(tmp_path: Path) -> None:
     import sys
 

@@ -23,6 +23,7 @@ def test_a_long_manifest_is_sound(tmp_path: Path) -> None:
     assert manifest.entry(25_000).speaker == "speaker-00000"
 
 
+@pytest.mark.slow
 def test_the_section(corpus: dict[str, Path], tmp_path: Path) -> None:
     told: list[str] = []
     context = Context(tiny_config(corpus), Options(rounds=1, lines=(2_000,)), tmp_path, told.append)

@@ -26,6 +26,7 @@ def on(corpus: dict[str, Path]) -> list[str]:
     return ["small", *TINY_RUN, *(f"model.train_ds.{key}={path}" for key, path in manifests.items())]
 
 
+@pytest.mark.slow
 def test_json_for_scripts(corpus: dict[str, Path]) -> None:
     done = nest(*on(corpus), "--only", "buckets", "--memory", "0.9", "--buckets", "1", "--json")
     assert done.returncode == 0, done.stderr

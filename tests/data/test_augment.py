@@ -147,8 +147,13 @@ def test_the_result_depends_on_the_seed_and_not_on_processes_or_interruptions(tm
     assert not (tmp_path / "three" / "manifest.json").exists()
     augment(speech, noise, tmp_path / "three", AugmentOptions(CopyOptions(MIXING), jobs=1))
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
-    augment(speech, noise, tmp_path / "four", AugmentOptions(CopyOptions(MIXING, seed=1)))
-    assert contents(tmp_path / "four") != contents(tmp_path / "one")
+    augment(speech, noise, tmp_path / "one", AugmentOptions(CopyOptions(MIXING, seed=1)))
+    other = {row["audio_filepath"] for row in rows(tmp_path / "one")}
+    augment(speech, noise, tmp_path / "one", AugmentOptions(CopyOptions(MIXING)))  # as it was, whatever came between
+    again = {row["audio_filepath"] for row in rows(tmp_path / "one")}
+    assert not again & other
+    sound = contents(tmp_path / "two")
+    assert {name: contents(tmp_path / "one")[name] for name in sound} == sound
 
 
 def test_without_noise_other_speakers_are_mixed_in(tmp_path, speech):
@@ -264,15 +269,18 @@ def test_audio_that_is_gone_is_made_again(tmp_path, speech):
     assert contents(tmp_path / "out") == before
 
 
-def test_while_other_draws_replace_audio_no_manifest_tells_of_the_old(tmp_path, speech):
+def test_an_interrupted_run_with_other_draws_leaves_what_is_there(tmp_path, speech):
     augment(speech, None, tmp_path / "out", AugmentOptions(CopyOptions(MIXING), jobs=1))
+    before = contents(tmp_path / "out")
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         augment(speech, None, tmp_path / "out", AugmentOptions(CopyOptions(MIXING, seed=1), jobs=1), stop)
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    after = contents(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert len(after) > len(before)
 
 
 def test_what_is_read_is_not_replaced(tmp_path, speech):

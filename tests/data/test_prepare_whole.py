@@ -372,6 +372,7 @@ def run(folder, out):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     folder = corpus_of(tmp_path / "in")
     start = time.monotonic()

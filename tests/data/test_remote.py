@@ -268,3 +268,31 @@ def test_training_reads_manifest_and_audio_from_s3(bucket, corpus, tmp_path, wor
 def test_an_object_that_is_gone_from_s3_is_named(bucket):
     with pytest.raises(DataError, match=r"s3://speech/gone\.wav: there is no such object"):
         remote.read_bytes("s3://speech/gone.wav")
+
+
+def test_training_reads_shards_from_s3(bucket, corpus, tmp_path):
+    from nestcli.data.prepare import PrepareOptions, prepare
+
+    for number in range(6):
+        write_noise_wav(tmp_path / "in" / f"{number}.wav", 1.5, number)
+    summary = prepare([tmp_path / "in"], tmp_path / "out", PrepareOptions(val_fraction=0, shards=2))
+    folder = Path(summary.shards["train"]["manifest_filepath"]).parent
+    for path in folder.glob("*.*"):
+        bucket.upload_file(str(path), "speech", f"shards/{path.name}")
+    words = [
+        "model.train_ds.is_tarred=true",
+        "model.train_ds.manifest_filepath=s3://speech/shards/tarred_audio_manifest.json",
+        "model.train_ds.tarred_audio_filepaths=s3://speech/shards/audio__OP_0..1_CL_.tar",
+        "model.train_ds.batch_size=3",
+        "model.train_ds.noise_manifest=null",
+        "model.train_ds.num_workers=2",
+    ]
+    batches = list(NestDataModule(tiny_config(corpus, *words)).train_dataloader())
+    ours = {round(float(audio.abs().sum()), 3) for batch in batches for audio in batch.audio}
+    theirs = {
+        round(float(abs(sf.read(tmp_path / "in" / f"{number}.wav", dtype="float32")[0]).sum()), 3)
+        for number in range(6)
+    }
+    assert len(ours) == 6
+    assert sorted(ours) == pytest.approx(sorted(theirs), abs=0.01)
+    assert len(list((tmp_path / "cache" / "remote").glob("*.tar"))) == 2

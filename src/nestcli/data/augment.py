@@ -102,7 +102,6 @@ def _make_all(
     """Have every task done and in the journal."""
     todo = [task for task in tasks if _made_before(journal, task) is None]
     if todo:
-        target.unlink(missing_ok=True)  # it would tell of audio that is about to be replaced
         for torn in (target.parent / "audio").rglob(".*.tmp"):  # what a kill left
             torn.unlink(missing_ok=True)
     total = sum(task.end - task.first for task in tasks)
@@ -198,7 +197,8 @@ def _make_copies(task: _Task) -> dict[str, list[Any]]:
     """In a process of the pool."""
     audio = Path(task.folder) / "audio"
     lines = range(task.first, task.end)
-    made = [write_copy(task.speech, task.noise, line, task.copy, audio, task.options) for line in lines]
+    draws = repr((task.options, task.versions))  # other draws make other files: none of another run's is written over
+    made = [write_copy(task.speech, task.noise, line, task.copy, audio, task.options, draws) for line in lines]
     return {
         "written": [each.row for each in made if each.size is not None],
         "sizes": [each.size for each in made if each.size is not None],

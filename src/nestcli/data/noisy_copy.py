@@ -50,9 +50,12 @@ class CopyResult:
     noise: list[_Row]
 
 
-def write_copy(speech: str, noise: str | None, line: int, copy: int, folder: Path, options: CopyOptions) -> CopyResult:
+def write_copy(
+    speech: str, noise: str | None, line: int, copy: int, folder: Path, options: CopyOptions, draws: str = ""
+) -> CopyResult:
     """Mix something into a line of a manifest and write it below `folder`; every draw depends on (seed, copy, line).
 
+    `draws` is for the file's name: what else tells this copy from those of other runs.
     Speech that cannot be read is rejected. Raises RunFailedError where nothing can be written, DataError where no noise
     can be read.
     """
@@ -78,7 +81,7 @@ def write_copy(speech: str, noise: str | None, line: int, copy: int, folder: Pat
     added, noisy, mixture = mix_into(sources, options.mixing, rng, noise_of, one_stretch=options.one_stretch)
     noisy, scale = _within_full_scale(noisy, 1.0 if mixture is None else mixture.scale)
     own = manifest.row(line)
-    path = folder / f"{file_name(own['audio_filepath'], f'{entry.name}/{line}')}-{copy}.flac"
+    path = folder / f"{file_name(own['audio_filepath'], repr((entry.name, line, draws)))}-{copy}.flac"
     size = _write(path, noisy, min(_level_db(clean), _level_db(added)) + 20 * math.log10(scale), options.sample_rate)
     row = {
         **{key: value for key, value in own.items() if key not in ("offset", "shard_id")},

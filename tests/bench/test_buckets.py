@@ -17,7 +17,6 @@ import torch
 from conftest import tiny_config
 from nestcli.bench import trial
 from nestcli.bench.buckets import (
-    bucket_of,
     default_buckets,
     estimate_bins,
     padding_of_buckets,
@@ -29,6 +28,7 @@ from nestcli.bench.largest import Search, Trial
 from nestcli.bench.peer import PeerDiedError
 from nestcli.bench.trial import is_out_of_memory
 from nestcli.config import load_config
+from nestcli.data.plan import bucketed
 from nestcli.errors import RunFailedError
 
 # ---- bins --------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def test_bins_beside_those_of_lhotse(count: int, buckets: int, seed: int) -> Non
 def test_bins_hold_the_same_time() -> None:
     durations = np.random.default_rng(0).uniform(1, 20, 20_000)
     bins = estimate_bins(durations, 10)
-    in_bin = np.bincount(bucket_of(durations, bins), weights=durations)
+    in_bin = np.bincount(bucketed(durations, bins, upper_inclusive=True), weights=durations)
     assert len(in_bin) == len(bins) == 10
     assert in_bin.max() / in_bin.min() < 1.02
 
@@ -58,9 +58,9 @@ def test_every_utterance_has_a_bin() -> None:
     durations = np.array([1.00004, 3.14159265, 3.0, 2.0])
     bins = estimate_bins(durations, 3)
     assert bins[-1] >= 3.14159265
-    assert bucket_of(durations, bins).max() == len(bins) - 1
+    assert bucketed(durations, bins, upper_inclusive=True).max() == len(bins) - 1
     assert estimate_bins(np.full(40, 10.0), 4) == [10.0]  # all the same: one bucket
-    assert bucket_of(np.array([2.0, 2.0001]), [2.0, 3.0]).tolist() == [0, 1]  # ends are included
+    assert bucketed(np.array([2.0, 2.0001]), [2.0, 3.0], upper_inclusive=True).tolist() == [0, 1]  # ends are included
 
 
 def test_few_utterances_few_buckets() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from nestcli.bench.buckets import bucket_of, default_buckets, estimate_bins, padding_of_buckets, padding_of_plain
+from nestcli.bench.buckets import default_buckets, estimate_bins, padding_of_buckets, padding_of_plain
 from nestcli.bench.context import Context, Told, plain
 from nestcli.bench.largest import Search, Trial
 from nestcli.bench.material import read_material
 from nestcli.bench.peer import Peer, PeerDiedError, our_peer
 from nestcli.bench.report import SectionReport, Spread
+from nestcli.data.plan import bucketed
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.cost import batch_size
 from nestcli.training.settings import accelerator
@@ -26,7 +27,7 @@ def buckets_section(context: Context) -> SectionReport:
     config = context.loader_config()
     durations = read_material(config).speech.durations
     bins = estimate_bins(durations, default_buckets(len(durations), context.options.buckets))
-    counts = np.bincount(bucket_of(durations, bins), minlength=len(bins))
+    counts = np.bincount(bucketed(durations, bins, upper_inclusive=True), minlength=len(bins))
     device = "cuda" if accelerator(config) == "gpu" else "cpu"
     with Trials(config, device, context.options.memory, context.tell) as trials:
         search = Search(trials.attempt)

@@ -1,5 +1,9 @@
 """Remote paths against real servers on this machine: HTTP that misbehaves on purpose, and S3."""
 
+import errno
+import gc
+import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -15,10 +19,10 @@ import pytest
 import soundfile as sf
 
 from conftest import tiny_config, write_noise_wav
-from nestcli.data import remote
+from nestcli.data import remote, transfer
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.manifest import read_manifests
-from nestcli.errors import DataError
+from nestcli.errors import DataError, MissingDependencyError, NestError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the clients, and of fork with threads
 
@@ -29,16 +33,26 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
+        self.headers: dict[str, str] = {}
         self.failures = 0  # answers 503 before it serves
         self.torn = 0  # breaks off half-way
-        self.gets = 0
+        self.dropped = 0  # ends connections without an answer
+        self.forbidden = "/secret"
+        self.slow = 0.0  # s before each answer
+        self.requests: list[str] = []
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def count(self, request: str) -> int:
+        return self.requests.count(request)
+
 
 class Handler(BaseHTTPRequestHandler):
+    """Keeps connections open, as real servers do, and answers with whole files whatever part is asked for."""
+
+    protocol_version = "HTTP/1.1"
     server: Server
 
     def log_message(self, *_: object) -> None: ...
@@ -47,28 +61,33 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def do_GET(self) -> None:
-        self.server.gets += 1
         self._answer(body=True)
 
     def _answer(self, *, body: bool) -> None:
-        content = self.server.files.get(self.path)
-        if self.path == "/secret":
-            return self._status(403)
+        server, path = self.server, self.path.partition("?")[0]
+        server.requests.append(f"{self.command} {path}")
+        time.sleep(server.slow)
+        if server.dropped > 0:
+            server.dropped -= 1
+            self.close_connection = True
+            return
+        content = server.files.get(path)
         if content is None:
-            return self._status(404)
-        if body and self.server.failures > 0:
-            self.server.failures -= 1
+            return self._status({server.forbidden: 403, "/teapot": 418}.get(path, 404))
+        if body and server.failures > 0:
+            server.failures -= 1
             return self._status(503)
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hash(content)}"')
+        for header, value in ({"ETag": f'"{hash(content)}"'} | server.headers).items():
+            self.send_header(header, value)
         self.end_headers()
         if not body:
             return None
-        if self.server.torn > 0:
-            self.server.torn -= 1
+        if server.torn > 0:
+            server.torn -= 1
             self.wfile.write(content[: len(content) // 2])
-            self.connection.close()
+            self.close_connection = True
             return None
         self.wfile.write(content)
         return None
@@ -82,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -92,7 +111,7 @@ def server():
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(transfer, "_FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote, "_copies", {})
     return tmp_path / "cache" / "remote"
 
@@ -100,7 +119,18 @@ def cache(tmp_path, monkeypatch):
 # ---- addresses
 
 
-@pytest.mark.parametrize("path", ["s3://bucket/a.wav", "https://host/a.wav", "gs://b/c"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "s3://bucket/a.wav",
+        "s3://bucket/a@b:c d.wav",
+        "https://host/a.wav?sig=x%3A@y",
+        "gs://b/c",
+        "abfs://box@account.dfs.core.windows.net/a.wav",
+        "hdfs:///a.wav",
+        "hdfs://name:8020/a.wav",
+    ],
+)
 def test_known_schemes(path):
     assert remote.is_remote(path)
     remote.check_remote(path)
@@ -111,15 +141,44 @@ def test_known_schemes(path):
     [
         ("file:///etc/passwd", "unknown kind"),
         ("gopher://a/b", "unknown kind"),
+        ("/a/b.wav", "unknown kind"),
         ("simplecache::s3://a/b", "unknown kind"),
+        ("simplecache::s3://user:password@a/b", "unknown kind"),
         ("s3://a/b::file:///etc/passwd", "in chains"),
-        ("https://user:password@host/a.wav", "a password"),
+        ("https://user:password@host/a.wav", "a password.*FSSPEC_HTTP"),
+        ("https://token@host/a.wav", "a password"),
+        ("s3://user:password@bucket/a.wav", "a password.*AWS_ACCESS_KEY_ID"),
+        ("s3://", "names no object"),
+        ("s3:///a.wav", "names no object"),
+        ("http://[::1", "in chains|no address"),
+        ("http://[1/a.wav", "no address"),
+        ("s3://bucket/a\n.wav", "cannot be printed"),
     ],
 )
 def test_other_addresses_are_refused_without_showing_passwords(path, why):
     with pytest.raises(ValueError, match=why) as caught:
         remote.check_remote(path)
     assert "password@" not in str(caught.value)
+    for call in (remote.read_bytes, remote.local_copy, remote.exists):
+        with pytest.raises(DataError, match=why):
+            call(path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "path", "joined"),
+    [
+        ("s3://b/data", "wavs/a.wav", "s3://b/data/wavs/a.wav"),
+        ("s3://b/data/", "./a.wav", "s3://b/data/a.wav"),
+        ("s3://b/data/sets", "../../a.wav", "s3://b/a.wav"),
+        ("s3://b/data", "../../../../c/a.wav", "s3://b/c/a.wav"),
+        ("s3://b", "a.wav", "s3://b/a.wav"),
+        ("s3://b/x//y", "a?b#c%20.wav", "s3://b/x//y/a?b#c%20.wav"),
+        ("https://host:80/d", "é b#1?.wav", "https://host:80/d/%C3%A9%20b%231%3F.wav"),
+        ("s3://b/data", "gs://c/a.wav", "gs://c/a.wav"),
+    ],
+)
+def test_relative_paths(folder, path, joined):
+    assert remote.join(folder, path) == joined
 
 
 def test_a_manifest_may_name_addresses(tmp_path):
@@ -134,39 +193,161 @@ def test_a_manifest_may_name_addresses(tmp_path):
 # ---- HTTP
 
 
-def test_an_object_is_read_whole(server):
+def test_an_object_is_read_whole_by_one_request(server):
     server.files["/a.wav"] = bytes(range(256)) * 1000
     assert remote.read_bytes(f"{server.url}/a.wav") == server.files["/a.wav"]
+    assert server.requests == ["GET /a.wav"]
+    server.files["/empty"] = b""
+    assert remote.read_bytes(f"{server.url}/empty") == b""
 
 
 def test_it_is_tried_again_where_that_may_help(server):
     server.files["/a.wav"] = b"x" * 100_000
     server.failures, server.torn = 1, 1
     assert remote.read_bytes(f"{server.url}/a.wav") == server.files["/a.wav"]
+    assert server.count("GET /a.wav") == 3
     server.failures = 100
-    with pytest.raises(DataError, match=r"a\.wav cannot be read after 4 attempts"):
+    with pytest.raises(DataError, match=r"a\.wav cannot be read after 4 attempts: the server answers 503"):
+        remote.read_bytes(f"{server.url}/a.wav")
+    assert server.count("GET /a.wav") == 7
+
+
+def test_a_dropped_connection_is_no_missing_file(server):
+    server.files["/a.wav"] = b"x"
+    server.dropped = 2
+    assert remote.read_bytes(f"{server.url}/a.wav") == b"x"
+    server.dropped = 1000
+    with pytest.raises(DataError, match="after 4 attempts: Server disconnected"):
+        remote.read_bytes(f"{server.url}/a.wav")
+    with pytest.raises(DataError, match="after 4 attempts: Server disconnected"):
+        remote.local_copy(f"{server.url}/a.wav")
+    with pytest.raises(DataError, match="after 4 attempts"):
+        remote.exists(f"{server.url}/a.wav")
+
+
+def test_nobody_listens(server):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        with pytest.raises(DataError, match="after 4 attempts: Cannot connect"):
+            remote.read_bytes(f"http://127.0.0.1:{free.getsockname()[1]}/a.wav")
+
+
+def test_a_server_that_says_nothing_more_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(transfer, "_SILENCE", 0.1)
+    monkeypatch.setattr(transfer, "_filesystems", {})
+    server.files["/a.wav"] = b"x"
+    server.slow = 1.0
+    with pytest.raises(DataError, match=r"a\.wav cannot be read after 4 attempts: .*[Tt]imeout"):
         remote.read_bytes(f"{server.url}/a.wav")
 
 
 def test_what_is_not_there_or_not_allowed_is_said_at_once(server):
-    for name, message in (("gone.wav", "there is no such object"), ("secret", "access is denied")):
-        before = server.gets
-        with pytest.raises(DataError, match=message):
-            remote.read_bytes(f"{server.url}/{name}")
-        assert server.gets <= before + 2
+    for name, message in (
+        ("gone.wav", "there is no such object"),
+        ("secret", "access is denied; credentials are taken from ~/.netrc"),
+        ("teapot", "cannot be read: the server answers 418"),
+    ):
+        for call in (remote.read_bytes, remote.local_copy):
+            server.requests.clear()
+            with pytest.raises(DataError, match=message):
+                call(f"{server.url}/{name}")
+            assert len(server.requests) <= 2
+
+
+def test_exists(server):
+    server.files["/a.wav"] = b"x"
+    assert remote.exists(f"{server.url}/a.wav")
+    assert not remote.exists(f"{server.url}/b.wav")
+    with pytest.raises(DataError, match="denied"):
+        remote.exists(f"{server.url}/secret")
+
+
+def test_signatures_are_not_shown(server):
+    for path in ("gone.wav", "secret", "teapot"):
+        with pytest.raises(DataError) as caught:
+            remote.read_bytes(f"{server.url}/{path}?signature=hidden")
+        assert "hidden" not in str(caught.value)
+        assert f"{path}?***" in str(caught.value)
+
+
+def test_what_is_too_large_is_not_read_to_its_end(server, monkeypatch):
+    server.files["/a.wav"] = b"x" * 1001
+    monkeypatch.setattr(remote, "MAX_OBJECT", 1000)
+    with pytest.raises(DataError, match="more than 1,000 bytes"):
+        remote.read_bytes(f"{server.url}/a.wav")
+    assert server.count("GET /a.wav") == 1
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    for package in ("gcsfs", "adlfs", "ocifs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for path, name in (
+        ("gs://b/a.wav", r"nestcli\[gcs\]"),
+        ("az://b/a.wav", r"nestcli\[azure\]"),
+        ("oci://b/a", "ocifs"),
+    ):
+        with pytest.raises(MissingDependencyError, match=f"needs a package that is missing.*pip install '{name}'"):
+            remote.read_bytes(path)
+
+
+def test_importing_it_imports_no_client():
+    code = (
+        "import nestcli.data.remote, sys; sys.exit(sum(name in sys.modules for name in ('fsspec', 'aiohttp', 'torch')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- copies
+
+
+def another_process(monkeypatch):
+    """What this process remembers is gone."""
+    monkeypatch.setattr(remote, "_copies", {})
 
 
 def test_a_copy_is_made_once_and_again_when_the_object_changes(server, cache, monkeypatch):
     server.files["/m.json"] = b"one" * 1000
-    first = remote.local_copy(f"{server.url}/m.json")
+    url = f"{server.url}/m.json"
+    first = remote.local_copy(url)
     assert Path(first).read_bytes() == server.files["/m.json"]
-    gets = server.gets
-    monkeypatch.setattr(remote, "_copies", {})  # another process
-    assert remote.local_copy(f"{server.url}/m.json") == first
-    assert server.gets == gets
-    server.files["/m.json"] = b"two" * 1001
-    monkeypatch.setattr(remote, "_copies", {})
+    assert Path(first).name.endswith("-m.json")
+    seen = len(server.requests)
+    assert remote.local_copy(url) == first
+    assert len(server.requests) == seen  # a process asks once
+    another_process(monkeypatch)
+    assert remote.local_copy(url) == first
+    assert server.requests[seen:] == ["HEAD /m.json"]
+    server.files["/m.json"] = b"two" * 1000
+    another_process(monkeypatch)
+    assert Path(remote.local_copy(url)).read_bytes() == server.files["/m.json"]
+
+
+def test_a_copy_that_was_removed_is_made_again(server, cache):
+    server.files["/m.json"] = b"one"
+    copy = Path(remote.local_copy(f"{server.url}/m.json"))
+    copy.unlink()
+    assert Path(remote.local_copy(f"{server.url}/m.json")).read_bytes() == b"one"
+
+
+def test_a_damaged_copy_is_made_again(server, cache, monkeypatch):
+    server.files["/m.json"] = b"one" * 100
+    copy = Path(remote.local_copy(f"{server.url}/m.json"))
+    copy.write_bytes(b"half")
+    another_process(monkeypatch)
     assert Path(remote.local_copy(f"{server.url}/m.json")).read_bytes() == server.files["/m.json"]
+
+
+def test_a_large_file_comes_from_a_server_that_knows_no_ranges(server, cache):
+    server.files["/big.tar"] = os.urandom(1 << 20) * 20
+    assert Path(remote.local_copy(f"{server.url}/big.tar")).read_bytes() == server.files["/big.tar"]
+
+
+def test_a_gz_that_the_server_calls_encoded_stays_one(server, cache):
+    server.files["/m.json.gz"] = gzip.compress(b'{"audio_filepath": "a.wav", "duration": 1.0}\n')
+    server.headers = {"Content-Encoding": "x-gzip"}
+    copy = remote.local_copy(f"{server.url}/m.json.gz")
+    assert Path(copy).read_bytes() == server.files["/m.json.gz"]
+    assert len(read_manifests(f"{server.url}/m.json.gz")) == 1
 
 
 def test_a_torn_download_leaves_nothing(server, cache):
@@ -174,7 +355,23 @@ def test_a_torn_download_leaves_nothing(server, cache):
     server.torn = 100
     with pytest.raises(DataError, match="cannot be read after"):
         remote.local_copy(f"{server.url}/m.json")
-    assert [path for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+    assert list(cache.iterdir()) == []
+    server.torn = 1
+    assert len(Path(remote.local_copy(f"{server.url}/m.json")).read_bytes()) == 1_000_000
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_read_again(server, cache, monkeypatch):
+    server.files["/m.json"] = b"old" * 1000
+    download = transfer.download
+
+    def replaced_meanwhile(path, found, file, limit):
+        download(path, found, file, limit)
+        server.files["/m.json"] = b"new" * 1000
+
+    monkeypatch.setattr(transfer, "download", replaced_meanwhile)
+    copy = Path(remote.local_copy(f"{server.url}/m.json"))
+    assert copy.read_bytes() == b"new" * 1000
+    assert list(cache.iterdir()) == [copy]
 
 
 def test_the_oldest_copies_make_room(server, cache, monkeypatch):
@@ -183,29 +380,73 @@ def test_the_oldest_copies_make_room(server, cache, monkeypatch):
         server.files[f"/{number}.tar"] = bytes([number]) * 1_000_000
         copy = Path(remote.local_copy(f"{server.url}/{number}.tar"))
         os.utime(copy, (number, number))
-    kept = sorted(path.name[-5:] for path in cache.iterdir() if path.name.endswith(".tar"))
+    kept = sorted(path.name[-5:] for path in cache.iterdir())
     assert kept == ["2.tar", "3.tar"]
+    monkeypatch.setenv(remote.SIZE_VARIABLE, "0.0005")
+    server.files["/4.tar"] = bytes(1_000_000)
+    with pytest.raises(NestError, match="does not fit into a cache of 500,000"):
+        remote.local_copy(f"{server.url}/4.tar")
+    monkeypatch.setenv(remote.SIZE_VARIABLE, "much")
+    with pytest.raises(NestError, match="NEST_CACHE_GB is 'much'"):
+        remote.local_copy(f"{server.url}/4.tar")
 
 
-def fetch_in_child(url: str, folder: str) -> None:
-    os.environ[remote.CACHE_VARIABLE] = folder
-    remote._copies.clear()
-    assert len(Path(remote.local_copy(f"{url}/big.tar")).read_bytes()) == 3_000_000
-    assert remote.read_bytes(f"{url}/a.wav") == b"audio"
+class FullDisk(io.BytesIO):
+    def write(self, block):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_processes_forked_after_use_read_too_and_fetch_a_copy_once(server, cache):
-    server.files.update({"/big.tar": b"x" * 3_000_000, "/a.wav": b"audio"})
-    assert remote.read_bytes(f"{server.url}/a.wav") == b"audio"  # fsspec's thread runs in this process now
-    gets = server.gets
+def test_a_full_disk_is_no_bad_object(server, cache, monkeypatch):
+    server.files["/a"] = b"x" * 100_000
+    download = transfer.download
+    monkeypatch.setattr(transfer, "download", lambda path, found, file, limit: download(path, found, FullDisk(), limit))
+    with pytest.raises(NestError, match=r"cannot hold copies.*No space left.*Set \$NEST_CACHE") as caught:
+        remote.local_copy(f"{server.url}/a")
+    assert not isinstance(caught.value, DataError)  # a run is to stop, not to skip utterance after utterance
+    assert server.count("GET /a") == 1
+    assert list(cache.iterdir()) == []
+
+
+# ---- forks
+
+
+def fork(work) -> None:
+    """Run `work` in three forked processes at once; its exceptions fail the test."""
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=fetch_in_child, args=(server.url, str(cache.parent))) for _ in range(3)]
+    children = [context.Process(target=work) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
         child.join(30)
     assert [child.exitcode for child in children] == [0, 0, 0]
-    assert server.gets - gets <= 3 + 3 + 2  # each its audio; the copy in one go, or in a few ranges
+
+
+def test_parent_and_forked_processes_read_in_turn(server):
+    """The parent's connection stays open: a child must not take it out of the parent's event loop."""
+    server.files["/a.wav"] = b"audio"
+
+    def read() -> None:
+        started = time.monotonic()
+        assert remote.read_bytes(f"{server.url}/a.wav") == b"audio"
+        gc.collect()
+        assert time.monotonic() - started < 5
+
+    for _ in range(2):
+        read()
+        fork(read)
+    read()
+
+
+def test_forked_processes_make_a_copy_once(server, cache):
+    server.files.update({"/big.tar": b"x" * 3_000_000, "/a.wav": b"audio"})
+    assert remote.read_bytes(f"{server.url}/a.wav") == b"audio"  # fsspec's thread runs in this process now
+    server.slow = 0.2
+
+    def fetch() -> None:
+        assert len(Path(remote.local_copy(f"{server.url}/big.tar")).read_bytes()) == 3_000_000
+
+    fork(fetch)
+    assert server.count("GET /big.tar") == 1
 
 
 # ---- S3
@@ -239,6 +480,7 @@ def bucket(tmp_path_factory):
             except Exception:
                 time.sleep(0.1)
         yield client
+    transfer._filesystems.clear()
     server.kill()
     server.wait()
 
@@ -265,9 +507,105 @@ def test_training_reads_manifest_and_audio_from_s3(bucket, corpus, tmp_path, wor
             assert audio.numpy() == pytest.approx(sf.read(tmp_path / f"{item}.wav", dtype="float32")[0])
 
 
-def test_an_object_that_is_gone_from_s3_is_named(bucket):
-    with pytest.raises(DataError, match=r"s3://speech/gone\.wav: there is no such object"):
-        remote.read_bytes("s3://speech/gone.wav")
+def test_what_is_gone_from_s3_is_named(bucket):
+    for path in ("s3://speech/gone.wav", "s3://no-bucket/gone.wav"):
+        with pytest.raises(DataError, match=rf"{path}: there is no such object"):
+            remote.read_bytes(path)
+        with pytest.raises(DataError, match=rf"{path}: there is no such object"):
+            remote.local_copy(path)
+        assert not remote.exists(path)
+    bucket.put_object(Bucket="speech", Key="folder/a.wav", Body=b"x")
+    assert remote.exists("s3://speech/folder/a.wav")
+    assert not remote.exists("s3://speech/folder")
+    with pytest.raises(DataError, match="is a folder, not a file"):
+        remote.local_copy("s3://speech/folder")
+
+
+def test_objects_of_any_size_come_from_s3_whole(bucket, monkeypatch):
+    monkeypatch.setattr(transfer, "_BLOCK", 1 << 16)
+    for size in (0, 1, 1 << 16, (1 << 19) + 1):
+        content = os.urandom(size)
+        bucket.put_object(Bucket="speech", Key=f"{size}.wav", Body=content)
+        assert remote.read_bytes(f"s3://speech/{size}.wav") == content
+        assert Path(remote.local_copy(f"s3://speech/{size}.wav")).read_bytes() == content
+    monkeypatch.setattr(remote, "MAX_OBJECT", 1000)
+    with pytest.raises(DataError, match="more than 1,000 bytes"):
+        remote.read_bytes(f"s3://speech/{1 << 16}.wav")
+
+
+def test_an_object_that_changes_on_s3_is_copied_again(bucket, monkeypatch):
+    for content in (b"one", b"two"):
+        bucket.put_object(Bucket="speech", Key="m.json", Body=content)
+        another_process(monkeypatch)
+        assert Path(remote.local_copy("s3://speech/m.json")).read_bytes() == content
+
+
+def test_parent_and_forked_processes_read_s3_in_turn(bucket):
+    bucket.put_object(Bucket="speech", Key="a.wav", Body=b"audio")
+
+    def read() -> None:
+        started = time.monotonic()
+        assert remote.read_bytes("s3://speech/a.wav") == b"audio"
+        gc.collect()
+        assert time.monotonic() - started < 10
+
+    read()
+    fork(read)
+    read()
+
+
+@pytest.fixture
+def odd_s3(server, monkeypatch):
+    """The server that misbehaves, in the place of S3."""
+    pytest.importorskip("s3fs")
+    for key, value in (
+        ("AWS_ENDPOINT_URL", server.url),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+        ("AWS_SHARED_CREDENTIALS_FILE", os.devnull),
+        ("AWS_CONFIG_FILE", os.devnull),
+    ):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(transfer, "_filesystems", {})
+    return server
+
+
+def test_s3_is_tried_four_times_and_no_more(odd_s3):
+    odd_s3.files["/b/a.wav"] = b"x" * 100_000
+    odd_s3.failures, odd_s3.torn, odd_s3.dropped = 1, 1, 1
+    assert remote.read_bytes("s3://b/a.wav") == odd_s3.files["/b/a.wav"]
+    assert odd_s3.count("GET /b/a.wav") == 4
+    odd_s3.failures = 100
+    with pytest.raises(DataError, match=r"s3://b/a\.wav cannot be read after 4 attempts"):
+        remote.read_bytes("s3://b/a.wav")
+    assert odd_s3.count("GET /b/a.wav") == 8
+
+
+def test_a_torn_copy_from_s3_leaves_nothing(odd_s3, cache):
+    odd_s3.files["/b/a.tar"] = b"x" * 100_000
+    odd_s3.torn = 100
+    with pytest.raises(DataError, match=r"s3://b/a\.tar cannot be read after 4 attempts"):
+        remote.local_copy("s3://b/a.tar")
+    assert list(cache.iterdir()) == []
+    odd_s3.torn = 2
+    assert len(Path(remote.local_copy("s3://b/a.tar")).read_bytes()) == 100_000
+
+
+def test_credentials_that_lack_or_do_not_open(odd_s3, monkeypatch):
+    odd_s3.files["/b/a.wav"] = b"x"
+    expected = r"s3://b/secret: access is denied; credentials are taken from AWS_ACCESS_KEY_ID"
+    odd_s3.forbidden = "/b/secret"
+    with pytest.raises(DataError, match=expected):
+        remote.read_bytes("s3://b/secret")
+    assert odd_s3.count("GET /b/secret") == 1
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setattr(transfer, "_filesystems", {})
+    with pytest.raises(DataError, match=r"s3://b/a\.wav: access is denied; credentials"):
+        remote.read_bytes("s3://b/a.wav")
+    assert odd_s3.count("GET /b/a.wav") == 0
 
 
 def test_training_reads_shards_from_s3(bucket, corpus, tmp_path):

@@ -47,7 +47,7 @@ class Source:
     def __init__(self, path: str, to_row: ToRow) -> None:
         self.path = path
         self.to_row = to_row
-        local = remote.local_copy(path) if remote.is_remote(path) else path
+        local = remote.local_copy(path, keep=True) if remote.is_remote(path) else path
         self.absolute = str(Path(local).absolute())  # workers may stand in another folder
         self.folder = path.rpartition("/")[0] if remote.is_remote(path) else str(Path(self.absolute).parent)
         self.unpacked: npt.NDArray[np.uint8] | None = None

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 
 from nestcli.demo.tour import take_tour
 from nestcli.errors import RunFailedError
-from nestcli.training.callbacks import Reporter, StepReport
+from nestcli.training.metrics import Reporter, StepReport
 
 
 class Silent:

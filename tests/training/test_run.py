@@ -18,7 +18,7 @@ from nestcli.config import load_config
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import CheckpointError, ConfigError, DataError
 from nestcli.model.nest import NestConfig, NestModel
-from nestcli.training.callbacks import StepReport
+from nestcli.training.metrics import StepReport
 from nestcli.training.run import Pretraining, RunResult
 from nestcli.training.settings import Length
 

@@ -17,7 +17,7 @@ from nestcli.data.prepare import PrepareOptions, PrepareSummary, prepare
 from nestcli.demo.corpus import CorpusSummary, make_corpus
 from nestcli.demo.pictures import draw_batch, draw_loss_curve
 from nestcli.errors import RunFailedError
-from nestcli.training.callbacks import Reporter
+from nestcli.training.metrics import Reporter
 from nestcli.training.run import Pretraining, RunResult
 
 SEED = 7

@@ -23,7 +23,8 @@ from nestcli.errors import CheckpointError, ConfigError, RunFailedError
 from nestcli.files import write_text
 from nestcli.model.module import CONFIG_KEY, NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
-from nestcli.training.callbacks import MetricsWriter, NestCheckpoint, Reporter
+from nestcli.training.checkpoints import NestCheckpoint
+from nestcli.training.metrics import MetricsWriter, Reporter
 from nestcli.training.settings import (
     Length,
     TrainerConfig,

@@ -81,6 +81,8 @@ EXTRA_KEYS = frozenset(
         "seed",
         *START_KEYS,
         "model.encoder.backend",
+        "model.encoder.compile",
+        "model.encoder.dropout_draws",
         "model.encoder.use_pytorch_sdpa",
         "model.encoder.conv_norm_ignore_padding",
         "model.loss.nemo_exact",

@@ -117,7 +117,9 @@ def test_loss_gradients_and_statistics_in_training_with_dropout(golden: Golden) 
     output.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     for name, theirs in golden.under("grad.").items():
-        assert_close(gradients[name], theirs, 1e-6 + 1e-5 * float(theirs.abs().max()), f"gradient of {name}")
+        # (a bias before batch norm has no gradient but rounding)
+        rounding = 5e-6 if name.endswith("depthwise_conv.bias") else 1e-6
+        assert_close(gradients[name], theirs, rounding + 1e-5 * float(theirs.abs().max()), f"gradient of {name}")
     if golden is TINY:
         assert set(gradients) == set(golden.under("grad."))
     state = model.state_dict()

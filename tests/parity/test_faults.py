@@ -177,12 +177,13 @@ def a_wrong_bias(patch: pytest.MonkeyPatch) -> None:
 @fault("encoder", "evaluation: layers.0")
 def convolution_before_attention(patch: pytest.MonkeyPatch) -> None:
     def forward(
-        self: Any, x: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor, padding: torch.Tensor
+        self: Any, x: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor, padding: torch.Tensor, _key: Any
     ) -> Any:
-        x = x + 0.5 * self.dropout(self.feed_forward1(self.norm_feed_forward1(x)))
-        x = x + self.dropout(self.conv(self.norm_conv(x), padding))
-        x = x + self.dropout(self.self_attn(self.norm_self_att(x), positions, hidden))
-        x = x + 0.5 * self.dropout(self.feed_forward2(self.norm_feed_forward2(x)))
+        drop1, drop2, drop3, drop4 = self.residual_dropouts
+        x = x + 0.5 * drop1(self.feed_forward1(self.norm_feed_forward1(x)))
+        x = x + drop2(self.conv(self.norm_conv(x), padding))
+        x = x + drop3(self.self_attn(self.norm_self_att(x), positions, hidden))
+        x = x + 0.5 * drop4(self.feed_forward2(self.norm_feed_forward2(x)))
         return self.norm_out(x)
 
     patch.setattr(conformer.ConformerLayer, "forward", forward)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestcli.model.dropout import Dropout
+
 MASKED_SCORE = -10000.0  # not -inf: a row in which everything is masked must stay finite
 
 
@@ -58,27 +60,29 @@ class RelativeAttention(nn.Module):
     Source: Transformer-XL (arXiv:1901.02860 section 3.3); NeMo `RelPositionMultiHeadAttention`.
     """
 
-    def __init__(self, d_model: int, n_heads: int, *, dropout: float, use_bias: bool, use_sdpa: bool) -> None:
+    def __init__(self, d_model: int, n_heads: int, *, dropout: Dropout, use_bias: bool, use_sdpa: bool) -> None:
         super().__init__()
         self.n_heads, self.use_sdpa = n_heads, use_sdpa
         self.linear_q = nn.Linear(d_model, d_model, bias=use_bias)
         self.linear_k = nn.Linear(d_model, d_model, bias=use_bias)
         self.linear_v = nn.Linear(d_model, d_model, bias=use_bias)
         self.linear_out = nn.Linear(d_model, d_model, bias=use_bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.linear_pos = nn.Linear(d_model, d_model, bias=False)
         self.pos_bias_u = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))
         self.pos_bias_v = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))
 
-    def forward(self, x_BSM: Tensor, positions_RM: Tensor, hidden_BSS: Tensor) -> Tensor:
+    def forward(self, x_BSM: Tensor, positions_RM: Tensor, hidden_BSS: Tensor, key: Tensor | None = None) -> Tensor:
         """Attended frames (B, S, M); `hidden_BSS` is True where a frame (second axis) must not see another."""
         q_BSHK, k_BHSK, v_BHSK = self._heads(x_BSM)
         r_HRK = self.linear_pos(positions_RM).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
         content_BHSK = (q_BSHK + self.pos_bias_u).transpose(1, 2)
         position_BHSK = (q_BSHK + self.pos_bias_v).transpose(1, 2)
         bias_BHSS = relative_shift(position_BHSK @ r_HRK.transpose(1, 2))
-        attend = self._fused if self.use_sdpa else self._plain
-        attended_BHSK = attend(content_BHSK, k_BHSK, v_BHSK, bias_BHSS, hidden_BSS[:, None])
+        if self.use_sdpa:
+            attended_BHSK = self._fused(content_BHSK, k_BHSK, v_BHSK, bias_BHSS, hidden_BSS[:, None])
+        else:
+            attended_BHSK = self._plain(content_BHSK, k_BHSK, v_BHSK, bias_BHSS, hidden_BSS[:, None], key)
         return self.linear_out(attended_BHSK.transpose(1, 2).flatten(2))
 
     def share_position_biases(self, other: RelativeAttention) -> None:
@@ -91,10 +95,10 @@ class RelativeAttention(nn.Module):
         )
         return q, k.transpose(1, 2), v.transpose(1, 2)
 
-    def _plain(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+    def _plain(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor, key: Tensor | None) -> Tensor:
         scores_BHSS = (q @ k.transpose(-2, -1) + bias) / math.sqrt(q.size(-1))
         weights_BHSS = scores_BHSS.masked_fill(hidden, MASKED_SCORE).softmax(-1).masked_fill(hidden, 0.0)
-        return self.dropout(weights_BHSS) @ v
+        return self.dropout(weights_BHSS, key) @ v
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
         bias = (bias / math.sqrt(q.size(-1))).masked_fill(hidden, MASKED_SCORE)
@@ -106,14 +110,11 @@ class RelativeAttention(nn.Module):
 def relative_shift(scores_BHSR: Tensor) -> Tensor:
     """Bring scores by offset into scores by frame: out[..., i, j] = scores[..., i, S - 1 - i + j].
 
-    Row i of the result starts one column further left than row i - 1. Reading the rows with a stride that is one
-    shorter does that without a copy.
+    Row i of the result starts one column further left than row i - 1: in the flattened rows, each starts R - 1 after
+    the one before. No copy is made.
     """
-    B, H, S, _ = scores_BHSR.shape
-    scores_BHSR = scores_BHSR.contiguous()
-    stride_B, stride_H, stride_S, stride_R = scores_BHSR.stride()
-    return scores_BHSR.as_strided(
-        (B, H, S, S),
-        (stride_B, stride_H, stride_S - stride_R, stride_R),
-        scores_BHSR.storage_offset() + S - 1,
-    )
+    S = scores_BHSR.size(-2)
+    if S == 1:
+        return scores_BHSR
+    flat = scores_BHSR.flatten(-2)
+    return flat.narrow(-1, S - 1, S * (2 * S - 2)).unflatten(-1, (S, 2 * S - 2))[..., :S]

@@ -5,6 +5,7 @@ Axes: B batch, D mel bins, T feature frames, S sub-sampled frames, M model width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestcli.model.attention import RelativeAttention, RelativePositions
+from nestcli.model.dropout import Dropout
 from nestcli.model.subsampling import DepthwiseStridingSubsampling
 
 
@@ -48,6 +50,8 @@ class EncoderConfig:
     use_pytorch_sdpa: bool = False
     conv_norm_ignore_padding: bool = False
     backend: str = "nest"  # whose code trains; the model is the same, and everything but training uses ours
+    compile: bool = False  # of the layers, by torch.compile
+    dropout_draws: str | None = None  # torch: its generator's, as NeMo's; hash: cheap ones; None: hash if compiled
 
     def __post_init__(self) -> None:
         fixed = {
@@ -77,7 +81,15 @@ class EncoderConfig:
             raise ValueError(f"stochastic_depth_start_layer: {self.stochastic_depth_start_layer} is not a layer.")
         if self.backend not in ("nest", "nemo"):
             raise ValueError(f"backend: {self.backend!r} is not an encoder: use nest or nemo.")
+        if self.dropout_draws not in (None, "torch", "hash"):
+            raise ValueError(f"dropout_draws: {self.dropout_draws!r}: use torch or hash.")
+        if self.backend == "nemo" and (self.compile or self.dropout_draws == "hash"):
+            raise ValueError("backend: NeMo's encoder is trained as it is. Leave out compile and dropout_draws.")
         self._check_convolution()
+
+    @property
+    def hashes_dropout(self) -> bool:
+        return self.compile if self.dropout_draws is None else self.dropout_draws == "hash"
 
     def _check_convolution(self) -> None:
         if self.conv_norm_type not in ("batch_norm", "layer_norm") and not self.conv_norm_groups:
@@ -116,21 +128,22 @@ class EncoderConfig:
 class FeedForward(nn.Module):
     """Two linear layers with SiLU and dropout between them."""
 
-    def __init__(self, d_model: int, d_hidden: int, dropout: float, use_bias: bool) -> None:
+    def __init__(self, d_model: int, d_hidden: int, dropout: Dropout, use_bias: bool) -> None:
         super().__init__()
         self.linear1 = nn.Linear(d_model, d_hidden, bias=use_bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.linear2 = nn.Linear(d_hidden, d_model, bias=use_bias)
 
-    def forward(self, x_BSM: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.silu(self.linear1(x_BSM))))
+    def forward(self, x_BSM: Tensor, key: Tensor | None = None) -> Tensor:
+        return self.linear2(self.dropout(F.silu(self.linear1(x_BSM)), key))
 
 
 class Convolution(nn.Module):
     """Pointwise with GLU, depthwise, normalisation, SiLU, pointwise.
 
     Source: Conformer (arXiv:2005.08100 section 2.2); NeMo `ConformerConvolution`. Batch statistics include padding
-    frames, as in NeMo, unless `conv_norm_ignore_padding` is set.
+    frames, as in NeMo, unless `conv_norm_ignore_padding` is set. Channels stay the last axis: the pointwise
+    convolutions are matrix products then, and the depthwise one has its fastest way.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -143,20 +156,44 @@ class Convolution(nn.Module):
         self.pointwise_conv2 = nn.Conv1d(width, width, 1, bias=config.use_bias)
 
     def forward(self, x_BSM: Tensor, padding_BS: Tensor) -> Tensor:
-        x_BMS = F.glu(self.pointwise_conv1(x_BSM.transpose(1, 2)), dim=1)
-        x_BMS = x_BMS.masked_fill(padding_BS[:, None], 0.0)
-        x_BMS = self.depthwise_conv(F.pad(x_BMS, self.padding))
-        x_BMS = self.pointwise_conv2(F.silu(self._norm(x_BMS, padding_BS)))
-        return x_BMS.transpose(1, 2)
+        x_BSM = F.glu(_pointwise(self.pointwise_conv1, x_BSM)).masked_fill(padding_BS[:, :, None], 0.0)
+        x_BSM = F.silu(self._norm(self._depthwise(x_BSM), padding_BS))
+        return _pointwise(self.pointwise_conv2, x_BSM)
 
-    def _norm(self, x_BMS: Tensor, padding_BS: Tensor) -> Tensor:
+    def _depthwise(self, x_BSM: Tensor) -> Tensor:
+        conv, (left, right) = self.depthwise_conv, self.padding
+        if torch.compiler.is_compiling():
+            return depthwise_by_taps(x_BSM, conv.weight, conv.bias, (left, right))
+        both = min(left, right)
+        if left != right:
+            x_BSM = F.pad(x_BSM, (0, 0, left - both, right - both))
+        x_BM1S = x_BSM.transpose(1, 2)[:, :, None]  # an image of one row in channels-last order
+        x_BM1S = F.conv2d(x_BM1S, conv.weight[:, :, None], conv.bias, padding=(0, both), groups=conv.groups)
+        return x_BM1S.squeeze(2).transpose(1, 2)
+
+    def _norm(self, x_BSM: Tensor, padding_BS: Tensor) -> Tensor:
         if isinstance(self.batch_norm, nn.LayerNorm):
-            return self.batch_norm(x_BMS.transpose(1, 2)).transpose(1, 2)
+            return self.batch_norm(x_BSM)
+        if isinstance(self.batch_norm, nn.GroupNorm):
+            return self.batch_norm(x_BSM.transpose(1, 2)).transpose(1, 2)
         if self.ignore_padding and self.training:
-            valid_NM1 = self.batch_norm(x_BMS.transpose(1, 2)[~padding_BS][:, :, None])
-            normed_BSM = torch.zeros_like(x_BMS.transpose(1, 2), dtype=valid_NM1.dtype)
-            return normed_BSM.masked_scatter(~padding_BS[:, :, None], valid_NM1.squeeze(-1)).transpose(1, 2)
-        return self.batch_norm(x_BMS)
+            valid_NM = self.batch_norm(x_BSM[~padding_BS])
+            normed_BSM = torch.zeros_like(x_BSM, dtype=valid_NM.dtype)
+            return normed_BSM.masked_scatter(~padding_BS[:, :, None], valid_NM)
+        return self.batch_norm(x_BSM.flatten(0, 1)).view(x_BSM.shape)
+
+
+def depthwise_by_taps(x_BSM: Tensor, weight_M1K: Tensor, bias_M: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    """A depthwise convolution as a sum of shifted products, which compiles into one loop with its neighbours."""
+    n_frames, padded_BSM = x_BSM.size(1), F.pad(x_BSM, (0, 0, *padding))
+    taps = [padded_BSM[:, tap : tap + n_frames] * weight_M1K[:, 0, tap] for tap in range(weight_M1K.size(-1))]
+    if bias_M is not None:
+        taps[0] = taps[0] + bias_M
+    return sum(taps[1:], start=taps[0])
+
+
+def _pointwise(conv: nn.Conv1d, x_BSM: Tensor) -> Tensor:
+    return F.linear(x_BSM, conv.weight.squeeze(-1), conv.bias)
 
 
 def _convolution_norm(config: EncoderConfig) -> nn.Module:
@@ -177,27 +214,38 @@ class ConformerLayer(nn.Module):
         super().__init__()
         width, hidden = config.d_model, config.d_model * config.ff_expansion_factor
         self.norm_feed_forward1 = nn.LayerNorm(width)
-        self.feed_forward1 = FeedForward(width, hidden, config.dropout, config.use_bias)
+        self.feed_forward1 = FeedForward(width, hidden, Dropout(config.dropout, site=1), config.use_bias)
         self.norm_conv = nn.LayerNorm(width)
         self.conv = Convolution(config)
         self.norm_self_att = nn.LayerNorm(width)
         self.self_attn = RelativeAttention(
             width,
             config.n_heads,
-            dropout=config.dropout_att,
+            dropout=Dropout(config.dropout_att, site=2),
             use_bias=config.use_bias,
             use_sdpa=config.use_pytorch_sdpa,
         )
         self.norm_feed_forward2 = nn.LayerNorm(width)
-        self.feed_forward2 = FeedForward(width, hidden, config.dropout, config.use_bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.feed_forward2 = FeedForward(width, hidden, Dropout(config.dropout, site=3), config.use_bias)
+        self.residual_dropouts = nn.ModuleList(
+            Dropout(config.dropout, site, channels_first=site == 6) for site in (4, 5, 6, 7)
+        )
         self.norm_out = nn.LayerNorm(width)
 
-    def forward(self, x_BSM: Tensor, positions_RM: Tensor, hidden_BSS: Tensor, padding_BS: Tensor) -> Tensor:
-        x_BSM = x_BSM + 0.5 * self.dropout(self.feed_forward1(self.norm_feed_forward1(x_BSM)))
-        x_BSM = x_BSM + self.dropout(self.self_attn(self.norm_self_att(x_BSM), positions_RM, hidden_BSS))
-        x_BSM = x_BSM + self.dropout(self.conv(self.norm_conv(x_BSM), padding_BS))
-        x_BSM = x_BSM + 0.5 * self.dropout(self.feed_forward2(self.norm_feed_forward2(x_BSM)))
+    def forward(
+        self,
+        x_BSM: Tensor,
+        positions_RM: Tensor,
+        hidden_BSS: Tensor,
+        padding_BS: Tensor,
+        key: Tensor | None = None,
+    ) -> Tensor:
+        """`key` is that of the layer's dropout, see `Dropout`."""
+        drop1, drop2, drop3, drop4 = self.residual_dropouts
+        x_BSM = x_BSM + 0.5 * drop1(self.feed_forward1(self.norm_feed_forward1(x_BSM), key), key)
+        x_BSM = x_BSM + drop2(self.self_attn(self.norm_self_att(x_BSM), positions_RM, hidden_BSS, key), key)
+        x_BSM = x_BSM + drop3(self.conv(self.norm_conv(x_BSM), padding_BS), key)
+        x_BSM = x_BSM + 0.5 * drop4(self.feed_forward2(self.norm_feed_forward2(x_BSM), key), key)
         return self.norm_out(x_BSM)
 
 
@@ -224,6 +272,8 @@ class ConformerEncoder(nn.Module):
         for layer in layers if not config.untie_biases else []:
             layer.self_attn.share_position_biases(layers[0].self_attn)
         self.layers = nn.ModuleList(layers)
+        for layer in layers if config.compile else []:  # one compilation serves all of them
+            layer.compile(options={"fallback_random": not config.hashes_dropout})
         if config.feat_out > 0 and config.feat_out != config.d_model:
             self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.feat_out)
         else:
@@ -251,11 +301,19 @@ class ConformerEncoder(nn.Module):
         x_BSM, positions_RM = self.pos_enc(frames_BSM)
         padding_BS = torch.arange(x_BSM.size(1), device=x_BSM.device) >= lengths_B[:, None]
         hidden_BSS = self._hidden(padding_BS)
-        for number, layer in enumerate(self.layers):
+        if self.config.compile:
+            _mark_lengths((x_BSM, 2), (positions_RM, 1), (hidden_BSS, 3), (padding_BS, 2))
+        for number, (layer, key) in enumerate(zip(self.layers, self._dropout_keys(x_BSM.device), strict=True)):
             before_BSM = x_BSM
-            x_BSM = layer(x_BSM, positions_RM, hidden_BSS, padding_BS)
+            x_BSM = layer(x_BSM, positions_RM, hidden_BSS, padding_BS, key)
             x_BSM = self._maybe_dropped(number, before_BSM, x_BSM)
         return (x_BSM if self.out_proj is None else self.out_proj(x_BSM)), lengths_B
+
+    def _dropout_keys(self, device: torch.device) -> Sequence[Tensor | None]:
+        """A key for each layer's dropout, drawn from torch's generator; None where that draws everything."""
+        if not (self.config.hashes_dropout and self.training):
+            return [None] * len(self.layers)
+        return torch.randint(-(2**31), 2**31, (len(self.layers), 1)).to(device, torch.int32).unbind()
 
     def _hidden(self, padding_BS: Tensor) -> Tensor:
         """Which frames a frame must not see (B, S, S): padding, and what lies outside its context."""
@@ -270,6 +328,13 @@ class ConformerEncoder(nn.Module):
         if torch.rand(1).item() < probability:  # on the CPU whatever the device, as in NeMo
             return after_BSM * 0.0 + before_BSM
         return (after_BSM - before_BSM) / (1.0 - probability) + before_BSM
+
+
+def _mark_lengths(*tensors: tuple[Tensor, int]) -> None:
+    """Have the compiler leave the first so many sizes of each tensor open: batches and their lengths differ."""
+    for tensor, sizes in tensors:
+        for axis in range(sizes):
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def outside_context(n_frames: int, config: EncoderConfig, device: torch.device) -> Tensor | None:

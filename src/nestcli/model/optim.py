@@ -80,7 +80,7 @@ def build_optimizer(model: nn.Module, config: DictConfig) -> AdamW:
     optim = section(OptimizerConfig, config, "model.optim")
     parameters = list(model.parameters())
     clips_scaled = bool(config.trainer.gradient_clip_val) and "mixed" in str(config.trainer.precision)
-    fused = all(parameter.is_cuda for parameter in parameters) and not clips_scaled  # Lightning refuses both together
+    fused = not clips_scaled  # Lightning refuses both together
     beta1, beta2 = optim.betas
     return AdamW(parameters, lr=optim.lr, betas=(beta1, beta2), weight_decay=optim.weight_decay, fused=fused)
 

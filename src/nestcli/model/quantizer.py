@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_STACKS_AT_A_TIME = 256  # bounds the score matrix to 16 MiB a codebook of 8192, which stays near the cache
+_STACKS_AT_A_TIME = 128  # bounds the scores to 8 MiB with codebooks of 8192, which stay in the cache
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,11 @@ class RandomProjectionQuantizer(nn.Module):
     def nearest_codes(self, unit_BSGE: Tensor) -> Tensor:
         """Index of the most similar code, the lowest one on ties: (B, S, G)."""
         flat_GME = unit_BSGE.flatten(0, 1).transpose(0, 1).to(self.codebooks.dtype)
-        codes_GEC = self.codebooks.transpose(1, 2)
-        found_GM = [(part_GME @ codes_GEC).argmax(-1) for part_GME in flat_GME.split(_STACKS_AT_A_TIME, dim=1)]
-        return torch.cat(found_GM, dim=1).t().reshape(unit_BSGE.shape[:3])
+        found = [
+            [(part_ME @ codes_CE.t()).argmax(-1) for part_ME in flat_ME.split(_STACKS_AT_A_TIME)]
+            for flat_ME, codes_CE in zip(flat_GME, self.codebooks, strict=True)
+        ]
+        return torch.stack([torch.cat(parts) for parts in found], dim=-1).view(unit_BSGE.shape[:3])
 
     def lookup(self, tokens_BSG: Tensor) -> Tensor:
         """The quantised vectors (B, S, G, E) of tokens."""

@@ -1,0 +1,133 @@
+"""Every fast path beside the plain thing that it stands for."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nestcli.config import load_config
+from nestcli.model.attention import relative_shift
+from nestcli.model.conformer import ConformerEncoder, depthwise_by_taps
+from nestcli.model.dropout import Dropout, hashed_keep
+from nestcli.model.nest import NestConfig
+from nestcli.model.quantizer import RandomProjectionQuantizer
+from nestcli.model.subsampling import DepthwiseStridingSubsampling
+
+
+def assert_same_gradients(ours: list[torch.Tensor], plain: list[torch.Tensor], tolerance: float) -> None:
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize(("factor", "frames"), [(8, 1616), (8, 16), (4, 333), (2, 50), (16, 1000)])
+def test_subsampling_by_pieces(factor: int, frames: int) -> None:
+    torch.manual_seed(factor)
+    module = DepthwiseStridingSubsampling(20, 24, 16, factor)
+    features = torch.randn(5, frames, 20, requires_grad=True)
+    lengths = torch.tensor([frames, frames - 1, frames // 2, 1, 0])
+    wanted = [features, *module.conv.parameters()]
+    (plain, plain_lengths), (ours, our_lengths) = (
+        convolve(features, lengths) for convolve in (module.convolve, module.convolve_by_pieces)
+    )
+    assert our_lengths.tolist() == plain_lengths.tolist()
+    assert (ours - plain).abs().max() < 1e-6
+    weights = torch.randn_like(plain)
+    assert_same_gradients(*(torch.autograd.grad((x * weights).sum(), wanted) for x in (ours, plain)), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("padding", "bias"), [((4, 4), True), ((8, 0), False), ((3, 5), True)])
+def test_depthwise_by_taps(padding: tuple[int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 30, 6), torch.randn(6, 1, 9)
+    bias_M = torch.randn(6) if bias else None
+    plain = F.conv1d(F.pad(x.transpose(1, 2), padding), weight, bias_M, groups=6).transpose(1, 2)
+    assert (depthwise_by_taps(x, weight, bias_M, padding) - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 3, 17])
+def test_relative_shift(n_frames: int) -> None:
+    scores = torch.randn(2, 3, n_frames, 2 * n_frames - 1)
+    shifted = relative_shift(scores)
+    for i in range(n_frames):
+        for j in range(n_frames):
+            assert torch.equal(shifted[..., i, j], scores[..., i, n_frames - 1 - i + j])
+
+
+def test_tokens_are_those_of_the_smallest_distance() -> None:
+    config = NestConfig.from_config(load_config("small", ["model.num_books=3", "model.num_classes=500"])).quantizer
+    torch.manual_seed(1)
+    quantizer = RandomProjectionQuantizer(config)
+    features = torch.randn(2, 80, 8 * 150)
+    distances = (quantizer.project(features)[:, :, :, None] - quantizer.codebooks).norm(dim=-1)
+    assert torch.equal(quantizer(features), distances.argmin(-1))
+
+
+def key(number: int) -> torch.Tensor:
+    return torch.tensor([number], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_hashed_dropout_keeps_its_share_and_the_mean(p: float) -> None:
+    ones = torch.ones(300, 1000, requires_grad=True)
+    dropped = Dropout(p, site=3)(ones, key(-5))
+    share = float((dropped != 0).float().mean())
+    assert share == pytest.approx(1 - p, abs=5 * math.sqrt(p * (1 - p) / ones.numel()) + 1e-12)
+    if p < 1:
+        assert set(dropped.unique().tolist()) <= {0.0, float(torch.tensor(1.0) / (1 - p))}
+    dropped.sum().backward()
+    assert torch.equal(ones.grad, dropped.detach())
+    assert torch.equal(Dropout(p).eval()(ones, key(1)), ones)
+
+
+def test_hashed_draws_are_independent_of_each_other() -> None:
+    """Correlations of masks of other keys and sites, and of neighbours in one, are those of chance."""
+    shape, bound = torch.Size((512, 1024)), 5 / math.sqrt(512 * 1024)
+    masks = [hashed_keep(shape, key(number), 0.5) for number in (0, 1, 2, 3, -1, 1 << 20, -(2**31))]
+    signs = [mask.double() * 2 - 1 for mask in masks]
+    for number, one in enumerate(signs):
+        assert abs(one.mean()) < bound
+        assert all(abs((one * other).mean()) < bound for other in signs[:number])
+        for lag in (1, 2, 3, 16, 64, 1023, 1024, 4096):
+            flat = one.flatten()
+            assert abs((flat[lag:] * flat[:-lag]).mean()) < bound * 1.01
+        assert one.mean(0).abs().max() < 5.5 / math.sqrt(512)
+        assert one.mean(1).abs().max() < 5.5 / math.sqrt(1024)
+
+
+def test_the_same_key_gives_the_same_draws() -> None:
+    x = torch.randn(4, 50, 7)
+    assert torch.equal(Dropout(0.3, 1)(x, key(9)), Dropout(0.3, 1)(x, key(9)))
+    assert not torch.equal(Dropout(0.3, 1)(x, key(9)), Dropout(0.3, 2)(x, key(9)))
+
+
+def encoder(*overrides: str) -> ConformerEncoder:
+    sizes = ["model.encoder.d_model=32", "model.encoder.n_heads=2", "model.encoder.n_layers=2"]
+    config = NestConfig.from_config(load_config("small", [*sizes, *overrides]))
+    torch.manual_seed(2)
+    return ConformerEncoder(config.encoder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.compile has deprecated things of its own
+@pytest.mark.parametrize("draws", ["torch", "hash"])
+def test_compiled_layers_equal_plain_ones(draws: str) -> None:
+    """In training with dropout and in evaluation, at several sizes, after one compilation for each way of use."""
+    plain = encoder(f"model.encoder.dropout_draws={draws}")
+    compiled = encoder(f"model.encoder.dropout_draws={draws}", "model.encoder.compile=true")
+    torch._dynamo.reset()
+    for training in (True, False):
+        for batch, frames in ((2, 40), (3, 57), (5, 33), (2, 200)):
+            x, lengths = torch.randn(batch, frames, 32, requires_grad=True), torch.randint(1, frames + 1, (batch,))
+            found = []
+            for module in (plain.train(training), compiled.train(training)):
+                torch.manual_seed(frames)
+                encoded, _ = module.encode(x, lengths)
+                module.zero_grad()
+                encoded.square().mean().backward()
+                found.append((encoded, [value.grad for value in module.layers.parameters()], torch.rand(1)))
+            (theirs, plain_gradients, plain_draw), (ours, our_gradients, our_draw) = found
+            assert (ours - theirs).abs().max() < 1e-5
+            assert_same_gradients(our_gradients, plain_gradients, tolerance=1e-4)
+            assert torch.equal(our_draw, plain_draw)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

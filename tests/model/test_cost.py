@@ -13,8 +13,8 @@ from nestcli.config import load_config
 from nestcli.model.cost import Work, batch_work, selected_share, tokens_of, training_memory, work_per_second
 from nestcli.model.module import NestModule
 from nestcli.model.nest import NestConfig, NestModel
-from nestcli.model.subsampling import DepthwiseStridingSubsampling
 from nestcli.model.optim import build_optimizer
+from nestcli.model.subsampling import DepthwiseStridingSubsampling
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed", "bf16-true"])

@@ -112,6 +112,20 @@ def try_step(parameters: Facts) -> Facts:
     return facts
 
 
+def open_training(parameters: Facts) -> Facts:
+    """The model with given weights, its optimiser, and a batch. With `weights` of null: draw and write both."""
+    from nestcli.bench.stepping import Stepper
+
+    stepper = Stepper(parameters)
+    side.STATE.update(step=stepper.step, features=stepper.batch["features"], tokens=stepper.tokens, stepper=stepper)
+    return stepper.facts()
+
+
+def profile_step(_parameters: Facts) -> Facts:
+    facts: Facts = side.STATE["stepper"].profile()
+    return facts
+
+
 OPERATIONS = {
     **side.TIMING,
     "open_loader": open_loader,
@@ -121,6 +135,8 @@ OPERATIONS = {
     "floor_round": floor_round,
     "open_step": open_step,
     "try_step": try_step,
+    "open_training": open_training,
+    "profile_step": profile_step,
 }
 
 

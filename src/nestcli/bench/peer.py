@@ -109,12 +109,12 @@ def our_peer(*, one_thread: bool = True, returns_memory: bool = False) -> Peer:
     return Peer(command, "the measuring process", one_thread=one_thread, returns_memory=returns_memory)
 
 
-def nemo_peer(python: str) -> Peer:
+def nemo_peer(python: str, *, one_thread: bool = True) -> Peer:
     """A fresh process of the Python of an environment with NeMo."""
     found = shutil.which(python)
     if found is None:
         raise NestError(f"--nemo-python {python}: there is no such program. Give the path of a Python that has NeMo.")
-    return Peer([found, str(Path(side.__file__))], f"the NeMo process ({python})")
+    return Peer([found, str(Path(side.__file__))], f"the NeMo process ({python})", one_thread=one_thread)
 
 
 def nemo_version(python: str) -> str:

@@ -16,15 +16,18 @@ from nestcli.bench.fit import buckets_section
 from nestcli.bench.loader import loader_section
 from nestcli.bench.report import SectionReport
 from nestcli.bench.scale import scale_section
+from nestcli.bench.training import quantizer_section, train_step_section
 from nestcli.errors import RunFailedError
 from nestcli.training.settings import accelerator
 
 SECTIONS: dict[str, Callable[[Context], SectionReport]] = {
     "loader": loader_section,
     "scale": scale_section,
+    "train_step": train_step_section,
+    "quantizer": quantizer_section,
     "buckets": buckets_section,
 }
-_WITH_NEMO = ("loader", "scale")
+_WITH_NEMO = ("loader", "scale", "train_step", "quantizer")
 
 
 @dataclass

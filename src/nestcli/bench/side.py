@@ -108,6 +108,43 @@ def endless(loader, seconds_of):
             yield seconds_of(batch)
 
 
+# ---- training steps ----------------------------------------------------------------------------------------------
+
+BATCH = ("clean", "clean_len", "noisy", "noisy_len")
+
+
+def step_round(parameters):
+    """Training steps of STATE["step"], a function of a seed that returns the loss: seconds and loss of each."""
+    seconds, losses = [], []
+    for number in range(parameters["steps"]):
+        start = time.perf_counter()
+        losses.append(STATE["step"](parameters["seed"] + number))
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "losses": losses}
+
+
+def quantizer_round(parameters):
+    """Runs of STATE["tokens"], a function that returns tokens of STATE["features"]: seconds of each, and a digest."""
+    import hashlib
+
+    seconds = []
+    for _ in range(parameters["times"]):
+        start = time.perf_counter()
+        tokens = STATE["tokens"](STATE["features"])
+        seconds.append(time.perf_counter() - start)
+    digest = hashlib.sha256(tokens.flatten(0, 1).long().cpu().numpy().tobytes()).hexdigest()
+    return {"seconds": seconds, "digest": digest}
+
+
+def peak_of(parameters):
+    """The peak of this process while an operation runs, and what it held before; bytes."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+    before = memory_of("self")["resident"]
+    {"step_round": step_round, "quantizer_round": quantizer_round}[parameters["measured"]](parameters)
+    return {"before": before, "peak": memory_of("self")["peak"]}
+
+
 # ---- the conversation --------------------------------------------------------------------------------------------
 
 
@@ -132,7 +169,14 @@ def _reply(operations, request, known):
         return {"error": f"{type(error).__name__}: {error}"[:2000], "kind": None}
 
 
-TIMING = {"round": timed_round, "settle": settle, "memory": memory}
+TIMING = {
+    "round": timed_round,
+    "settle": settle,
+    "memory": memory,
+    "step_round": step_round,
+    "quantizer_round": quantizer_round,
+    "peak_of": peak_of,
+}
 
 
 # ---- NeMo --------------------------------------------------------------------------------------------------------
@@ -163,7 +207,40 @@ def _open_loader(parameters):
     return {"imports": imported - start, "manifest": built - imported, "first_batch": first - built}
 
 
+def _open_training(parameters):
+    """NeMo's model with given weights, its optimiser, and a batch; a step is forward, backward and update."""
+    import torch
+    from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
+    from omegaconf import OmegaConf
+    from safetensors.torch import load_file
+
+    model = EncDecDenoiseMaskedTokenPredModel(cfg=OmegaConf.create(parameters["model"]))
+    model.load_state_dict(load_file(parameters["weights"]), strict=True)
+    optim = {key: value for key, value in parameters["optim"].items() if key != "sched"}
+    optimizer = model.train().setup_optimization(OmegaConf.create(optim))[0]
+    batch = load_file(parameters["batch"])
+
+    def step(seed):
+        torch.manual_seed(seed)
+        log_probs, lengths, masks, tokens = model(
+            input_signal=batch["clean"].clone(),
+            input_signal_length=batch["clean_len"],
+            noisy_input_signal=batch["noisy"].clone(),
+            noisy_input_signal_length=batch["noisy_len"],
+            apply_mask=True,
+        )
+        loss = model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    STATE["step"], STATE["features"] = step, batch["features"]
+    STATE["tokens"] = lambda features: model.quantizer(input_signal=features)[1]
+    return {}
+
+
 if __name__ == "__main__":
     # Python puts this file's folder first, where a file of ours could hide a module of theirs.
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
-    converse({**TIMING, "hello": _hello, "open_loader": _open_loader})
+    converse({**TIMING, "hello": _hello, "open_loader": _open_loader, "open_training": _open_training})

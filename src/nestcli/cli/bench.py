@@ -12,7 +12,7 @@ from nestcli.errors import ConfigError
 if TYPE_CHECKING:
     from nestcli.bench.run import BenchReport
 
-_SECTIONS = ("loader", "scale", "buckets")
+_SECTIONS = ("loader", "scale", "train_step", "quantizer", "buckets")
 
 
 def bench(
@@ -92,7 +92,13 @@ def bench(
 
 
 def _show(report: BenchReport) -> None:
-    shown = {"loader": _show_loader, "scale": _show_scale, "buckets": _show_buckets}
+    shown = {
+        "loader": _show_loader,
+        "scale": _show_scale,
+        "train_step": _show_train_step,
+        "quantizer": _show_quantizer,
+        "buckets": _show_buckets,
+    }
     for section in report.sections:
         shown[section.name](section.to_json())
 
@@ -133,6 +139,41 @@ def _scale_row(label: str, row: dict[str, Any]) -> tuple[str, ...]:
     times = (f"{row[key]:.2f}" for key in ("seconds", "imports", "manifest", "first_batch"))
     memory = (f"{row['memory'][process]['peak'] / 2**20:,.0f}" for process in ("main", "worker"))
     return (label, *times, f"{row['microseconds_per_line']:.2f}", *memory)
+
+
+def _show_train_step(section: dict[str, Any]) -> None:
+    rows = []
+    for name, way in section["ways"].items():
+        ratio = f"{way['ratio']:.2f}" if way["ratio"] else ""
+        share = f"{way['share_of_matrix_product_limit']:.0%}"
+        rows.append((name, *_spread(way["seconds"]), ratio, share, f"{way['peak_memory_bytes'] / 2**20:,.0f}"))
+    if section["nemo"]:
+        memory = section["peak_memory_bytes"]["nemo"] / 2**20
+        rows.append((f"NeMo {section['nemo_version']}", *_spread(section["nemo"]), "", "", f"{memory:,.0f}"))
+    columns = ["", ">median", ">least", ">most", ">times NeMo", ">of the limit", ">MiB"]
+    console.table(f"train_step: {section['unit']}", columns, rows)
+    batch = f"{section['memory_clips']} clips of {section['memory_clip_seconds']:g} s"
+    console.line(f"MiB: the whole process at its peak, with {batch}. Limit: its products at the speed of a large one.")
+    for name, way in section["ways"].items():
+        spent = way["seconds_by_kind"]
+        parts = (f"{kind} {value / sum(spent.values()):.0%}" for kind, value in spent.items() if value)
+        console.line(f"{name}: {', '.join(parts)}.")
+
+
+def _show_quantizer(section: dict[str, Any]) -> None:
+    rows = [("ours", *_spread(section["ours"]))]
+    if section["nemo"]:
+        rows.append((f"NeMo {section['nemo_version']}", *_spread(section["nemo"])))
+    console.table(f"quantizer: {section['unit']}", ["", ">median", ">least", ">most"], rows)
+    peaks = section["peak_memory_bytes"]
+    theirs = (
+        f"; NeMo's {peaks['nemo'] / 2**20:,.0f} MiB, {section['ratio']:.0f} times the time" if peaks["nemo"] else ""
+    )
+    console.line(f"Memory beyond the model's: {peaks['ours'] / 2**20:,.0f} MiB{theirs}.")
+
+
+def _spread(spread: dict[str, float]) -> tuple[str, ...]:
+    return tuple(f"{spread[key]:.4f}" for key in ("median", "min", "max"))
 
 
 def _show_buckets(section: dict[str, Any]) -> None:

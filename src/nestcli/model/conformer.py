@@ -302,6 +302,7 @@ class ConformerEncoder(nn.Module):
         padding_BS = torch.arange(x_BSM.size(1), device=x_BSM.device) >= lengths_B[:, None]
         hidden_BSS = self._hidden(padding_BS)
         if self.config.compile:
+            positions_RM = positions_RM.clone()  # a part of the table would be compiled for the whole table anew
             _mark_lengths((x_BSM, 2), (positions_RM, 1), (hidden_BSS, 3), (padding_BS, 2))
         for number, (layer, key) in enumerate(zip(self.layers, self._dropout_keys(x_BSM.device), strict=True)):
             before_BSM = x_BSM

@@ -27,6 +27,7 @@ SEED = 20
 LONGEST = 6.0  # seconds of audio taken from a file
 SHORTEST = 1.5
 LENGTHS = (1.0, 0.74, 0.55, 0.3)  # shares of a single file, so that the utterances differ in length
+_DRAWS = "model.encoder.dropout_draws"
 _NEMO_BEHAVIOUR = {
     "model.preprocessor.nemo_exact": True,
     "model.loss.nemo_exact": True,
@@ -34,6 +35,7 @@ _NEMO_BEHAVIOUR = {
     "model.masking.max_mask_ratio": None,
     "model.mask_position": "pre_conv",
     "model.encoder.backend": "nest",
+    _DRAWS: "torch",
 }
 
 
@@ -75,6 +77,9 @@ def make_subject(
 def with_nemo_behaviour(config: DictConfig) -> tuple[DictConfig, list[str]]:
     """The configuration with NeMo's behaviour restored, and what that changed against the user's own choice."""
     exact, notes = copy.deepcopy(config), []
+    if OmegaConf.select(config, "model.encoder.compile") and not OmegaConf.select(config, _DRAWS):
+        config = copy.deepcopy(config)
+        OmegaConf.update(config, _DRAWS, "hash", force_add=True)  # what it means
     for key, value in _NEMO_BEHAVIOUR.items():
         chosen = OmegaConf.select(config, key)
         if not key.endswith("nemo_exact"):
@@ -98,7 +103,7 @@ def nemo_model_block(config: DictConfig) -> dict[str, Any]:
 _OURS_ALONE = {
     "preprocessor": ("nemo_exact",),
     "loss": ("nemo_exact",),
-    "encoder": ("conv_norm_ignore_padding", "backend"),
+    "encoder": ("conv_norm_ignore_padding", "backend", "compile", "dropout_draws"),
     "masking": ("max_mask_ratio",),
 }
 

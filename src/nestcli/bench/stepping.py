@@ -1,0 +1,127 @@
+"""Training steps to be timed: a model, its optimiser and one batch, without a loader and without Lightning."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from nestcli.model.cost import batch_work
+from nestcli.model.module import NestModule
+from nestcli.model.nest import NestConfig
+from nestcli.model.optim import build_optimizer
+from nestcli.training.settings import Length, trainer_options
+
+_KINDS = {  # of PyTorch's operators, for the account of a step
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"),
+    "convolutions": ("convolution",),
+    "compiled layers": ("CompiledFxGraph", "CompiledFunction", "triton_", "cpp_fused"),
+    "random numbers": ("bernoulli", "rand", "normal_", "uniform_"),
+    "optimiser": ("adamw", "AdamW"),
+    "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::_to_copy", "aten::stack"),
+}
+_PRODUCT = 2048  # rows and columns of the product by which the device's speed is measured
+
+
+class Stepper:
+    """Steps of the configuration's model in its precision, on `device`.
+
+    `clips` of `seconds` each and the weights are drawn from a seed and written where `weights` and `batch` say, if
+    there are none there yet; both sides of a comparison read the same.
+    """
+
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        config = DictConfig(parameters["config"])
+        self.device = torch.device(parameters["device"])
+        one = {"devices": 1, "num_nodes": 1, "accelerator": "gpu" if self.device.type == "cuda" else "cpu"}
+        fixed = {"lr": parameters["learning_rate"]}
+        config = OmegaConf.merge(config, {"trainer": one, "model": {"optim": fixed}})  # type: ignore[assignment]
+        options = trainer_options(config, Length(None, 1, 1, 1), validates=False)
+        self.precision = Trainer(**options, logger=False, enable_checkpointing=False).precision_plugin
+        self.nest = NestConfig.from_config(config)
+        self.model = NestModule(config).model
+        weights, batch = Path(parameters["weights"]), Path(parameters["batch"])
+        if not weights.exists():
+            save_file({name: value.contiguous() for name, value in self.model.state_dict().items()}, weights)
+        if not batch.exists():
+            save_file(_drawn(parameters["clips"], parameters["seconds"], self.nest), batch)
+        self.model.load_state_dict(load_file(weights))
+        self.model = self.model.to(self.device).train()
+        self.batch = {name: value.to(self.device) for name, value in load_file(batch).items()}
+        self.optimizer = build_optimizer(self.model, config)
+
+    def step(self, seed: int) -> float:
+        """Forward, backward and update; the loss."""
+        torch.manual_seed(seed)
+        with self.precision.forward_context():
+            output = self.model(*(self.batch[name] for name in ("clean", "clean_len", "noisy", "noisy_len")))
+        self.optimizer.zero_grad()
+        output.loss.backward()
+        self.optimizer.step()
+        self._selected = int(output.selected)
+        return float(output.loss.detach())
+
+    def tokens(self, features_BDT: Tensor) -> Tensor:
+        tokens: Tensor = self.model.quantizer(features_BDT)
+        return tokens
+
+    def facts(self) -> dict[str, Any]:
+        return {"threads": torch.get_num_threads(), "seconds_of_audio": float(self.batch["clean_len"].sum()) / 16000}
+
+    def profile(self) -> dict[str, Any]:
+        """Where a step's time goes, by kind of operator; the arithmetic in it, and how fast the device can be."""
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+        with profile(activities=activities) as record:
+            self.step(0)
+        spent = dict.fromkeys([*_KINDS, "everything else"], 0.0)
+        for event in record.key_averages():
+            kind = next((kind for kind, names in _KINDS.items() if any(name in event.key for name in names)), None)
+            own = event.self_device_time_total if self.device.type == "cuda" else event.self_cpu_time_total
+            spent[kind or "everything else"] += own / 1e6
+        clips, samples = self.batch["clean"].shape
+        work = batch_work(self.nest, samples, clips, self._selected / self.nest.quantizer.num_books)
+        return {
+            "seconds_by_kind": spent,
+            "floating_point_operations": sum(part.step for part in work.values()),
+            "device_operations_a_second": self._fastest(),
+        }
+
+    def _fastest(self) -> float:
+        """Floating-point operations a second in a large product, in the precision of training."""
+        with self.precision.forward_context():
+            dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
+        dtype = dtype or self.model.decoder.layer.weight.dtype
+        factor = torch.randn(_PRODUCT, _PRODUCT, device=self.device).to(dtype)
+        best = 0.0
+        for _ in range(10):
+            self._wait()
+            start = time.perf_counter()
+            for _ in range(4):
+                _ = factor @ factor
+            self._wait()
+            best = max(best, 4 * 2 * _PRODUCT**3 / (time.perf_counter() - start))
+        return best
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _drawn(clips: int, seconds: float, nest: NestConfig) -> dict[str, Tensor]:
+    """Noise with the envelope of nothing in particular: what a step costs does not depend on what is said."""
+    generator = torch.Generator().manual_seed(0)
+    samples = round(seconds * nest.preprocessor.sample_rate)
+    clean = 0.1 * torch.randn(clips, samples, generator=generator)
+    noisy = clean + 0.05 * torch.randn(clips, samples, generator=generator)
+    lengths = torch.full((clips,), samples)
+    steps = nest.quantizer.combine_time_steps
+    frames = -(-samples // nest.preprocessor.hop_length // steps) * steps
+    features = torch.randn(clips, nest.quantizer.feat_in, frames, generator=generator)  # no windows of padding
+    return {"clean": clean, "clean_len": lengths, "noisy": noisy, "noisy_len": lengths.clone(), "features": features}

@@ -1,0 +1,176 @@
+"""The sections `train_step` and `quantizer`: the same step, from the same weights, of ours and of NeMo's."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nestcli.bench.context import Context, plain
+from nestcli.bench.peer import Peer, nemo_peer, our_peer
+from nestcli.bench.report import SectionReport, Spread
+from nestcli.config import resolved
+from nestcli.errors import RunFailedError
+from nestcli.parity.subject import nemo_model_block
+from nestcli.training.settings import accelerator
+
+ROUNDS, STEPS, TIMES = 5, 2, 5
+CLIPS, SECONDS = 4, 16.0
+MEMORY_CLIPS, MEMORY_SECONDS = 8, 20.0  # the batch whose memory is compared
+_WARM_UP = 2  # steps
+_RATE = 1e-4  # of the optimiser, small enough for losses to stay comparable
+_SAME_DRAWS = 1e-4  # of losses, relative: no more than rounding between steps with the same random numbers
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to train: how its process is started and opened."""
+
+    name: str
+    config: DictConfig
+    nemo: bool = False
+
+
+def train_step_section(context: Context) -> SectionReport:
+    """Steps in turn: plain, compiled, and NeMo's; then the memory of each, and where our time goes."""
+    ways = _ways(context)
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    losses: dict[str, list[float]] = {way.name: [] for way in ways}
+    with ExitStack() as stack:
+        peers = {way.name: _opened(context, way, stack, CLIPS, SECONDS) for way in ways}
+        for name, peer in peers.items():
+            context.tell(f"train_step: {name}, the first steps")
+            peer.ask("step_round", steps=_WARM_UP, seed=0)
+        rounds = context.options.rounds or ROUNDS
+        for number in range(rounds):
+            context.tell(f"train_step: round {number + 1} of {rounds}")
+            for name, peer in peers.items() if number % 2 == 0 else reversed(peers.items()):
+                facts = peer.ask("step_round", steps=STEPS, seed=100 + number * STEPS)
+                seconds[name].append(min(facts["seconds"]))
+                losses[name] += facts["losses"]
+        accounts = {way.name: peers[way.name].ask("profile_step") for way in ways if not way.nemo}
+    memory = {way.name: _memory(context, way, "step_round") for way in ways}
+    return _step_report(context, seconds, losses, accounts, memory)
+
+
+def quantizer_section(context: Context) -> SectionReport:
+    """Tokens of the same features, in turn; the memory that they take beyond what is there."""
+    ways = [way for way in _ways(context) if way.name != "compiled"]
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    digests = {}
+    with ExitStack() as stack:
+        peers = {way.name: _opened(context, way, stack, CLIPS, SECONDS) for way in ways}
+        for number in range(1 + (context.options.rounds or ROUNDS)):
+            context.tell(f"quantizer: round {number}")
+            for name, peer in peers.items():
+                facts = peer.ask("quantizer_round", times=TIMES)
+                digests[name] = facts["digest"]
+                if number:  # the first one warms up
+                    seconds[name].append(min(facts["seconds"]))
+    memory = {way.name: _memory(context, way, "quantizer_round") for way in ways}
+    ours, nemo = Spread.of(seconds["plain"]), Spread.of(seconds["nemo"]) if "nemo" in seconds else None
+    if nemo is not None and digests["plain"] != digests["nemo"]:
+        raise RunFailedError("quantizer: NeMo's tokens are others than ours; nest compare --only quantizer says where.")
+    return SectionReport(
+        name="quantizer",
+        unit=f"seconds for {CLIPS} clips of {SECONDS:g} s",
+        ours=ours,
+        nemo=nemo,
+        ratio=_times(seconds, "plain"),
+        memory=memory["plain"]["peak"] - memory["plain"]["before"],
+        nemo_memory=memory["nemo"]["peak"] - memory["nemo"]["before"] if "nemo" in memory else None,
+        extra={"nemo_version": context.nemo, "memory_clips": MEMORY_CLIPS, "memory_clip_seconds": MEMORY_SECONDS},
+    )
+
+
+def _ways(context: Context) -> list[_Way]:
+    def changed(**encoder: Any) -> DictConfig:
+        config = OmegaConf.merge(context.config, {"model": {"encoder": encoder}})
+        assert isinstance(config, DictConfig)
+        return config
+
+    ways = [_Way("plain", changed(compile=False, dropout_draws="torch")), _Way("compiled", changed(compile=True))]
+    return [*ways, _Way("nemo", context.config, nemo=True)] if context.nemo is not None else ways
+
+
+def _opened(context: Context, way: _Way, stack: ExitStack, clips: int, seconds: float) -> Peer:
+    files = {
+        "weights": str(context.folder / "weights.safetensors"),
+        "batch": str(context.folder / f"batch-{clips}-{seconds:g}.safetensors"),
+    }
+    context.tell(f"building the model: {way.name}")
+    if way.nemo:
+        assert context.options.nemo_python is not None
+        peer = stack.enter_context(nemo_peer(context.options.nemo_python, one_thread=False))
+        optim = {**resolved(way.config)["model"]["optim"], "lr": _RATE}
+        peer.ask("open_training", model=nemo_model_block(way.config), optim=optim, **files)
+        return peer
+    peer = stack.enter_context(our_peer(one_thread=False))
+    device = "cuda" if accelerator(way.config) == "gpu" else "cpu"
+    drawn = {"clips": clips, "seconds": seconds, "learning_rate": _RATE}
+    peer.ask("open_training", config=plain(way.config), device=device, **drawn, **files)
+    return peer
+
+
+def _memory(context: Context, way: _Way, operation: str) -> Facts:
+    """Of a fresh process with a batch of the size that is compared: what it held, and its peak, in bytes."""
+    with ExitStack() as stack:
+        peer = _opened(context, way, stack, MEMORY_CLIPS, MEMORY_SECONDS)
+        context.tell(f"memory: {way.name}")
+        return peer.ask("peak_of", measured=operation, steps=_WARM_UP, seed=0, times=1)
+
+
+def _times(seconds: dict[str, list[float]], ours: str) -> float | None:
+    """How many times as fast as NeMo: the median of the rounds, each by itself."""
+    if "nemo" not in seconds:
+        return None
+    return statistics.median(nemo / our for our, nemo in zip(seconds[ours], seconds["nemo"], strict=True))
+
+
+def _step_report(
+    context: Context,
+    seconds: dict[str, list[float]],
+    losses: dict[str, list[float]],
+    accounts: dict[str, Facts],
+    memory: dict[str, Facts],
+) -> SectionReport:
+    if "nemo" in losses:
+        worst = max(abs(our / nemo - 1) for our, nemo in zip(losses["plain"], losses["nemo"], strict=True))
+        if worst > _SAME_DRAWS:
+            raise RunFailedError(f"train_step: the losses are not NeMo's, by {worst:.1e}; nest compare says where.")
+    ways = {
+        name: {
+            "seconds": Spread.of(seconds[name]).to_json(),
+            "ratio": _times(seconds, name),
+            "share_of_matrix_product_limit": _share(account, seconds[name]),
+            "peak_memory_bytes": memory[name]["peak"],
+            **account,
+        }
+        for name, account in accounts.items()
+    }
+    return SectionReport(
+        name="train_step",
+        unit=f"seconds a step, {CLIPS} clips of {SECONDS:g} s",
+        ours=Spread.of(seconds["compiled"]),
+        nemo=Spread.of(seconds["nemo"]) if "nemo" in seconds else None,
+        ratio=_times(seconds, "compiled"),
+        memory=memory["compiled"]["peak"],
+        nemo_memory=memory["nemo"]["peak"] if "nemo" in memory else None,
+        extra={
+            "nemo_version": context.nemo,
+            "ways": ways,
+            "memory_clips": MEMORY_CLIPS,
+            "memory_clip_seconds": MEMORY_SECONDS,
+        },
+    )
+
+
+def _share(account: Facts, seconds: list[float]) -> float:
+    """Of the speed at which the device multiplies large matrices."""
+    limit: float = account["floating_point_operations"] / account["device_operations_a_second"]
+    return limit / statistics.median(seconds)

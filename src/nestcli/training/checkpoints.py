@@ -1,8 +1,9 @@
-"""Checkpoints of a run, named as NeMo names them."""
+"""Checkpoints of a run, named as NeMo names them: when they are written, and which are kept."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,20 +15,38 @@ from torch import Tensor
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.model.module import NestModule
 
+LAST_KEPT = 2  # newest checkpoints: a damaged one has one before it
+_STEP = re.compile(r"step=(\d+)(-last)?(-v\d+)?\.ckpt")
+
+
+def step_in_name(path: Path) -> int | None:
+    """The optimiser steps that a checkpoint's name ends with, as `...-step=100-last.ckpt`."""
+    found = _STEP.search(path.name)
+    return int(found[1]) if found and found.end() == len(path.name) else None
+
 
 class NestCheckpoint(ModelCheckpoint):
-    """Checkpoints named as NeMo names them: `NAME--val_loss=8.123-step=100.ckpt`, and the newest with `-last`.
+    """Checkpoints named as NeMo names them: `NAME--val_loss=8.123-step=100.ckpt`, and the newest two with `-last`.
 
-    The last one is also written at the end of training, where validation may not have come by. `nemo` is a .nemo file
-    of the best model to keep beside them, or of the newest as long as there is no best one.
+    A last one is written whenever a best one could be, and at the end of training, where validation may not have come
+    by. `nemo` is a .nemo file of the best model to keep beside them, or of the newest as long as there is no best one.
     """
 
     def __init__(
         self, folder: Path, filename: str, *, monitor: str | None, nemo: Path | None = None, **options: Any
     ) -> None:
+        if options.get("save_last") == "link":  # to a file that is removed when a better one comes
+            options["save_last"] = True
         super().__init__(dirpath=folder, filename=filename, monitor=monitor, enable_version_counter=False, **options)
-        self.CHECKPOINT_NAME_LAST = f"{filename}-last"
+        self.CHECKPOINT_NAME_LAST = f"{filename}-last" if "{step" in filename else f"{filename}-{{step}}-last"
         self.nemo = nemo
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last one where the model is none of the best as well; Lightning 2.6 would not."""
+        super().on_validation_end(trainer, pl_module)
+        by_validation = self._every_n_epochs >= 1 and not self._should_save_on_train_epoch_end(trainer)
+        if by_validation and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -35,7 +54,13 @@ class NestCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+        """The .nemo file comes first: after a kill in between, the run that goes on writes both again."""
+        try:
+            self._keep_nemo(trainer, filepath)
+        finally:
+            super()._save_checkpoint(trainer, filepath)
+
+    def _keep_nemo(self, trainer: Trainer, filepath: str) -> None:
         score = self.best_model_score
         has_best = score is not None and math.isfinite(float(score))
         if self.nemo is not None and trainer.is_global_zero and (filepath == self.best_model_path or not has_best):
@@ -44,13 +69,23 @@ class NestCheckpoint(ModelCheckpoint):
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_last_checkpoint(trainer, monitor_candidates)
-        if trainer.is_global_zero:  # Lightning leaves the one that a run was resumed from
-            for older in Path(str(self.dirpath)).glob("*-last.ckpt"):
-                if older != Path(self.last_model_path):
-                    older.unlink(missing_ok=True)
+        if self.save_last and trainer.is_global_zero:
+            for path in _outdated(Path(self.last_model_path)):
+                path.unlink(missing_ok=True)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if not filepath.endswith("-last.ckpt"):  # Lightning would keep one, and the one that it was resumed from
+            super()._remove_checkpoint(trainer, filepath)
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
         if self.monitor is not None:  # before the first validation the name still needs a number
             candidates.setdefault(self.monitor, torch.tensor(math.inf))
         return candidates
+
+
+def _outdated(newest: Path) -> list[Path]:
+    """The last checkpoints that may go once `newest` is written: those of before, without the newest of them."""
+    steps = {path: step_in_name(path) or -1 for path in newest.parent.glob("*-last.ckpt") if path != newest}
+    before = [path for path, step in steps.items() if step <= (step_in_name(newest) or 0)]
+    return sorted(before, key=lambda path: steps[path], reverse=True)[LAST_KEPT - 1 :]

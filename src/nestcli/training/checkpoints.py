@@ -40,6 +40,22 @@ class NestCheckpoint(ModelCheckpoint):
         super().__init__(dirpath=folder, filename=filename, monitor=monitor, enable_version_counter=False, **options)
         self.CHECKPOINT_NAME_LAST = f"{filename}-last" if "{step" in filename else f"{filename}-{{step}}-last"
         self.nemo = nemo
+        self._best_before: set[str] = set()
+        self._left_over: list[str] = []  # names of former best ones that a kill may have kept from being removed
+
+    def state_dict(self) -> dict[str, Any]:
+        outdated = self._best_before - {*self.best_k_models, self.best_model_path}
+        return {**super().state_dict(), "outdated": sorted(Path(path).name for path in outdated)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._left_over = list(state_dict.get("outdated", ()))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            for name in self._left_over:
+                (Path(str(self.dirpath)) / Path(name).name).unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last one where the model is none of the best as well; Lightning 2.6 would not."""
@@ -67,15 +83,20 @@ class NestCheckpoint(ModelCheckpoint):
             module = cast(NestModule, trainer.lightning_module)
             write_nemo(self.nemo, module.config, module.model.state_dict())
 
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._best_before = {*self.best_k_models, self.best_model_path} - {""}
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_last_checkpoint(trainer, monitor_candidates)
         if self.save_last and trainer.is_global_zero:
             for path in _outdated(Path(self.last_model_path)):
                 path.unlink(missing_ok=True)
 
-    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        if not filepath.endswith("-last.ckpt"):  # Lightning would keep one, and the one that it was resumed from
-            super()._remove_checkpoint(trainer, filepath)
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Former best ones go, the one that the run was resumed from too; the last ones are seen to elsewhere."""
+        inside = Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
+        return previous != current and inside and not previous.endswith("-last.ckpt")
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)

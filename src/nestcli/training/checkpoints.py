@@ -48,14 +48,22 @@ class NestCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "outdated": sorted(Path(path).name for path in outdated)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        """The names that count are those in the folder of today: a run may have been moved."""
+        moved = {**state_dict, "dirpath": self.dirpath}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            moved[key] = self._here(state_dict[key])
+        moved["best_k_models"] = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(moved)
         self._left_over = list(state_dict.get("outdated", ()))
+
+    def _here(self, path: str) -> str:
+        return str(Path(str(self.dirpath)) / Path(path).name) if path else ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
             for name in self._left_over:
-                (Path(str(self.dirpath)) / Path(name).name).unlink(missing_ok=True)
+                Path(self._here(name)).unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last one where the model is none of the best as well; Lightning 2.6 would not."""

@@ -140,8 +140,8 @@ class Pretraining:
         _make_folder(self.folder)
         checkpoints = self._checkpoint_callback()
         if not getattr(rank_zero_only, "rank", 0):
-            self._prepare_folder(checkpoints)
-            write_text(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
+            with disk_explained(self.folder):
+                self._prepare_folder(checkpoints)
         metrics = MetricsWriter(
             self.folder / "metrics.jsonl",
             self.reporter,
@@ -213,6 +213,7 @@ class Pretraining:
         self._resume.set_aside(self.reporter.note)
         if self.resumes is None and (self.folder / "metrics.jsonl").is_file():
             self.reporter.note(f"{self.folder} holds no checkpoint yet: the run starts from the beginning.")
+        write_text(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
 
     def _checkpoint_callback(self) -> NestCheckpoint | None:
         manager = self.config.exp_manager

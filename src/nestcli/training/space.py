@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from nestcli.checkpoint.atomic import UnwrittenError
-from nestcli.errors import ConfigError, RunFailedError
+from nestcli.errors import ConfigError, DataError, NestError, RunFailedError
 from nestcli.training.checkpoints import LAST_KEPT, NestCheckpoint
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
@@ -73,12 +73,18 @@ def _write_failure(error: BaseException | None, folder: Path) -> str | None:
     """What a write to the disk failed of; other errors may follow from it, those of loggers on a full disk say."""
     found = None
     while error is not None:
-        if isinstance(error, UnwrittenError):
+        if isinstance(error, DataError):  # of reading
+            return None
+        if isinstance(error, UnwrittenError) or (type(error) is NestError and _of_the_disk(error.__context__)):
             return str(error)
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        if isinstance(error, OSError) and _of_the_disk(error):
             found = f"{error.filename or f'a file in {folder}'} cannot be written: {error.strerror}."
         error = error.__cause__ or error.__context__
     return found
+
+
+def _of_the_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
 
 
 def _existing(folder: Path) -> Path:

@@ -197,6 +197,17 @@ def test_a_checkpoint_of_an_older_version_is_resumed(corpus: dict[str, Path], ru
     assert not notes
 
 
+def test_a_run_that_was_moved_knows_its_best_model(corpus: dict[str, Path], run: Moves, tmp_path: Path) -> None:
+    folder, *_ = run
+    bests = {path.name for path in (folder / "checkpoints").glob("*.ckpt") if "-last" not in path.name}
+    result, _ = train(corpus, tmp_path, "trainer.max_steps=8")
+    assert result.best is not None
+    assert result.best.parent == folder / "checkpoints"
+    left = {path.name for path in (folder / "checkpoints").glob("*.ckpt") if "-last" not in path.name}
+    assert left == {result.best.name}
+    assert len(bests) == 1
+
+
 def test_a_run_that_has_no_checkpoint_yet_says_that_it_starts_again(corpus: dict[str, Path], tmp_path: Path) -> None:
     _, notes = train(corpus, tmp_path, "trainer.max_steps=1")
     assert not notes

@@ -51,8 +51,9 @@ class NestCheckpoint(ModelCheckpoint):
         """The names that count are those in the folder of today: a run may have been moved."""
         moved = {**state_dict, "dirpath": self.dirpath}
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            moved[key] = self._here(state_dict[key])
-        moved["best_k_models"] = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+            moved[key] = self._here(state_dict.get(key, ""))
+        best = state_dict.get("best_k_models", {})
+        moved["best_k_models"] = {self._here(path): score for path, score in best.items()}
         super().load_state_dict(moved)
         self._left_over = list(state_dict.get("outdated", ()))
 

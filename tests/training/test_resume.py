@@ -228,14 +228,24 @@ def test_a_last_checkpoint_is_written_where_validation_finds_no_better_model(
     assert len(list((tmp_path / "run" / "checkpoints").glob("*-last.ckpt"))) == 2
 
 
-def test_names_of_last_checkpoints_tell_the_step(corpus: dict[str, Path], tmp_path: Path) -> None:
-    words = ("exp_manager.checkpoint_callback_params.filename=same", "trainer.val_check_interval=1")
-    for save_last in ("true", "link"):
-        words = (*words, f"exp_manager.checkpoint_callback_params.save_last={save_last}")
-        train(corpus, tmp_path / save_last, "trainer.max_steps=3", *words)
-        names = {path.name for path in (tmp_path / save_last / "run" / "checkpoints").glob("*.ckpt")}
-        assert names == {"same.ckpt", "same-step=2-last.ckpt", "same-step=3-last.ckpt"}
-        assert not any(path.is_symlink() for path in (tmp_path / save_last / "run" / "checkpoints").iterdir())
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["filename=same", "save_last=link"], {"same.ckpt", "same-step=2-last.ckpt", "same-step=3-last.ckpt"}),
+        (
+            ["filename=a-{step}-x", "auto_insert_metric_name=false", "save_top_k=0"],
+            {"a-2-x-step=2-last.ckpt", "a-3-x-step=3-last.ckpt"},
+        ),
+    ],
+)
+def test_names_of_last_checkpoints_tell_the_step(
+    corpus: dict[str, Path], tmp_path: Path, words: list[str], names: set[str]
+) -> None:
+    options = [f"+exp_manager.checkpoint_callback_params.{word}" for word in words]
+    train(corpus, tmp_path, "trainer.max_steps=3", "trainer.val_check_interval=1", *options)
+    found = set((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+    assert {path.name for path in found} == names
+    assert not any(path.is_symlink() for path in found)
 
 
 def test_processes_that_find_different_checkpoints_do_not_start(tmp_path: Path) -> None:

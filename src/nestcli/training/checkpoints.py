@@ -38,7 +38,8 @@ class NestCheckpoint(ModelCheckpoint):
         if options.get("save_last") == "link":  # to a file that is removed when a better one comes
             options["save_last"] = True
         super().__init__(dirpath=folder, filename=filename, monitor=monitor, enable_version_counter=False, **options)
-        self.CHECKPOINT_NAME_LAST = f"{filename}-last" if "{step" in filename else f"{filename}-{{step}}-last"
+        step = "{step}" if self.auto_insert_metric_name else "step={step}"
+        self.CHECKPOINT_NAME_LAST = f"{filename}-last" if filename.endswith(step) else f"{filename}-{step}-last"
         self.nemo = nemo
         self._best_before: set[str] = set()
         self._left_over: list[str] = []  # names of former best ones that a kill may have kept from being removed
@@ -116,6 +117,7 @@ class NestCheckpoint(ModelCheckpoint):
 
 def _outdated(newest: Path) -> list[Path]:
     """The last checkpoints that may go once `newest` is written: those of before, without the newest of them."""
-    steps = {path: step_in_name(path) or -1 for path in newest.parent.glob("*-last.ckpt") if path != newest}
-    before = [path for path, step in steps.items() if step <= (step_in_name(newest) or 0)]
-    return sorted(before, key=lambda path: steps[path], reverse=True)[LAST_KEPT - 1 :]
+    others = [path for path in newest.parent.glob("*-last.ckpt") if path != newest]
+    keyed = sorted(((step_in_name(path) or -1, path.stat().st_mtime_ns, path) for path in others), reverse=True)
+    before = [path for step, _, path in keyed if step <= (step_in_name(newest) or 0)]
+    return before[LAST_KEPT - 1 :]

@@ -133,6 +133,7 @@ def assert_same_outcome(killed: Path, whole: Path) -> None:
     ours, theirs = (sorted(path.name for path in (run / "checkpoints").glob("*.ckpt*")) for run in (killed, whole))
     assert [name for name in ours if "-last" not in name] == [name for name in theirs if "-last" not in name]
     assert not list((killed / "checkpoints").glob(".*")), "a killed write's file is still there"
+    assert not list((killed / "checkpoints").glob("*.damaged*")), "a kill damaged a checkpoint"
 
 
 def last(run: Path) -> dict[str, Any]:

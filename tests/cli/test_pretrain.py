@@ -45,7 +45,7 @@ def test_train_resume_finish_count(words: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "nest_experiments" / "try"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    [last] = (folder / "checkpoints").glob("*-last.ckpt")
+    [last] = (folder / "checkpoints").glob("*-step=4-last.ckpt")
     counted = nest("count-params", str(last), "--json", cwd=tmp_path)
     assert json.loads(counted.stdout)["nemo"]["difference"] == 0
     further = nest("pretrain", str(last), "trainer.max_steps=5", cwd=tmp_path)  # a checkpoint carries its configuration

@@ -62,8 +62,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def last(folder: Path) -> Path:
-    [path] = (folder / "checkpoints").glob("*-last.ckpt")
-    return path
+    return max((folder / "checkpoints").glob("*-last.ckpt"), key=lambda path: int(path.stem.split("=")[-1][:-5]))
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:

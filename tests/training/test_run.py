@@ -10,7 +10,6 @@ from conftest import tiny_config
 from nestcli.checkpoint.lightning import (
     AtomicCheckpointIO,
     config_of_checkpoint,
-    last_checkpoint,
     load_lightning_checkpoint,
 )
 from nestcli.checkpoint.load import load_checkpoint
@@ -64,9 +63,11 @@ def test_a_run_leaves_checkpoints_metrics_and_curves(corpus: dict[str, Path], tm
     assert [report.step for report in recorder.steps] == list(range(1, 8))
     assert recorder.ended
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert len(names) == 3
+    assert len(names) == 4
     assert names.pop() == "run.nemo"
-    best, last = sorted(names, key=lambda name: "last" in name)
+    before, last = sorted((name for name in names if "last" in name), key=lambda name: name.split("step=")[1])
+    [best] = set(names) - {before, last}
+    assert before.endswith("-step=6-last.ckpt")
     assert best.startswith("SSL-NEST-FastConformer--val_loss=")
     assert last.endswith("-step=7-last.ckpt")
     assert result.best is not None
@@ -130,7 +131,8 @@ def test_a_resumed_run_gives_the_same_losses_to_the_last_bit(
     assert parts.last is not None
     ours, theirs = (load_lightning_checkpoint(path)["state_dict"] for path in (parts.last, whole.last))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert len(list((tmp_path / "parts" / "run" / "checkpoints").glob("*-last.ckpt"))) == 1
+    lasts = (tmp_path / "parts" / "run" / "checkpoints").glob("*-last.ckpt")
+    assert sorted(path.name.split("step=")[1] for path in lasts) == ["8-last.ckpt", "9-last.ckpt"]
 
 
 def test_metrics_of_a_killed_run_beyond_its_checkpoint_are_taken_back(corpus: dict[str, Path], tmp_path: Path) -> None:
@@ -251,12 +253,11 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatc
     def full(*_args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nestcli.checkpoint.lightning.os.fsync", full)
+    monkeypatch.setattr("nestcli.files.os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 2}, path)
     assert load_lightning_checkpoint(path)["global_step"] == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["run-last.ckpt"]
-    assert last_checkpoint(tmp_path) == path
 
 
 @pytest.mark.parametrize(
@@ -288,14 +289,6 @@ def test_a_run_is_not_overwritten_by_a_new_one(corpus: dict[str, Path], tmp_path
         train(corpus, tmp_path, "trainer.max_steps=1", "exp_manager.resume_if_exists=false")
     assert first.last is not None
     assert first.last.is_file()
-
-
-def test_a_damaged_checkpoint_says_what_to_do(corpus: dict[str, Path], tmp_path: Path) -> None:
-    first, _ = train(corpus, tmp_path, "trainer.max_steps=1")
-    assert first.last is not None
-    first.last.write_bytes(first.last.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="Delete or rename it"):
-        train(corpus, tmp_path, "trainer.max_steps=2")
 
 
 def test_validation_within_the_first_accumulation(corpus: dict[str, Path], tmp_path: Path) -> None:

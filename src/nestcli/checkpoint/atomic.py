@@ -12,9 +12,13 @@ from nestcli import files
 from nestcli.errors import CheckpointError
 
 
+class UnwrittenError(CheckpointError):
+    """A checkpoint that could not be written, for want of space say; what was there before still is."""
+
+
 def atomic_file(path: str | os.PathLike[str]) -> AbstractContextManager[BinaryIO]:
-    """`files.atomic_file`; raises CheckpointError."""
-    return files.atomic_file(path, CheckpointError, "Older checkpoints are untouched.")
+    """`files.atomic_file`; raises UnwrittenError."""
+    return files.atomic_file(path, UnwrittenError, "Older checkpoints are untouched.")
 
 
 def save_tensors(content: Any, file: BinaryIO) -> None:

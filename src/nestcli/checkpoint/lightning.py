@@ -6,21 +6,21 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
 
-from nestcli.checkpoint.atomic import atomic_file, save_tensors
+from nestcli.checkpoint.atomic import atomic_file
+from nestcli.checkpoint.digest import save_digested, verify
 from nestcli.config import config_from_dict
 from nestcli.errors import CheckpointError
 from nestcli.model.module import CONFIG_KEY
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file in the same folder, syncs it and renames it, so that a name is always a whole file.
+    """Writes a temporary file in the same folder, syncs it, reads it back and renames it: a name is a whole file.
 
     Reads tensors and plain data only, whatever Lightning asks for: 2.4, which NeMo pins, would run code in a file.
     """
@@ -29,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         with atomic_file(path) as file:
-            save_tensors(checkpoint, file)
+            save_digested(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
@@ -38,11 +38,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
-    """The content of a .ckpt file: plain data and tensors only. With `mmap` tensors stay on disk until they are used.
+    """The content of a .ckpt file: plain data and tensors only. Raises CheckpointError, DamagedError.
 
-    Raises CheckpointError.
+    With `mmap` tensors stay on disk until they are used, and nobody has looked at all bytes: see `digest.verify`.
     """
     try:
+        if not mmap:
+            verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint.") from None
@@ -77,9 +79,3 @@ def config_of_content(content: Mapping[str, Any], source: str, overrides: list[s
             "Its weights alone can start a run: nest pretrain CONFIG init_from_ptl_ckpt=FILE"
         )
     return config_from_dict(content[CONFIG_KEY], source, overrides)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest `*-last.ckpt` of an experiment, None if there is none."""
-    found = sorted(folder.glob("*-last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    return found[-1] if found else None

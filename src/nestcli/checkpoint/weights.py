@@ -5,7 +5,6 @@ docs/decisions/0005 tells what is refused and why.
 
 from __future__ import annotations
 
-import io
 import pickle
 import pickletools
 import re
@@ -18,12 +17,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from nestcli.checkpoint.digest import stored_digest
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.nest import NestConfig, NestModel
 
 MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
 MAX_PICKLE = 16 << 20  # bytes of the table of tensors; the largest preset's has 260,000, with optimiser 1,000,000
-_ZIP_END = 22  # bytes of the record that ends a zip without a comment
 _ENTRY = re.compile(
     r"[^/]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
 )
@@ -150,10 +149,12 @@ def check_zip(file: IO[bytes], size: int, source: str, also: Collection[str] = (
             f"{source}: the weights are not in PyTorch's zip format. Refused: older formats can run code. "
             "Load them where you trust them, and save them again with PyTorch 1.6 or later."
         )
-    file.seek(-min(size, _ZIP_END), io.SEEK_END)
-    end = file.read(_ZIP_END)  # a second directory, which one reader finds and another does not, has no place then
-    if end[:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
-        raise CheckpointError(f"{source}: the weights cannot be read: they are cut off, or go on behind their end.")
+    try:
+        stored_digest(file, size)  # a second directory, which one reader finds and another does not, has no place then
+    except ValueError:
+        raise CheckpointError(
+            f"{source}: the weights cannot be read: they are cut off, or go on behind their end."
+        ) from None
     try:
         with zipfile.ZipFile(file) as archive:
             _check_entries(archive.infolist(), size, source)

@@ -88,7 +88,8 @@ def _show_dry_run(trial: DryRun) -> None:
 def _show_result(result: RunResult) -> None:
     console.note(f"\ntrained to step {result.step:,}")
     if result.val_loss is not None:
-        console.note(f"validation loss {result.val_loss:.3f}, masked-token accuracy {result.val_accuracy:.1%}")
+        accuracy = "" if result.val_accuracy is None else f", masked-token accuracy {result.val_accuracy:.1%}"
+        console.note(f"validation loss {result.val_loss:.3f}{accuracy}")
     if result.skipped:
         console.note(f"left out    {result.skipped:,} utterances that could not be read")
     files = {"best": result.best, "last": result.last, "nemo": result.nemo, "metrics": result.metrics}

@@ -1,8 +1,9 @@
-"""Checkpoints of a run, named as NeMo names them."""
+"""Checkpoints of a run, named as NeMo names them: when they are written, and which are kept."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,20 +15,64 @@ from torch import Tensor
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.model.module import NestModule
 
+LAST_KEPT = 2  # newest checkpoints: a damaged one has one before it
+_STEP = re.compile(r"step=(\d+)(-last)?(-v\d+)?\.ckpt")
+
+
+def step_in_name(path: Path) -> int | None:
+    """The optimiser steps that a checkpoint's name ends with, as `...-step=100-last.ckpt`."""
+    found = _STEP.search(path.name)
+    return int(found[1]) if found and found.end() == len(path.name) else None
+
 
 class NestCheckpoint(ModelCheckpoint):
-    """Checkpoints named as NeMo names them: `NAME--val_loss=8.123-step=100.ckpt`, and the newest with `-last`.
+    """Checkpoints named as NeMo names them: `NAME--val_loss=8.123-step=100.ckpt`, and the newest two with `-last`.
 
-    The last one is also written at the end of training, where validation may not have come by. `nemo` is a .nemo file
-    of the best model to keep beside them, or of the newest as long as there is no best one.
+    A last one is written whenever a best one could be, and at the end of training, where validation may not have come
+    by. `nemo` is a .nemo file of the best model to keep beside them, or of the newest as long as there is no best one.
     """
 
     def __init__(
         self, folder: Path, filename: str, *, monitor: str | None, nemo: Path | None = None, **options: Any
     ) -> None:
+        if options.get("save_last") == "link":  # to a file that is removed when a better one comes
+            options["save_last"] = True
         super().__init__(dirpath=folder, filename=filename, monitor=monitor, enable_version_counter=False, **options)
-        self.CHECKPOINT_NAME_LAST = f"{filename}-last"
+        step = "{step}" if self.auto_insert_metric_name else "step={step}"
+        self.CHECKPOINT_NAME_LAST = f"{filename}-last" if filename.endswith(step) else f"{filename}-{step}-last"
         self.nemo = nemo
+        self._best_before: set[str] = set()
+        self._left_over: list[str] = []  # names of former best ones that a kill may have kept from being removed
+
+    def state_dict(self) -> dict[str, Any]:
+        outdated = self._best_before - {*self.best_k_models, self.best_model_path}
+        return {**super().state_dict(), "outdated": sorted(Path(path).name for path in outdated)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The names that count are those in the folder of today: a run may have been moved."""
+        moved = {**state_dict, "dirpath": self.dirpath}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            moved[key] = self._here(state_dict.get(key, ""))
+        best = state_dict.get("best_k_models", {})
+        moved["best_k_models"] = {self._here(path): score for path, score in best.items()}
+        super().load_state_dict(moved)
+        self._left_over = list(state_dict.get("outdated", ()))
+
+    def _here(self, path: str) -> str:
+        return str(Path(str(self.dirpath)) / Path(path).name) if path else ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            for name in self._left_over:
+                Path(self._here(name)).unlink(missing_ok=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last one where the model is none of the best as well; Lightning 2.6 would not."""
+        super().on_validation_end(trainer, pl_module)
+        by_validation = self._every_n_epochs >= 1 and not self._should_save_on_train_epoch_end(trainer)
+        if by_validation and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -35,22 +80,44 @@ class NestCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+        """The .nemo file comes first: after a kill in between, the run that goes on writes both again."""
+        try:
+            self._keep_nemo(trainer, filepath)
+        finally:
+            super()._save_checkpoint(trainer, filepath)
+
+    def _keep_nemo(self, trainer: Trainer, filepath: str) -> None:
         score = self.best_model_score
         has_best = score is not None and math.isfinite(float(score))
         if self.nemo is not None and trainer.is_global_zero and (filepath == self.best_model_path or not has_best):
             module = cast(NestModule, trainer.lightning_module)
             write_nemo(self.nemo, module.config, module.model.state_dict())
 
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._best_before = {*self.best_k_models, self.best_model_path} - {""}
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_last_checkpoint(trainer, monitor_candidates)
-        if trainer.is_global_zero:  # Lightning leaves the one that a run was resumed from
-            for older in Path(str(self.dirpath)).glob("*-last.ckpt"):
-                if older != Path(self.last_model_path):
-                    older.unlink(missing_ok=True)
+        if self.save_last and trainer.is_global_zero:
+            for path in _outdated(Path(self.last_model_path)):
+                path.unlink(missing_ok=True)
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Former best ones go, the one that the run was resumed from too; the last ones are seen to elsewhere."""
+        inside = Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
+        return previous != current and inside and not previous.endswith("-last.ckpt")
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
         if self.monitor is not None:  # before the first validation the name still needs a number
             candidates.setdefault(self.monitor, torch.tensor(math.inf))
         return candidates
+
+
+def _outdated(newest: Path) -> list[Path]:
+    """The last checkpoints that may go once `newest` is written: those of before, without the newest of them."""
+    others = [path for path in newest.parent.glob("*-last.ckpt") if path != newest]
+    keyed = sorted(((step_in_name(path) or -1, path.stat().st_mtime_ns, path) for path in others), reverse=True)
+    before = [path for step, _, path in keyed if step <= (step_in_name(newest) or 0)]
+    return before[LAST_KEPT - 1 :]

@@ -179,27 +179,31 @@ class MetricsWriter(Callback):
         """Append a line, or replace the last one where validation followed a logged step."""
         if not trainer.is_global_zero:
             return
+        line = json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
         if "val_loss" in row:
-            _drop_lines_after(self.path, row["step"] - 1)
+            _drop_lines_after(self.path, row["step"] - 1, then=line)
+            return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+            file.write(line)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Take out of metrics.jsonl what a killed run wrote after the checkpoint that is resumed."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+def _drop_lines_after(path: Path, step: int, then: str = "") -> None:
+    """Take out of metrics.jsonl what was written after a step, by a killed run say, and put a line in its place."""
+    lines = _lines(path)
     kept = [line for line in lines if _step_of(line) <= step]
-    if len(kept) < len(lines):
-        write_text(path, kept)
+    if then or len(kept) < len(lines):
+        write_text(path, [*kept, then])
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
 
 
 def _line_at(path: Path, step: int) -> dict[str, Any]:
     """The last line of metrics.jsonl if it is that of a step, without what validation added."""
-    if not path.is_file():
-        return {}
-    line = path.read_text(encoding="utf-8").splitlines()[-1:]
+    line = _lines(path)[-1:]
     row: dict[str, Any] = json.loads(line[0]) if line and _step_of(line[0]) == step else {}
     return {key: value for key, value in row.items() if not key.startswith("val_")}
 

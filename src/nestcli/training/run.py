@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.checkpoint.lightning import AtomicCheckpointIO, last_checkpoint, load_lightning_checkpoint
-from nestcli.config import leaves, resolved, section
+from nestcli.checkpoint.lightning import AtomicCheckpointIO
+from nestcli.config import resolved, section
 from nestcli.data.datamodule import NestDataModule
-from nestcli.errors import CheckpointError, ConfigError, RunFailedError
-from nestcli.files import write_text
-from nestcli.model.module import CONFIG_KEY, NestModule
+from nestcli.errors import ConfigError, RunFailedError
+from nestcli.files import remove_leftovers, write_text
+from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.checkpoints import NestCheckpoint
 from nestcli.training.metrics import MetricsWriter, Reporter
+from nestcli.training.resume import SameResume, find_resume
 from nestcli.training.settings import (
     Length,
     TrainerConfig,
@@ -35,6 +35,7 @@ from nestcli.training.settings import (
     quieten,
     trainer_options,
 )
+from nestcli.training.space import check_folder, check_space, disk_explained
 from nestcli.training.start import start_from, starts_of
 
 DEFAULT_EXP_DIR = "nest_experiments"
@@ -102,8 +103,8 @@ class Pretraining:
         self.length = Length.of(config.trainer, len(batches.batches(0)))
         self.data.batches = self.length.batches
         self.module = NestModule(config)
-        self.resumes = self._checkpoint_to_resume()
-        self._resumes_at = self._checked_step(self.resumes) if self.resumes else 0
+        self._resume = find_resume(self.folder, config, self.module.model)
+        self.resumes = self._resume.path
         self._starts = starts_of(config)
         self._starts_from = () if self.resumes else tuple(start_from(self.module.model, self._starts))
 
@@ -113,7 +114,7 @@ class Pretraining:
         return RunPlan(
             folder=self.folder,
             resumes=self.resumes,
-            resumes_at=self._resumes_at,
+            resumes_at=self._resume.step,
             device=device_name(self.config),
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
             encoder=self.module.model.encoder.config.backend,
@@ -137,9 +138,10 @@ class Pretraining:
     def fit(self) -> RunResult:
         """Train to the end; raises NestError for what the user can mend."""
         _make_folder(self.folder)
-        if not getattr(rank_zero_only, "rank", 0):
-            write_text(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
         checkpoints = self._checkpoint_callback()
+        if not getattr(rank_zero_only, "rank", 0):
+            with disk_explained(self.folder):
+                self._prepare_folder(checkpoints)
         metrics = MetricsWriter(
             self.folder / "metrics.jsonl",
             self.reporter,
@@ -148,8 +150,8 @@ class Pretraining:
             batches_per_epoch=self.length.batches_per_epoch,
             log_every=int(self.config.trainer.log_every_n_steps),
         )
-        trainer_callbacks = [metrics, *([checkpoints] if checkpoints else [])]
-        with warnings.catch_warnings(), _memory_explained():
+        trainer_callbacks = [SameResume(self._resume), metrics, *([checkpoints] if checkpoints else [])]
+        with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder):
             quieten()
             trainer = self._trainer(trainer_callbacks)
             try:
@@ -172,10 +174,12 @@ class Pretraining:
     def dry_run(self) -> DryRun:
         """One optimiser step on the first batch, and a look at all that a run needs; nothing is written."""
         device = torch.device("cuda" if accelerator(self.config) == "gpu" else "cpu")
-        _check_writable(self.folder)
+        check_folder(self.folder)
         batch, plan = self.data.train_batch(0, 0), self.plan
         self.data.check_validation_batch()
         checkpoints = self._checkpoint_callback()
+        check_space(self.folder, checkpoints, self.module.model)
+        self._resume.announce(self.reporter.note)
         with warnings.catch_warnings(), _memory_explained():
             quieten()
             trainer = self._trainer([checkpoints] if checkpoints else [])
@@ -201,41 +205,15 @@ class Pretraining:
 
     # ---- parts ----
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        manager = self.config.exp_manager
-        found = last_checkpoint(self.folder / "checkpoints")
-        if not manager.resume_if_exists:
-            if found is not None:
-                raise ConfigError(
-                    f"{self.folder} holds a run already, and exp_manager.resume_if_exists is false. A new one would "
-                    "overwrite it. Set another exp_manager.name, or exp_manager.resume_if_exists=true to go on with it."
-                )
-            return None
-        if found is None and not manager.resume_ignore_no_checkpoint:
-            raise ConfigError(
-                f"exp_manager.resume_if_exists: there is no checkpoint in {self.folder / 'checkpoints'}. "
-                "Set exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
-            )
-        return found
-
-    def _checked_step(self, path: Path) -> int:
-        """The optimiser steps behind a checkpoint; ConfigError if it is of another model."""
-        try:
-            content = load_lightning_checkpoint(path, mmap=True)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error} Delete or rename it: the same command then goes on from an older -last checkpoint, or starts "
-                "from the beginning."
-            ) from None
-        ours, stored = self.module.model.state_dict(), content["state_dict"]
-        for name in [*ours, *stored]:
-            shapes = [tuple(state[name].shape) if name in state else None for state in (ours, stored)]
-            if shapes[0] != shapes[1]:
-                raise ConfigError(
-                    f"the run in {self.folder} is of another model: {_first_change(content, self.config) or name}. "
-                    "Set another exp_manager.name for this one."
-                )
-        return int(content["global_step"])
+    def _prepare_folder(self, checkpoints: NestCheckpoint | None) -> None:
+        """What killed runs have left is put in order; only the first process does that."""
+        for folder in (self.folder, self.folder / "checkpoints"):
+            remove_leftovers(folder)
+        check_space(self.folder, checkpoints, self.module.model)
+        self._resume.set_aside(self.reporter.note)
+        if self.resumes is None and (self.folder / "metrics.jsonl").is_file():
+            self.reporter.note(f"{self.folder} holds no checkpoint yet: the run starts from the beginning.")
+        write_text(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
 
     def _checkpoint_callback(self) -> NestCheckpoint | None:
         manager = self.config.exp_manager
@@ -284,19 +262,6 @@ def experiment_folder(config: DictConfig) -> Path:
     return Path(manager.exp_dir or DEFAULT_EXP_DIR).expanduser() / str(manager.name)
 
 
-def _first_change(content: Mapping[str, Any], config: DictConfig) -> str | None:
-    """The first setting of the model that differs from the one that a checkpoint carries."""
-    if not isinstance(content.get(CONFIG_KEY), Mapping):
-        return None
-    stored = dict(leaves(content[CONFIG_KEY]["model"]))
-    for key, value in leaves(resolved(config)["model"]):
-        if key == "encoder.backend":  # changes the code that trains, not the model
-            continue
-        if key.startswith(("encoder.", "quantizer.", "decoder.", "masking.")) and stored.get(key) != value:
-            return f"model.{key} is {stored.get(key)} there and {value} here"
-    return None
-
-
 @contextmanager
 def _memory_explained() -> Iterator[None]:
     """A GPU that is too small for the run is no bug."""
@@ -317,10 +282,4 @@ def _make_folder(folder: Path) -> None:
         raise ConfigError(
             f"the experiment's folder {folder} cannot be made: {error.strerror}. Set exp_manager.exp_dir."
         ) from None
-    _check_writable(folder)
-
-
-def _check_writable(folder: Path) -> None:
-    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"the experiment's folder {folder} is not writable. Set exp_manager.exp_dir.")
+    check_folder(folder)

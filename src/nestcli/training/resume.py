@@ -1,0 +1,189 @@
+"""What a run goes on from: the newest checkpoint that is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig
+from torch import nn
+
+from nestcli.checkpoint.digest import DamagedError, verify
+from nestcli.checkpoint.lightning import load_lightning_checkpoint
+from nestcli.config import leaves, resolved
+from nestcli.errors import CheckpointError, ConfigError
+from nestcli.model.module import CONFIG_KEY
+from nestcli.training.checkpoints import step_in_name
+
+DAMAGED = ".damaged"  # what is put behind the name of one that is set aside
+_STATE = ("optimizer_states", "lr_schedulers", "loops")  # what training needs beside the weights
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A checkpoint newer than the one that is resumed, and why it cannot be it."""
+
+    path: Path
+    reason: str
+    damaged: bool  # else it is whole, and of another kind
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The checkpoint that a run goes on from, None at its beginning, and the optimiser steps behind it."""
+
+    path: Path | None = None
+    step: int = 0
+    passed: tuple[Passed, ...] = ()
+
+    def announce(self, note: Callable[[str], None]) -> None:
+        """Say what is to be set aside, without doing it."""
+        for passed in self.passed:
+            note(f"{self._about(passed)}{' It will be set aside.' if passed.damaged else ''}")
+
+    def set_aside(self, note: Callable[[str], None]) -> None:
+        """Rename the damaged ones, so that nothing takes them for checkpoints; nothing is deleted."""
+        for passed in self.passed:
+            kept = f" It is kept as {_renamed(passed.path).name}." if passed.damaged else ""
+            note(f"{self._about(passed)}{kept}")
+
+    def _about(self, passed: Passed) -> str:
+        assert self.path is not None
+        what = "is damaged" if passed.damaged else "is not used"
+        return (
+            f"The checkpoint {passed.path.name} {what}: {passed.reason}. "
+            f"The run goes on from {self.path.name}, step {self.step:,}."
+        )
+
+
+def find_resume(folder: Path, config: DictConfig, model: nn.Module) -> Resume:
+    """The newest whole checkpoint in a run's folder, by its optimiser steps, as exp_manager allows.
+
+    Nothing is changed in the folder. Raises ConfigError for a run of another model, and CheckpointError if there are
+    checkpoints and training cannot go on from any of them.
+    """
+    manager, checkpoints = config.exp_manager, folder / "checkpoints"
+    there = [*checkpoints.glob("*.ckpt"), *checkpoints.glob(f"*.ckpt{DAMAGED}*")]
+    if not manager.resume_if_exists:
+        if there:
+            raise ConfigError(
+                f"{folder} holds a run already, and exp_manager.resume_if_exists is false. A new one would "
+                "overwrite it. Set another exp_manager.name, or exp_manager.resume_if_exists=true to go on with it."
+            )
+        return Resume()
+    if there:
+        return _newest_whole(checkpoints, config, model)
+    if not manager.resume_ignore_no_checkpoint:
+        raise ConfigError(
+            f"exp_manager.resume_if_exists: there is no checkpoint in {checkpoints}. "
+            "Set exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
+        )
+    return Resume()
+
+
+def _newest_whole(checkpoints: Path, config: DictConfig, model: nn.Module) -> Resume:
+    passed: list[Passed] = []
+    for path in newest_first(checkpoints):
+        try:
+            verify(path)
+            content = load_lightning_checkpoint(path, mmap=True)
+        except DamagedError as error:
+            passed.append(Passed(path, error.reason, damaged=True))
+        except FileNotFoundError:  # another process of this run has just set it aside
+            continue
+        except PermissionError:
+            raise CheckpointError(f"{path} may not be read. Change its permissions: chmod u+r FILE.") from None
+        except CheckpointError:
+            passed.append(Passed(path, "it holds more than tensors and plain data, or no weights", damaged=False))
+        else:
+            if all(key in content for key in _STATE):
+                _check_model(content, config, model, checkpoints.parent)
+                return Resume(path, int(content["global_step"]), tuple(passed))
+            passed.append(Passed(path, "it holds weights, and not the state of training", damaged=False))
+    found = " ".join(f"{each.path.name}: {each.reason}." for each in passed)
+    raise CheckpointError(
+        f"training cannot go on from any checkpoint in {checkpoints}. {found or 'Only damaged ones are left.'} Put a "
+        "copy of a whole one there; or move that folder away, or set another exp_manager.name, to start from the "
+        "beginning (from weights that you have: init_from_ptl_ckpt=FILE)."
+    )
+
+
+def newest_first(checkpoints: Path) -> Iterator[Path]:
+    """The checkpoints of a folder by optimiser steps; of those with the same, the one of the end, then the youngest."""
+    keyed = []
+    for path in checkpoints.glob("*.ckpt"):
+        try:
+            keyed.append((_step(path), path.name.endswith("-last.ckpt"), path.stat().st_mtime_ns, path))
+        except FileNotFoundError:
+            continue
+    yield from (path for *_, path in sorted(keyed, reverse=True))
+
+
+def _step(path: Path) -> float:
+    """Steps by name, or by content if the name does not tell; what cannot be read comes first, to be looked at."""
+    step = step_in_name(path)
+    if step is not None:
+        return step
+    try:
+        verify(path)
+        return int(load_lightning_checkpoint(path, mmap=True)["global_step"])
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError):
+        return float("inf")
+
+
+def _renamed(path: Path) -> Path:
+    target, number = path.with_name(f"{path.name}{DAMAGED}"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}{DAMAGED}-{number}")
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is damaged, and cannot be renamed to {target.name}: {error.strerror}. Move it away yourself."
+        ) from None
+    return target
+
+
+def _check_model(content: Mapping[str, Any], config: DictConfig, model: nn.Module, folder: Path) -> None:
+    """Raise ConfigError if a checkpoint is of another model."""
+    ours, stored = model.state_dict(), content["state_dict"]
+    for name in [*ours, *stored]:
+        shapes = [tuple(state[name].shape) if name in state else None for state in (ours, stored)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"the run in {folder} is of another model: {_first_change(content, config) or name}. "
+                "Set another exp_manager.name for this one."
+            )
+
+
+def _first_change(content: Mapping[str, Any], config: DictConfig) -> str | None:
+    """The first setting of the model that differs from the one that a checkpoint carries."""
+    if not isinstance(content.get(CONFIG_KEY), Mapping):
+        return None
+    stored = dict(leaves(content[CONFIG_KEY]["model"]))
+    for key, value in leaves(resolved(config)["model"]):
+        if key == "encoder.backend":  # changes the code that trains, not the model
+            continue
+        if key.startswith(("encoder.", "quantizer.", "decoder.", "masking.")) and stored.get(key) != value:
+            return f"model.{key} is {stored.get(key)} there and {value} here"
+    return None
+
+
+class SameResume(Callback):
+    """Stops a run whose processes would go on from different checkpoints, as where the folder is not shared."""
+
+    def __init__(self, resume: Resume) -> None:
+        self.resume = resume
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        ours = (self.resume.path.name if self.resume.path else None, self.resume.step)
+        first = trainer.strategy.broadcast(ours)
+        if ours != first:
+            raise CheckpointError(
+                f"process {trainer.global_rank} finds {ours[0] or 'no checkpoint'} to go on from, the first process "
+                f"{first[0] or 'none'}. Let exp_manager.exp_dir be a folder that all of them share."
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from nestcli.data.cores import available_cores
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
 from nestcli.data.manifest import Manifest
 from nestcli.data.noise import NoisePool
+from nestcli.data.notes import Noted
 from nestcli.data.order import Items
 from nestcli.data.plan import BatchPlan
 from nestcli.data.planning import plan_batches
@@ -31,6 +33,7 @@ from nestcli.data.reading import read_audio
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.skipping import SkipCounter
 from nestcli.data.slabs import Placed, SlabLoader, Slabs
+from nestcli.data.watch import Watch, WatchedLoader, explained
 from nestcli.errors import ConfigError, DataError, NestError
 
 MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
@@ -126,7 +129,8 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         )
 
     def _speech(self, item: int) -> Samples:
-        audio = read_audio(self.speech.entry(item % len(self.speech)), sample_rate=self.sample_rate)
+        with Noted(self.speech, item % len(self.speech)) as entry:
+            audio = read_audio(entry, sample_rate=self.sample_rate)
         shortest = int(MIN_SECONDS * self.sample_rate)
         return np.resize(audio, shortest) if len(audio) < shortest else audio
 
@@ -209,6 +213,7 @@ class NestDataModule(LightningDataModule):
         self.sample_rate = int(config.model.sample_rate)
         self.skipped = SkipCounter(self._settings("model.train_ds").max_failed_share, tell)
         self._val_skipped = SkipCounter(1.0, tell)
+        self._watches: list[Watch] = []
         self._sampler: ResumableSampler | None = None
         self._restored: Position | None = None
 
@@ -239,6 +244,10 @@ class NestDataModule(LightningDataModule):
             batches = self._plan(self.val, "model.validation_ds", 1, 0).batches(0)
             data = self._data(self.val, self.val_noise, "model.validation_ds")
             self._counted(data[Place(0, batches[0])], self._val_skipped)
+
+    def losses_explained(self) -> AbstractContextManager[None]:
+        """A context in which PyTorch's error about a lost loader process becomes a RunFailedError that says more."""
+        return explained(self._watches)
 
     # ---- Lightning's hooks ----
 
@@ -335,10 +344,12 @@ class NestDataModule(LightningDataModule):
             "num_workers": workers,
             "persistent_workers": workers > 0,
         }
-        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
-            return DataLoader(data, pin_memory=settings.pin_memory, **options)  # a thread of its own copies batches
         if workers == 0:
             return DataLoader(data, **options)
+        options["watch"] = Watch(workers, key, settings.read_timeout)
+        self._watches.append(options["watch"])
+        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
+            return WatchedLoader(data, pin_memory=settings.pin_memory, **options)  # a thread of its own copies batches
         n_samples = (sampler.plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
         data.slabs = Slabs(workers, _PREFETCHED, min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLAB))
         return SlabLoader(data, slabs=data.slabs, prefetch_factor=_PREFETCHED, **options)

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 
 from nestcli.data.batch import NoiseBatch, Samples
+from nestcli.data.watch import WatchedLoader
 
 Other = TypeVar("Other")
 _ALIGNMENT = 64  # bytes
@@ -116,7 +117,7 @@ class Slabs:
         return replace(sent.batch, **copies)
 
 
-class SlabLoader(DataLoader[Any]):
+class SlabLoader(WatchedLoader):
     """A DataLoader whose data set puts its batches into `slabs`, and which takes them out."""
 
     def __init__(self, *arguments: Any, slabs: Slabs, pin_slabs: bool = False, **options: Any) -> None:

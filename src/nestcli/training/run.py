@@ -153,7 +153,8 @@ class Pretraining:
             quieten()
             trainer = self._trainer(trainer_callbacks)
             try:
-                trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
+                with self.data.losses_explained():
+                    trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
             except SystemExit:  # Lightning's answer to Ctrl-C
                 raise KeyboardInterrupt from None
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}

@@ -10,7 +10,8 @@ import multiprocessing.process
 import re
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -42,6 +43,7 @@ class Watch:
     def __init__(self, workers: int, key: str, timeout: float | None) -> None:
         self.notes, self.key, self.timeout = Notes(workers), key, timeout
         self.processes: Sequence[BaseProcess] = ()
+        self.end: Callable[[], None] = lambda: None  # all processes
         self._suspected: dict[int, tuple[int, float]] = {}  # by process: the note that is too old, and when it was seen
 
     def look(self, awaited: Iterable[int] = (), waited: float = 0.0) -> None:
@@ -90,18 +92,18 @@ class Watch:
     def _remedy(self, code: int | None) -> str:
         memory = f"lower {self.key}.num_workers or the size of its batches"
         leave_out = (
-            "then take its line out of the manifest, or the run ends there again; `nest prepare-data` finds and leaves "
-            "out such files. The same command goes on from the newest checkpoint."
+            "take its line out of the manifest (`nest prepare-data` finds and leaves out files that crash their "
+            "decoder). The same command goes on from the newest checkpoint."
         )
         if code is not None and -code in _CRASHES:
             shared = " (or is /dev/shm full?)" if -code == signal.SIGBUS else ""
-            return f"The file may crash its decoder{shared}: {leave_out}"
+            return f"The file may crash its decoder{shared}. If the run ends at it again, {leave_out}"
         if code == -signal.SIGKILL:
             return (
-                f"If the system's memory was full (`dmesg` tells), {memory}. If it happens at this file again, "
+                f"If the system's memory was full (`dmesg` tells), {memory}. If the run ends at this file again, "
                 f"{leave_out}"
             )
-        return f"Look who ended it. If it happens at this file again, {leave_out}"
+        return f"Look who ended it. If the run ends at this file again, {leave_out}"
 
     def _hangs(self, number: int, note: Note, seconds: float) -> RunFailedError:
         what = f"has been {_doing(note)} for {seconds:.0f} s" if note.reading else (
@@ -149,7 +151,7 @@ class _Watching(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: DataLoader[Any], watch: Watch) -> None:
         self._watch, self._asked = watch, 0.0
         super().__init__(loader)
-        watch.processes = self._workers
+        watch.processes, watch.end = self._workers, _weakly(self)
 
     def _try_get_data(self, timeout: float = _POLL) -> tuple[bool, Any]:
         now = time.monotonic()
@@ -158,7 +160,7 @@ class _Watching(_MultiProcessingDataLoaderIter):
         try:
             self._watch.look(awaited[:1] if awaited else range(self._num_workers), now - self._asked)
         except RunFailedError:
-            self._kill()
+            self.end()
             raise
         success, data = super()._try_get_data(min(timeout, _POLL))  # type: ignore[no-untyped-call]
         if success:
@@ -167,10 +169,10 @@ class _Watching(_MultiProcessingDataLoaderIter):
 
     def _shutdown_workers(self) -> None:
         if any(process.exitcode for process in getattr(self, "_workers", ())):
-            self._kill()  # one died; another may wait for a lock that it held
+            self.end()  # one died; another may wait for a lock that it held
         super()._shutdown_workers()
 
-    def _kill(self) -> None:
+    def end(self) -> None:
         """End all processes: they are of no use without the one that is lost, and stopped ones hear nothing else."""
         if self._worker_pids_set:
             _remove_worker_pids(id(self))  # or PyTorch would raise its own error here
@@ -184,6 +186,17 @@ class _Watching(_MultiProcessingDataLoaderIter):
                 getattr(multiprocessing.process, "_children", set()).discard(process)
 
 
+def _weakly(iterator: _Watching) -> Callable[[], None]:
+    """Its `end`, as long as it is there: nothing else is to keep it."""
+    found = weakref.ref(iterator)
+
+    def end() -> None:
+        if (iterator := found()) is not None:
+            iterator.end()
+
+    return end
+
+
 @contextmanager
 def explained(watches: Iterable[Watch]) -> Iterator[None]:
     """Turn PyTorch's error about a loader process, which it may raise at any place, into a RunFailedError."""
@@ -192,6 +205,7 @@ def explained(watches: Iterable[Watch]) -> Iterator[None]:
     except RuntimeError as error:
         for watch in watches:
             if failure := watch.explanation(error):
+                watch.end()
                 raise failure from None
         raise
 

@@ -30,6 +30,7 @@ from nestcli.data.order import Items
 from nestcli.data.plan import BatchPlan
 from nestcli.data.planning import plan_batches
 from nestcli.data.reading import read_audio
+from nestcli.data.ready import check_noise, check_speech, machine_notes
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.skipping import SkipCounter
 from nestcli.data.slabs import Placed, SlabLoader, Slabs
@@ -245,6 +246,23 @@ class NestDataModule(LightningDataModule):
             data = self._data(self.val, self.val_noise, "model.validation_ds")
             self._counted(data[Place(0, batches[0])], self._val_skipped)
 
+    def check_ready(self, processes: int = 1) -> None:
+        """Look for the files, and at what the machine has for `processes` of the run. Raises DataError."""
+        for key, corpus, noise in (
+            ("model.train_ds", self.train, self.train_noise),
+            ("model.validation_ds", self.val, self.val_noise),
+        ):
+            if corpus is None:
+                continue
+            settings = self._settings(key)
+            check_speech(corpus.speech, key, settings.max_failed_share)
+            if noise is not None and (told := check_noise(noise.manifest, key, settings.max_failed_share)):
+                self.tell(told)
+            if corpus is self.train:
+                n_bytes = _slab_bytes(self._plan(corpus, key, 1, 0), settings) * (_PREFETCHED + 1) * _workers(settings)
+                for told in machine_notes(key, settings.num_workers, n_bytes, processes):
+                    self.tell(told)
+
     def losses_explained(self) -> AbstractContextManager[None]:
         """A context in which PyTorch's error about a lost loader process becomes a RunFailedError that says more."""
         return explained(self._watches)
@@ -337,7 +355,7 @@ class NestDataModule(LightningDataModule):
 
     def _loader(self, data: NoisySpeech, sampler: ResumableSampler, key: str) -> DataLoader[Any]:
         settings = self._settings(key)
-        workers = min(settings.num_workers, available_cores())
+        workers = _workers(settings)
         options: dict[str, Any] = {
             "sampler": cast("Sampler[int]", sampler),  # places, not numbers: the data set takes them as they are
             "batch_size": None,
@@ -350,9 +368,17 @@ class NestDataModule(LightningDataModule):
         self._watches.append(options["watch"])
         if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
             return WatchedLoader(data, pin_memory=settings.pin_memory, **options)  # a thread of its own copies batches
-        n_samples = (sampler.plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
-        data.slabs = Slabs(workers, _PREFETCHED, min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLAB))
+        data.slabs = Slabs(workers, _PREFETCHED, _slab_bytes(sampler.plan, settings))
         return SlabLoader(data, slabs=data.slabs, prefetch_factor=_PREFETCHED, **options)
+
+
+def _workers(settings: DatasetConfig) -> int:
+    return min(settings.num_workers, available_cores())
+
+
+def _slab_bytes(plan: BatchPlan, settings: DatasetConfig) -> int:
+    n_samples = (plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
+    return min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLAB)
 
 
 def _wants_validation(config: DictConfig) -> bool:

@@ -98,6 +98,7 @@ class Pretraining:
         section(TrainerConfig, config, "trainer")
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config, reporter.note)
+        self.data.check_ready(n_processes(config) // int(config.trainer.num_nodes))
         batches = self.data.train_plan(n_processes(config))
         self.length = Length.of(config.trainer, len(batches.batches(0)))
         self.data.batches = self.length.batches

@@ -130,8 +130,8 @@ def test_a_process_that_hangs(corpus: dict[str, Path], monkeypatch: pytest.Monke
 
 
 def test_a_process_that_is_stopped_while_it_waits(corpus: dict[str, Path]) -> None:
-    batches = endless(corpus, "model.train_ds.num_workers=2")
     before = children(os.getpid())
+    batches = endless(corpus, "model.train_ds.num_workers=2")
     next(batches)
     time.sleep(0.5)  # the queues are full
     stopped = min(children(os.getpid()) - before)
@@ -372,6 +372,7 @@ def test_a_process_that_cannot_be_ended_is_not_waited_for(
     import multiprocessing.process as processes
 
     monkeypatch.setattr(watch, "_ENDING", 0.5)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     at_file("train/3.wav", hang, monkeypatch)
     batches = endless(corpus, "model.train_ds.num_workers=1")
     kills: list[Any] = []

@@ -366,10 +366,13 @@ class NestDataModule(LightningDataModule):
             return DataLoader(data, **options)
         options["watch"] = Watch(workers, key, settings.read_timeout)
         self._watches.append(options["watch"])
-        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
-            return WatchedLoader(data, pin_memory=settings.pin_memory, **options)  # a thread of its own copies batches
+        device = None if self.trainer is None else self.trainer.strategy.root_device
+        on_gpu = device is not None and device.type == "cuda"
+        if on_gpu and not settings.pin_memory:
+            return WatchedLoader(data, **options)  # PyTorch's way, should ours fail on some machine
         data.slabs = Slabs(workers, _PREFETCHED, _slab_bytes(sampler.plan, settings))
-        return SlabLoader(data, slabs=data.slabs, prefetch_factor=_PREFETCHED, **options)
+        ahead: dict[str, Any] = {"device": device, "pin_slabs": True} if on_gpu else {}
+        return SlabLoader(data, slabs=data.slabs, prefetch_factor=_PREFETCHED, **ahead, **options)
 
 
 def _workers(settings: DatasetConfig) -> int:

@@ -89,6 +89,7 @@ class Notes:
     def enter(self, worker: int) -> None:
         """In a loader process: from now on what it reads is noted, and it does not outlive its parent."""
         global _own
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides what it means
         if self._pages is not None:
             _own = _Page(self._pages[worker])
             if self._dies_with_parent:

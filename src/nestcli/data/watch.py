@@ -130,13 +130,14 @@ class WatchedLoader(DataLoader[Any]):
         self.watch = watch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of batches, as they come
-        if self.watch is None:
-            return super().__iter__()
-        return self._watched(self.watch)
+        with explained([] if self.watch is None else [self.watch]):
+            batches = super().__iter__()  # forks now, not when the first batch is asked for, perhaps by another thread
+        return self.explaining(batches)
 
-    def _watched(self, watch: Watch) -> Iterator[Any]:
-        with explained([watch]):
-            yield from super().__iter__()
+    def explaining(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; PyTorch's error about a lost process, while one is asked for, is made into ours."""
+        with explained([] if self.watch is None else [self.watch]):
+            yield from batches
 
     def _get_iterator(self) -> _BaseDataLoaderIter:
         if self.watch is None or self.num_workers == 0:
@@ -151,7 +152,10 @@ class _Watching(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: DataLoader[Any], watch: Watch) -> None:
         self._watch, self._asked = watch, 0.0
         super().__init__(loader)
-        watch.processes, watch.end = self._workers, _weakly(self)
+
+    def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
+        self._watch.processes, self._watch.end = self._workers, _weakly(self)
+        super()._reset(loader, first_iter)
 
     def _try_get_data(self, timeout: float = _POLL) -> tuple[bool, Any]:
         now = time.monotonic()
@@ -175,8 +179,8 @@ class _Watching(_MultiProcessingDataLoaderIter):
     def end(self) -> None:
         """End all processes: they are of no use without the one that is lost, and stopped ones hear nothing else."""
         if self._worker_pids_set:
-            _remove_worker_pids(id(self))  # or PyTorch would raise its own error here
             self._worker_pids_set = False
+            _remove_worker_pids(id(self))  # or PyTorch would raise its own error here
         for process in self._workers:
             process.kill()
         deadline = time.monotonic() + _ENDING

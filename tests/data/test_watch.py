@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -287,44 +286,26 @@ def test_pytorchs_error_in_the_middle_of_a_step_is_explained(
 
 def test_a_note_says_what_is_read_and_what_was(corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notes, "_own", None)
-    manifest, pages = read_manifests(str(corpus["train"])), Notes(2)
+    before_any = signal.getsignal(signal.SIGINT)
+    speech, other = read_manifests(str(corpus["train"])), read_manifests(str(corpus["noise"]))
+    pages = Notes(2, [other, speech])
     pages.enter(1)
-    assert (pages.of(1).reading, pages.of(1).line, pages.of(0).number) == (False, "", 0)
+    signal.signal(signal.SIGINT, before_any)
+    assert (pages.of(1).reading, pages.of(1).line, pages.of(1).manifest, pages.of(0).number) == (False, -1, -1, 0)
     before = time.monotonic()
-    with Noted(manifest, 2) as entry:
+    with Noted(speech, 2) as entry:
         note = pages.of(1)
-    assert entry == manifest.entry(2)
-    assert (note.reading, note.name, note.line) == (True, entry.name, f"{corpus['train']}, line 3")
+    assert entry == speech.entry(2)
+    assert (note.reading, note.line, note.manifest) == (True, 2, 1)
     assert before <= note.since <= time.monotonic()
     after = pages.of(1)
-    assert (after.reading, after.name) == (False, entry.name)
+    assert (after.reading, after.line, after.manifest) == (False, 2, 1)
     assert after.number > note.number
     notes.moved()
     assert pages.of(1).since > after.since
-
-
-def test_any_name_fits_into_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notes, "_own", None)
-
-    def noted(name: str) -> str:
-        manifest = SimpleNamespace(where=lambda line: f"m, line {line}", entry=lambda line: SimpleNamespace(name=name))
-        with Noted(manifest, 1):  # type: ignore[arg-type]
-            return pages.of(0).name
-
-    pages = Notes(1)
-    pages.enter(0)
-    assert noted("a\udcff.wav") == "a\\udcff.wav"
-    assert noted("ä" * 9000) == "ä" * 4096
-    assert noted("") == ""
-
-
-def test_a_line_that_cannot_be_opened_is_not_read_on(monkeypatch: pytest.MonkeyPatch, corpus: dict[str, Path]) -> None:
-    monkeypatch.setattr(notes, "_own", None)
-    pages, manifest = Notes(1), read_manifests(str(corpus["train"]))
-    pages.enter(0)
-    with pytest.raises(IndexError), Noted(manifest, 1000):
+    with pytest.raises(IndexError), Noted(other, 1000):
         pass
-    assert not pages.of(0).reading
+    assert not pages.of(1).reading
 
 
 class Asleep:
@@ -333,30 +314,38 @@ class Asleep:
     exitcode, pid = None, None
 
 
-def watch_of(note: notes.Note, monkeypatch: pytest.MonkeyPatch, timeout: float = 1.0) -> Watch:
-    watched = Watch(1, "model.train_ds", timeout)
+def old(number: int, line: int, age: float) -> notes.Note:
+    return notes.Note(number, time.monotonic() - age, line, 0, True)
+
+
+def watch_of(manifest: Path, timeout: float = 1.0) -> Watch:
+    watched = Watch(1, "model.train_ds", timeout, [read_manifests(str(manifest))])
     watched.processes = [Asleep()]  # type: ignore[list-item]
-    monkeypatch.setattr(watched.notes, "of", lambda number: note)
     return watched
 
 
-def test_processes_that_were_stopped_together_may_move_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = watch_of(notes.Note(5, time.monotonic() - 1000, True, "a.wav", "m, line 1"), monkeypatch)
+def test_processes_that_were_stopped_together_may_move_again(
+    corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = watch_of(corpus["train"])
+    monkeypatch.setattr(watched.notes, "of", lambda number: old(5, 0, 1000))
     watched.look()  # Ctrl-Z a thousand seconds ago, and fg just now
-    monkeypatch.setattr(watched.notes, "of", lambda number: notes.Note(6, time.monotonic(), True, "b.wav", ""))
+    monkeypatch.setattr(watched.notes, "of", lambda number: old(6, 1, 0))
     time.sleep(0.4)
     watched.look()
-    monkeypatch.setattr(watched.notes, "of", lambda number: notes.Note(7, time.monotonic() - 1000, True, "c.wav", "m"))
+    monkeypatch.setattr(watched.notes, "of", lambda number: old(7, 2, 1000))
     watched.look()
     time.sleep(0.4)
-    with pytest.raises(RunFailedError, match=r"reading c\.wav"):
+    with pytest.raises(RunFailedError, match=r"reading .*/2\.wav .* for 1000 s"):
         watched.look()
 
 
-def test_remote_files_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_files_may_take_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"audio_filepath": "https://host/a.wav?key=secret", "duration": 1.2}
+    (tmp_path / "m.json").write_text(json.dumps(row) + "\n")
     for age, ended in ((250, False), (350, True)):
-        note = notes.Note(5, time.monotonic() - age, True, "https://host/a.wav?key=secret", "m, line 1")
-        watched = watch_of(note, monkeypatch)
+        watched = watch_of(tmp_path / "m.json")
+        monkeypatch.setattr(watched.notes, "of", lambda number, age=age: old(5, 0, age))
         watched.look()
         time.sleep(0.4)
         if ended:
@@ -364,6 +353,14 @@ def test_remote_files_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
                 watched.look()
         else:
             watched.look()
+
+
+def test_a_manifest_that_went_as_well_is_named(corpus: dict[str, Path], tmp_path: Path) -> None:
+    manifest = tmp_path / "m.json"
+    manifest.write_bytes(corpus["train"].read_bytes())
+    watched = watch_of(manifest)
+    manifest.write_bytes(b"")
+    assert watched._doing(old(1, 3, 0)) == f"reading the file of {manifest}, line 4"
 
 
 def test_a_process_that_cannot_be_ended_is_not_waited_for(

@@ -364,7 +364,8 @@ class NestDataModule(LightningDataModule):
         }
         if workers == 0:
             return DataLoader(data, **options)
-        options["watch"] = Watch(workers, key, settings.read_timeout)
+        manifests = [data.speech, *([data.noise.manifest] if data.noise else [])]
+        options["watch"] = Watch(workers, key, settings.read_timeout, manifests)
         self._watches.append(options["watch"])
         device = None if self.trainer is None else self.trainer.strategy.root_device
         on_gpu = device is not None and device.type == "cuda"

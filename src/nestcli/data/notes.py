@@ -1,6 +1,6 @@
 """What a loader process is reading, noted in memory that it shares with the process that waits for its batches.
 
-A note costs some 2 µs and takes no lock: a process that dies at any place leaves a note that can be read.
+A note costs less than 1 µs and takes no lock: a process that dies at any place leaves a note that can be read.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestcli.data.manifest import Entry, Manifest
 
-_HEADER = struct.Struct("=QdII?")  # notes made so far, since when, first byte and length of the text, reading or not
-_SINCE = struct.Struct("=d")
-_TEXT = 8 << 10  # bytes; two paths of the longest kind
-_PAGE = 64 + 2 * _TEXT  # texts take turns, so that the last one stays whole while the next is written
+_NOTE = struct.Struct("=Qdqh?")  # the fields of Note
+_SINCE, _SINCE_AT = struct.Struct("=d"), 8  # its time alone, and where that stands
 _ATTEMPTS = 10
 _PR_SET_PDEATHSIG = 1
 
@@ -31,48 +30,45 @@ _PR_SET_PDEATHSIG = 1
 class Note:
     """What a process says of itself: it has been reading a file, or doing something else, `since` then.
 
-    `since` is of `time.monotonic`, which all processes share; `number` tells notes apart. `name` and `line` are those
-    of the file that is being read, or was last; the name is empty while the line itself is being read.
+    `since` is of `time.monotonic`, which all processes share; `number` tells notes apart. The file is that of a line
+    (from 0) of one of the manifests, the one that is being read or was last; -1 for none.
     """
 
     number: int
     since: float  # s
+    line: int
+    manifest: int
     reading: bool
-    name: str
-    line: str
 
 
 class _Page:
     """A process's own page, to write to."""
 
-    def __init__(self, memory: mmap.mmap) -> None:
-        self._memory, self._number = memory, 0
-        self._start = self._length = 0
+    def __init__(self, memory: mmap.mmap, manifests: Sequence[Manifest]) -> None:
+        self._memory = memory
+        self._place_of = {id(manifest): place for place, manifest in enumerate(manifests)}
+        self._number, self._line, self._place = 0, -1, -1
         self.end()
 
-    def begin(self, name: str, line: str) -> None:
-        text = f"{name}\0{line}".encode("utf-8", "backslashreplace")[:_TEXT]
-        self._start = 64 + self._number % 2 * _TEXT
-        self._length = len(text)
-        self._memory[self._start : self._start + self._length] = text
-        self._note(reading=True)
+    def begin(self, manifest: Manifest, line: int) -> None:
+        self._number += 1
+        self._line, self._place = line, self._place_of.get(id(manifest), -1)
+        _NOTE.pack_into(self._memory, 0, self._number, time.monotonic(), line, self._place, True)
 
     def end(self) -> None:
-        self._note(reading=False)
+        self._number += 1
+        _NOTE.pack_into(self._memory, 0, self._number, time.monotonic(), self._line, self._place, False)
 
     def moved(self) -> None:
-        _SINCE.pack_into(self._memory, 8, time.monotonic())
-
-    def _note(self, *, reading: bool) -> None:
-        self._number += 1
-        _HEADER.pack_into(self._memory, 0, self._number, time.monotonic(), self._start, self._length, reading)
+        _SINCE.pack_into(self._memory, _SINCE_AT, time.monotonic())
 
 
 class Notes:
-    """A page for each of `workers` processes, which must be forked from this one."""
+    """A page for each of `workers` processes, which must be forked from this one, about the lines of `manifests`."""
 
-    def __init__(self, workers: int) -> None:
-        self._pages: list[mmap.mmap] | None = [mmap.mmap(-1, _PAGE) for _ in range(workers)]
+    def __init__(self, workers: int, manifests: Sequence[Manifest]) -> None:
+        self.manifests = manifests
+        self._pages: list[mmap.mmap] | None = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(workers)]
         self._parent = os.getpid()
         self._dies_with_parent = False
 
@@ -91,7 +87,7 @@ class Notes:
         global _own
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides what it means
         if self._pages is not None:
-            _own = _Page(self._pages[worker])
+            _own = _Page(self._pages[worker], self.manifests)
             if self._dies_with_parent:
                 _die_with(self._parent)
 
@@ -100,12 +96,10 @@ class Notes:
         assert self._pages is not None
         page = self._pages[worker]
         for _ in range(_ATTEMPTS):
-            number, since, start, length, reading = _HEADER.unpack_from(page)
-            text = page[start : start + length]
-            if _HEADER.unpack_from(page)[0] == number:
+            note = Note(*_NOTE.unpack_from(page))
+            if Note(*_NOTE.unpack_from(page)).number == note.number:  # it was not being written
                 break
-        name, _, line = text.decode("utf-8", "replace").partition("\0")
-        return Note(number, since, reading, name, line)
+        return note
 
 
 _own: _Page | None = None  # of this process, if it is a loader's
@@ -122,15 +116,12 @@ class Noted:
     def __enter__(self) -> Entry:
         if _own is None:
             return self._manifest.entry(self._line)
-        where = self._manifest.where(self._line)
-        _own.begin("", where)  # a relative path is looked for, which can hang as well
+        _own.begin(self._manifest, self._line)  # before the entry: a relative path is looked for, which can hang too
         try:
-            entry = self._manifest.entry(self._line)
+            return self._manifest.entry(self._line)
         except BaseException:
             _own.end()
             raise
-        _own.begin(entry.name, where)
-        return entry
 
     def __exit__(self, *_: object) -> None:
         if _own is not None:

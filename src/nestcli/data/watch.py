@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from nestcli.data import remote, transfer
+from nestcli.data.manifest import Manifest
 from nestcli.data.notes import Note, Notes
-from nestcli.errors import RunFailedError
+from nestcli.errors import DataError, RunFailedError
 
 _POLL = 1.0  # s between looks while a batch is waited for
 _GRACE = 2.0  # s that a process may take to move again: all may have been stopped together and gone on
@@ -35,13 +36,13 @@ _STATES = {"T": "It is stopped (SIGSTOP). ", "D": "It waits for a disk or a file
 
 
 class Watch:
-    """What is known of the processes of one loader, that of the block `key`.
+    """What is known of the processes of one loader, that of the block `key`, which read the lines of `manifests`.
 
     `timeout` in seconds is how long a local file may take; None: for ever.
     """
 
-    def __init__(self, workers: int, key: str, timeout: float | None) -> None:
-        self.notes, self.key, self.timeout = Notes(workers), key, timeout
+    def __init__(self, workers: int, key: str, timeout: float | None, manifests: Sequence[Manifest] = ()) -> None:
+        self.notes, self.key, self.timeout = Notes(workers, manifests), key, timeout
         self.processes: Sequence[BaseProcess] = ()
         self.end: Callable[[], None] = lambda: None  # all processes
         self._suspected: dict[int, tuple[int, float]] = {}  # by process: the note that is too old, and when it was seen
@@ -59,9 +60,8 @@ class Watch:
         now, idle = time.monotonic(), set(awaited)
         for number in range(len(self.processes)):
             note = self.notes.of(number)
-            seconds = self._patience(note)
-            expected = note.reading or (number in idle and waited >= seconds)
-            if not expected or now - note.since < seconds:
+            expected = note.reading or (number in idle and waited >= self.timeout)
+            if not expected or now - note.since < self.timeout or now - note.since < self._patience(note):
                 self._suspected.pop(number, None)
             elif self._suspected.setdefault(number, (note.number, now))[0] != note.number:
                 self._suspected[number] = (note.number, now)
@@ -78,8 +78,16 @@ class Watch:
         return None
 
     def _patience(self, note: Note) -> float:
+        """Seconds that what a note tells of may take."""
         assert self.timeout is not None
-        return max(self.timeout, _REMOTE) if note.reading and remote.is_remote(note.name) else self.timeout
+        return max(self.timeout, _REMOTE) if note.reading and self._is_remote(note) else self.timeout
+
+    def _is_remote(self, note: Note) -> bool:
+        if note.manifest < 0:
+            return False
+        manifest = self.notes.manifests[note.manifest]
+        shard, folder = int(manifest.shard_of[note.line]), manifest.sources[manifest.source_of[note.line]].folder
+        return remote.is_remote(self._name(note) if shard < 0 else manifest.shards[shard]) or remote.is_remote(folder)
 
     # ---- messages ----
 
@@ -87,7 +95,7 @@ class Watch:
         code = self.processes[number].exitcode
         note = self.notes.of(number)
         how = f"was killed by {_signal_name(-code)}" if code is not None and code < 0 else f"ended (exit code {code})"
-        return RunFailedError(f"{self._who(number)} {how} {_while(note)}. {self._remedy(code)}")
+        return RunFailedError(f"{self._who(number)} {how} {self._while(note)}. {self._remedy(code)}")
 
     def _remedy(self, code: int | None) -> str:
         memory = f"lower {self.key}.num_workers or the size of its batches"
@@ -106,8 +114,8 @@ class Watch:
         return f"Look who ended it. If the run ends at this file again, {leave_out}"
 
     def _hangs(self, number: int, note: Note, seconds: float) -> RunFailedError:
-        what = f"has been {_doing(note)} for {seconds:.0f} s" if note.reading else (
-            f"has not answered for {seconds:.0f} s; {_last(note)}"
+        what = f"has been {self._doing(note)} for {seconds:.0f} s" if note.reading else (
+            f"has not answered for {seconds:.0f} s; {self._last(note)}"
         )  # fmt: skip
         state = _STATES.get(_state(self.processes[number].pid), "")
         return RunFailedError(
@@ -115,6 +123,32 @@ class Watch:
             "start again: the same command goes on from the newest checkpoint. If it is this file alone, take its line "
             f"out of the manifest. If files may take so long there, raise {self.key}.read_timeout ({self.timeout:g} s)."
         )
+
+    def _while(self, note: Note) -> str:
+        return f"while {self._doing(note)}" if note.reading else f"between two files; {self._last(note)}"
+
+    def _doing(self, note: Note) -> str:
+        return f"reading {self._file(note)}"
+
+    def _last(self, note: Note) -> str:
+        return "it had not read any" if note.manifest < 0 else f"the last one that it read is {self._file(note)}"
+
+    def _file(self, note: Note) -> str:
+        if note.manifest < 0:
+            return "a file"
+        where = self.notes.manifests[note.manifest].where(note.line)
+        name = transfer.shown(self._name(note))
+        return f"{name} ({where})" if name else f"the file of {where}"
+
+    def _name(self, note: Note) -> str:
+        """A line's audio as its manifest has it: to look for it may be what hangs."""
+        manifest = self.notes.manifests[note.manifest]
+        try:
+            path = str(manifest.row(note.line)["audio_filepath"])
+        except DataError:
+            return ""
+        shard = int(manifest.shard_of[note.line])
+        return path if shard < 0 else f"{manifest.shards[shard]}: {path}"
 
     def _who(self, number: int) -> str:
         return f"the loader process {number} of {self.key} (pid {self.processes[number].pid})"
@@ -212,22 +246,6 @@ def explained(watches: Iterable[Watch]) -> Iterator[None]:
                 watch.end()
                 raise failure from None
         raise
-
-
-def _while(note: Note) -> str:
-    return f"while {_doing(note)}" if note.reading else f"between two files; {_last(note)}"
-
-
-def _doing(note: Note) -> str:
-    return f"reading {_file(note)}"
-
-
-def _last(note: Note) -> str:
-    return f"the last one that it read is {_file(note)}" if note.line else "it had not read any"
-
-
-def _file(note: Note) -> str:
-    return f"{transfer.shown(note.name)} ({note.line})" if note.name else f"the file of {note.line}"
 
 
 def _signal_name(number: int) -> str:

@@ -1,6 +1,9 @@
 """Batches through shared slots, beside the same batches sent by PyTorch."""
 
+import itertools
+import os
 import pickle
+import signal
 from dataclasses import fields
 from typing import Any
 
@@ -10,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nestcli.data.batch import NoiseBatch
 from nestcli.data.slabs import SlabLoader, Slabs
-from nestcli.errors import DataError
+from nestcli.data.watch import Watch
+from nestcli.errors import DataError, RunFailedError
 
 BATCHES = 23
 
@@ -45,12 +49,13 @@ def same(ours: NoiseBatch, theirs: NoiseBatch) -> bool:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
-def test_the_same_batches(workers: int, prefetch: int) -> None:
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_the_same_batches(workers: int, prefetch: int, device: torch.device | None) -> None:
     slabs = Slabs(workers, prefetch, 1 << 20)
     options: dict[str, Any] = {"batch_size": None, "num_workers": workers}
     if workers:
         options |= {"prefetch_factor": prefetch, "persistent_workers": True}
-    loader = SlabLoader(Batches(slabs), slabs=slabs, **options)
+    loader = SlabLoader(Batches(slabs), slabs=slabs, device=device, **options)
     theirs = list(DataLoader(Batches(None), batch_size=None))
     for _ in range(2):  # epochs
         ours = list(loader)  # all are held: none may be written over
@@ -93,3 +98,50 @@ def test_an_unmixed_batch_names_one_tensor_twice() -> None:
     for number, batch in enumerate(SlabLoader(Unmixed(None), slabs=slabs, batch_size=None, num_workers=1)):
         assert batch.audio.tolist() == batch.noisy_audio.tolist() == [[float(number)] * 5] * 2
         assert batch.noise.shape == (2, 0)
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_epochs_that_are_left_early(device: torch.device | None) -> None:
+    slabs = Slabs(2, 2, 1 << 20)
+    loader = SlabLoader(
+        Batches(slabs), slabs=slabs, device=device, batch_size=None, num_workers=2, persistent_workers=True
+    )
+    for _ in range(3):
+        some = list(itertools.islice(loader, 5))
+        assert all(same(batch, batch_of(number)) for number, batch in enumerate(some))
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_a_process_that_dies_is_named(device: torch.device | None) -> None:
+    class Deadly(Batches):
+        def __getitem__(self, number: int) -> Any:
+            return os.kill(os.getpid(), signal.SIGKILL) if number == 7 else super().__getitem__(number)
+
+    slabs = Slabs(1, 2, 1 << 20)
+    loader = SlabLoader(
+        Deadly(slabs),
+        slabs=slabs,
+        watch=Watch(1, "model.train_ds", 50.0),
+        device=device,
+        batch_size=None,
+        num_workers=1,
+    )
+    with pytest.raises(RunFailedError, match=r"killed by SIGKILL between two files; it had not read any"):
+        list(loader)
+
+
+def test_page_locked_batches_are_sent_while_other_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bool] = []
+    original = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *arguments: Any, non_blocking: bool) -> torch.Tensor:
+        sent.append(non_blocking)
+        return original(tensor, *arguments, non_blocking=non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch_of(3).to(torch.device("cpu"))
+    assert set(sent) == {False}
+    sent.clear()
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    batch_of(3).to(torch.device("cpu"))
+    assert set(sent) == {True}

@@ -305,10 +305,11 @@ def test_an_end_before_the_first_step_is_refused(corpus: dict[str, Path], tmp_pa
 
 
 def rotten_manifest(corpus: dict[str, Path], folder: Path, *, all_lines: bool = False) -> Path:
-    """The training manifest, in which the first file, or every one, is gone."""
+    """The training manifest, in which the first file is gone, or every one is no audio."""
+    (folder / "broken.wav").write_bytes(b"RIFF, but not really")
     rows = [json.loads(line) for line in corpus["train"].read_text().splitlines()]
     for row in rows if all_lines else rows[:1]:
-        row["audio_filepath"] = str(folder / "gone.wav")
+        row["audio_filepath"] = str(folder / ("broken.wav" if all_lines else "gone.wav"))
     manifest = folder / "train.json"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return manifest
@@ -320,7 +321,7 @@ def test_the_display_ends_when_training_fails(corpus: dict[str, Path], tmp_path:
     config = tiny_config(
         corpus, f"exp_manager.exp_dir={tmp_path}", f"model.train_ds.manifest_filepath={manifest}", "trainer.max_steps=9"
     )
-    with pytest.raises(DataError, match=r"gone\.wav"):
+    with pytest.raises(DataError, match=r"broken\.wav"):
         Pretraining(config, recorder).fit()
     assert recorder.ended
 

@@ -35,7 +35,8 @@ class NoiseBatch:
     skipped: tuple[Skipped, ...] = ()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> NoiseBatch:
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch on a device. What lies in page-locked memory is copied while other work goes on."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking or tensor.is_pinned()))
 
     def pin_memory(self) -> NoiseBatch:
         return self._mapped(Tensor.pin_memory)

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from nestcli.data.notes import moved
 from nestcli.errors import NestError
 
 CACHE_VARIABLE, SIZE_VARIABLE = "NEST_CACHE", "NEST_CACHE_GB"
@@ -52,6 +53,7 @@ def make(copy: Path, size: int | None, limit: int, write: Callable[[BinaryIO], b
         while not _is_whole(copy, size):
             with _locked(part) as file:
                 if file is None:
+                    moved()  # whoever makes it is watched as well
                     time.sleep(_POLL)
                 elif not _is_whole(copy, size):  # it may have been finished before we had the lock
                     _make_room(copy.parent, size or 0, limit)

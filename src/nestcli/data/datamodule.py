@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -24,13 +25,16 @@ from nestcli.data.cores import available_cores
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
 from nestcli.data.manifest import Manifest
 from nestcli.data.noise import NoisePool
+from nestcli.data.notes import Noted
 from nestcli.data.order import Items
 from nestcli.data.plan import BatchPlan
 from nestcli.data.planning import plan_batches
 from nestcli.data.reading import read_audio
+from nestcli.data.ready import check_noise, check_speech, machine_notes
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.skipping import SkipCounter
 from nestcli.data.slabs import Placed, SlabLoader, Slabs
+from nestcli.data.watch import Watch, WatchedLoader, explained
 from nestcli.errors import ConfigError, DataError, NestError
 
 MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
@@ -126,7 +130,8 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         )
 
     def _speech(self, item: int) -> Samples:
-        audio = read_audio(self.speech.entry(item % len(self.speech)), sample_rate=self.sample_rate)
+        with Noted(self.speech, item % len(self.speech)) as entry:
+            audio = read_audio(entry, sample_rate=self.sample_rate)
         shortest = int(MIN_SECONDS * self.sample_rate)
         return np.resize(audio, shortest) if len(audio) < shortest else audio
 
@@ -209,6 +214,7 @@ class NestDataModule(LightningDataModule):
         self.sample_rate = int(config.model.sample_rate)
         self.skipped = SkipCounter(self._settings("model.train_ds").max_failed_share, tell)
         self._val_skipped = SkipCounter(1.0, tell)
+        self._watches: list[Watch] = []
         self._sampler: ResumableSampler | None = None
         self._restored: Position | None = None
 
@@ -239,6 +245,27 @@ class NestDataModule(LightningDataModule):
             batches = self._plan(self.val, "model.validation_ds", 1, 0).batches(0)
             data = self._data(self.val, self.val_noise, "model.validation_ds")
             self._counted(data[Place(0, batches[0])], self._val_skipped)
+
+    def check_ready(self, processes: int = 1) -> None:
+        """Look for the files, and at what the machine has for `processes` of the run. Raises DataError."""
+        for key, corpus, noise in (
+            ("model.train_ds", self.train, self.train_noise),
+            ("model.validation_ds", self.val, self.val_noise),
+        ):
+            if corpus is None:
+                continue
+            settings = self._settings(key)
+            check_speech(corpus.speech, key, settings.max_failed_share)
+            if noise is not None and (told := check_noise(noise.manifest, key, settings.max_failed_share)):
+                self.tell(told)
+            if corpus is self.train:
+                n_bytes = _slab_bytes(self._plan(corpus, key, 1, 0), settings) * (_PREFETCHED + 1) * _workers(settings)
+                for told in machine_notes(key, settings.num_workers, n_bytes, processes):
+                    self.tell(told)
+
+    def losses_explained(self) -> AbstractContextManager[None]:
+        """A context in which PyTorch's error about a lost loader process becomes a RunFailedError that says more."""
+        return explained(self._watches)
 
     # ---- Lightning's hooks ----
 
@@ -328,20 +355,34 @@ class NestDataModule(LightningDataModule):
 
     def _loader(self, data: NoisySpeech, sampler: ResumableSampler, key: str) -> DataLoader[Any]:
         settings = self._settings(key)
-        workers = min(settings.num_workers, available_cores())
+        workers = _workers(settings)
         options: dict[str, Any] = {
             "sampler": cast("Sampler[int]", sampler),  # places, not numbers: the data set takes them as they are
             "batch_size": None,
             "num_workers": workers,
             "persistent_workers": workers > 0,
         }
-        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
-            return DataLoader(data, pin_memory=settings.pin_memory, **options)  # a thread of its own copies batches
         if workers == 0:
             return DataLoader(data, **options)
-        n_samples = (sampler.plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
-        data.slabs = Slabs(workers, _PREFETCHED, min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLAB))
-        return SlabLoader(data, slabs=data.slabs, prefetch_factor=_PREFETCHED, **options)
+        manifests = [data.speech, *([data.noise.manifest] if data.noise else [])]
+        options["watch"] = Watch(workers, key, settings.read_timeout, manifests)
+        self._watches.append(options["watch"])
+        device = None if self.trainer is None else self.trainer.strategy.root_device
+        on_gpu = device is not None and device.type == "cuda"
+        if on_gpu and not settings.pin_memory:
+            return WatchedLoader(data, **options)  # PyTorch's way, should ours fail on some machine
+        data.slabs = Slabs(workers, _PREFETCHED, _slab_bytes(sampler.plan, settings))
+        ahead: dict[str, Any] = {"device": device, "pin_slabs": True} if on_gpu else {}
+        return SlabLoader(data, slabs=data.slabs, prefetch_factor=_PREFETCHED, **ahead, **options)
+
+
+def _workers(settings: DatasetConfig) -> int:
+    return min(settings.num_workers, available_cores())
+
+
+def _slab_bytes(plan: BatchPlan, settings: DatasetConfig) -> int:
+    n_samples = (plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
+    return min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLAB)
 
 
 def _wants_validation(config: DictConfig) -> bool:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nestcli.data.audio import Samples
-from nestcli.data.manifest import Manifest
+from nestcli.data.manifest import Entry, Manifest
 from nestcli.data.mixing import is_audible
+from nestcli.data.notes import Noted
 from nestcli.data.reading import Skipped, read_audio
 from nestcli.errors import DataError
 
@@ -50,7 +51,8 @@ class NoisePool:
         for _ in range(ATTEMPTS):
             line = rng.randrange(len(self.manifest))
             try:
-                clip = self._load(line, n_samples, rng, n_samples if keep is None else min(keep, n_samples))
+                with Noted(self.manifest, line) as entry:
+                    clip = self._load(entry, line, n_samples, rng, n_samples if keep is None else min(keep, n_samples))
             except DataError as error:
                 problem = error
                 self._skipped.append(Skipped(self.manifest.where(line), str(error), self._path(line)))
@@ -69,7 +71,8 @@ class NoisePool:
         for _ in range(ATTEMPTS):
             line = int(state.randint(len(self.manifest)))
             try:
-                clip = self._load_like_nemo(line, n_samples, state)
+                with Noted(self.manifest, line) as entry:
+                    clip = self._load_like_nemo(entry, line, n_samples, state)
             except DataError as error:
                 self._skipped.append(Skipped(self.manifest.where(line), str(error), self._path(line)))
                 continue
@@ -85,8 +88,7 @@ class NoisePool:
         skipped, self._skipped = self._skipped, []
         return skipped
 
-    def _load_like_nemo(self, line: int, n_samples: int, state: np.random.RandomState) -> Clip:
-        entry = self.manifest.entry(line)
+    def _load_like_nemo(self, entry: Entry, line: int, n_samples: int, state: np.random.RandomState) -> Clip:
         wanted = n_samples / self.sample_rate
         if entry.duration <= wanted:
             return Clip(read_audio(entry, sample_rate=self.sample_rate), line, entry.offset)
@@ -103,8 +105,7 @@ class NoisePool:
         except DataError:
             return ""
 
-    def _load(self, line: int, n_samples: int, rng: random.Random, keep: int) -> Clip:
-        entry = self.manifest.entry(line)
+    def _load(self, entry: Entry, line: int, n_samples: int, rng: random.Random, keep: int) -> Clip:
         wanted = n_samples / self.sample_rate
         offset, duration = entry.offset, entry.duration
         if duration > wanted:

@@ -21,6 +21,7 @@ class DatasetConfig:
     batch_size: int | None = None
     drop_last: bool = False
     max_failed_share: float = 0.1
+    read_timeout: float | None = 50.0  # s
     trim_silence: bool = False
     # several data sets
     is_concat: bool = False
@@ -58,7 +59,8 @@ class DatasetConfig:
                 )
         if self.num_workers < 0:
             raise ValueError(f"num_workers: {self.num_workers} is not a number of processes.")
-        for key in ("batch_duration", "quadratic_duration", "concat_sampling_temperature", "concat_sampling_scale"):
+        for key in ("batch_duration", "quadratic_duration", "concat_sampling_temperature", "concat_sampling_scale",
+                    "read_timeout"):  # fmt: skip
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ValueError(f"{key}: {value} must be above 0.")

@@ -10,14 +10,17 @@ import math
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 
+from nestcli.data.ahead import ahead
 from nestcli.data.batch import NoiseBatch, Samples
+from nestcli.data.watch import WatchedLoader
 
 Other = TypeVar("Other")
 _ALIGNMENT = 64  # bytes
@@ -116,15 +119,35 @@ class Slabs:
         return replace(sent.batch, **copies)
 
 
-class SlabLoader(DataLoader[Any]):
-    """A DataLoader whose data set puts its batches into `slabs`, and which takes them out."""
+class SlabLoader(WatchedLoader):
+    """A DataLoader whose data set puts its batches into `slabs`, and which takes them out.
 
-    def __init__(self, *arguments: Any, slabs: Slabs, pin_slabs: bool = False, **options: Any) -> None:
+    With a `device`, a thread takes each batch out while the one before it is computed on, into page-locked memory if
+    the device is a GPU and `pin_slabs` is set.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        slabs: Slabs,
+        pin_slabs: bool = False,
+        device: torch.device | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
-        self.slabs, self.pin_slabs = slabs, pin_slabs
+        self.slabs, self.pin_slabs, self.device = slabs, pin_slabs, device
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of batches, as they come
-        return (self.slabs.take(sent, pin=self.pin_slabs) for sent in super().__iter__())
+        sent = super().__iter__()
+        batches = (self.slabs.take(each, pin=self.pin_slabs) for each in sent)
+        return self.explaining(batches if self.device is None else ahead(batches, partial(_settle, self.device)))
+
+
+def _settle(device: torch.device) -> None:
+    """Prepare a thread for copying: on its own process's GPU, and without taking all cores for it."""
+    torch.set_num_threads(1)  # of this thread alone
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _view(slab: mmap.mmap, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, Literal, TypeVar
 
+from nestcli.data.notes import moved
 from nestcli.errors import DataError, MissingDependencyError, NestError
 
 ATTEMPTS = 4
@@ -109,6 +110,7 @@ def download(path: str, found: Description, file: BinaryIO, limit: int) -> None:
         ends = [min(each + _BLOCK, found.size) for each in starts]
         for block in _tried(path, partial(_blocks, starts=starts, ends=ends)):
             file.write(block)
+        moved()
 
 
 def _stream(path: str, files: Any, place: str, size: int | None, file: BinaryIO, limit: int) -> None:
@@ -137,6 +139,7 @@ class _Limited:
     def write(self, block: bytes) -> int:
         if self._file.tell() + len(block) > self._limit:
             raise _too_large(self._path, self._limit)
+        moved()
         try:
             return self._file.write(block)
         except OSError as error:

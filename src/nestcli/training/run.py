@@ -99,6 +99,7 @@ class Pretraining:
         section(TrainerConfig, config, "trainer")
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config, reporter.note)
+        self.data.check_ready(n_processes(config) // int(config.trainer.num_nodes))
         batches = self.data.train_plan(n_processes(config))
         self.length = Length.of(config.trainer, len(batches.batches(0)))
         self.data.batches = self.length.batches
@@ -155,7 +156,8 @@ class Pretraining:
             quieten()
             trainer = self._trainer(trainer_callbacks)
             try:
-                trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
+                with self.data.losses_explained():
+                    trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
             except SystemExit:  # Lightning's answer to Ctrl-C
                 raise KeyboardInterrupt from None
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}

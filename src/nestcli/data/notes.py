@@ -1,0 +1,142 @@
+"""What a loader process is reading, noted in memory that it shares with the process that waits for its batches.
+
+A note costs less than 1 µs and takes no lock: a process that dies at any place leaves a note that can be read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import struct
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nestcli.data.manifest import Entry, Manifest
+
+_NOTE = struct.Struct("=Qdqh?")  # the fields of Note
+_SINCE, _SINCE_AT = struct.Struct("=d"), 8  # its time alone, and where that stands
+_ATTEMPTS = 10
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a process says of itself: it has been reading a file, or doing something else, `since` then.
+
+    `since` is of `time.monotonic`, which all processes share; `number` tells notes apart. The file is that of a line
+    (from 0) of one of the manifests, the one that is being read or was last; -1 for none.
+    """
+
+    number: int
+    since: float  # s
+    line: int
+    manifest: int
+    reading: bool
+
+
+class _Page:
+    """A process's own page, to write to."""
+
+    def __init__(self, memory: mmap.mmap, manifests: Sequence[Manifest]) -> None:
+        self._memory = memory
+        self._place_of = {id(manifest): place for place, manifest in enumerate(manifests)}
+        self._number, self._line, self._place = 0, -1, -1
+        self.end()
+
+    def begin(self, manifest: Manifest, line: int) -> None:
+        self._number += 1
+        self._line, self._place = line, self._place_of.get(id(manifest), -1)
+        _NOTE.pack_into(self._memory, 0, self._number, time.monotonic(), line, self._place, True)
+
+    def end(self) -> None:
+        self._number += 1
+        _NOTE.pack_into(self._memory, 0, self._number, time.monotonic(), self._line, self._place, False)
+
+    def moved(self) -> None:
+        _SINCE.pack_into(self._memory, _SINCE_AT, time.monotonic())
+
+
+class Notes:
+    """A page for each of `workers` processes, which must be forked from this one, about the lines of `manifests`."""
+
+    def __init__(self, workers: int, manifests: Sequence[Manifest]) -> None:
+        self.manifests = manifests
+        self._pages: list[mmap.mmap] | None = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(workers)]
+        self._parent = os.getpid()
+        self._dies_with_parent = False
+
+    def forking(self) -> None:
+        """In the process that made the pages: it is about to fork.
+
+        The kernel takes the thread that forks for the parent: only the main one lasts as long as the process does.
+        """
+        self._dies_with_parent = threading.current_thread() is threading.main_thread()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pages": None}  # a process that is not forked cannot see them
+
+    def enter(self, worker: int) -> None:
+        """In a loader process: from now on what it reads is noted, and it does not outlive its parent."""
+        global _own
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides what it means
+        if self._pages is not None:
+            _own = _Page(self._pages[worker], self.manifests)
+            if self._dies_with_parent:
+                _die_with(self._parent)
+
+    def of(self, worker: int) -> Note:
+        """In the process that made the pages: what a loader process noted last."""
+        assert self._pages is not None
+        page = self._pages[worker]
+        for _ in range(_ATTEMPTS):
+            note = Note(*_NOTE.unpack_from(page))
+            if Note(*_NOTE.unpack_from(page)).number == note.number:  # it was not being written
+                break
+        return note
+
+
+_own: _Page | None = None  # of this process, if it is a loader's
+
+
+class Noted:
+    """A context: the entry of a line, noted as what this process reads until the block ends. Raises DataError."""
+
+    __slots__ = ("_line", "_manifest")
+
+    def __init__(self, manifest: Manifest, line: int) -> None:
+        self._manifest, self._line = manifest, line
+
+    def __enter__(self) -> Entry:
+        if _own is None:
+            return self._manifest.entry(self._line)
+        _own.begin(self._manifest, self._line)  # before the entry: a relative path is looked for, which can hang too
+        try:
+            return self._manifest.entry(self._line)
+        except BaseException:
+            _own.end()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        if _own is not None:
+            _own.end()
+
+
+def moved() -> None:
+    """Note that what is being read, from far away, is still coming in."""
+    if _own is not None:
+        _own.moved()
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when its parent goes, even in the middle of a file that does not end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it went just now
+            os._exit(1)

@@ -11,7 +11,7 @@ from nestcli.model.attention import relative_shift
 from nestcli.model.conformer import ConformerEncoder, depthwise_by_taps
 from nestcli.model.dropout import Dropout, hashed_keep
 from nestcli.model.nest import NestConfig
-from nestcli.model.quantizer import RandomProjectionQuantizer
+from nestcli.model.quantizer import RandomProjectionQuantizer, nearest_by_blocks, nearest_in_fp64
 from nestcli.model.subsampling import DepthwiseStridingSubsampling
 
 
@@ -61,6 +61,17 @@ def test_tokens_are_those_of_the_smallest_distance() -> None:
     features = torch.randn(2, 80, 8 * 150)
     distances = (quantizer.project(features)[:, :, :, None] - quantizer.codebooks).norm(dim=-1)
     assert torch.equal(quantizer(features), distances.argmin(-1))
+
+
+def test_blocks_give_the_codes_of_plain_products() -> None:
+    """With codes that occur twice, and vectors between two codes, too: there rounding would decide."""
+    torch.manual_seed(3)
+    codes = F.normalize(torch.randn(256, 16, dtype=torch.float64), dim=-1)
+    codes[200] = codes[7]
+    near = F.normalize(codes[:-1] + codes[1:], dim=-1)
+    vectors = torch.cat([codes, near, F.normalize(torch.randn(3000, 16, dtype=torch.float64), dim=-1)]).float()
+    assert torch.equal(nearest_by_blocks(vectors, codes), nearest_in_fp64(vectors, codes))
+    assert nearest_by_blocks(codes[200:201].float(), codes).tolist() == [7]
 
 
 def key(number: int) -> torch.Tensor:

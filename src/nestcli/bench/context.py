@@ -21,7 +21,8 @@ class Options:
     """What a call asks for beside the configuration.
 
     `rounds` and `seconds` (of each side in a round) are None for a section's own; `memory` is in bytes, None for
-    a share of what the device has; `lines` are the lengths of the manifests of the section `scale`.
+    a share of what the device has; `lines` are the lengths of the manifests of the section `scale`; `audio_seconds`
+    those of the batches of the section `precisions`.
     """
 
     nemo_python: str | None = None
@@ -30,6 +31,7 @@ class Options:
     lines: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     buckets: int = 30
     memory: int | None = None
+    audio_seconds: tuple[float, ...] = ()
 
     def changed(self, **values: Any) -> Options:
         return replace(self, **values)

@@ -121,6 +121,11 @@ def open_training(parameters: Facts) -> Facts:
     return stepper.facts()
 
 
+def fed_round(parameters: Facts) -> Facts:
+    facts: Facts = side.STATE["stepper"].fed(parameters["steps"])
+    return facts
+
+
 def profile_step(_parameters: Facts) -> Facts:
     facts: Facts = side.STATE["stepper"].profile()
     return facts
@@ -136,6 +141,7 @@ OPERATIONS = {
     "open_step": open_step,
     "try_step": try_step,
     "open_training": open_training,
+    "fed_round": fed_round,
     "profile_step": profile_step,
 }
 

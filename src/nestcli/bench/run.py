@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from nestcli.bench.context import Context, Options
 from nestcli.bench.fit import buckets_section
 from nestcli.bench.loader import loader_section
+from nestcli.bench.precisions import precisions_section
 from nestcli.bench.report import SectionReport
 from nestcli.bench.scale import scale_section
 from nestcli.bench.training import quantizer_section, train_step_section
@@ -25,8 +26,10 @@ SECTIONS: dict[str, Callable[[Context], SectionReport]] = {
     "scale": scale_section,
     "train_step": train_step_section,
     "quantizer": quantizer_section,
+    "precisions": precisions_section,
     "buckets": buckets_section,
 }
+_ON_GPUS = ("precisions", "buckets")  # take hours on a processor
 _WITH_NEMO = ("loader", "scale", "train_step", "quantizer")
 
 
@@ -68,5 +71,5 @@ def run_bench(
 
 
 def default_sections(config: DictConfig) -> list[str]:
-    """All; without a GPU not the search for the largest batches, which takes hours on a processor with its memory."""
-    return [name for name in SECTIONS if name != "buckets" or accelerator(config) == "gpu"]
+    """All that suit this machine."""
+    return [name for name in SECTIONS if name not in _ON_GPUS or accelerator(config) == "gpu"]

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from nestcli.bench.side import memory_of
+from nestcli.data.datamodule import NestDataModule
 from nestcli.model.cost import batch_work
 from nestcli.model.module import NestModule
-from nestcli.model.nest import NestConfig
+from nestcli.model.nest import NestConfig, NestOutput
 from nestcli.model.optim import build_optimizer
 from nestcli.training.settings import Length, trainer_options
 
@@ -40,9 +42,13 @@ class Stepper:
     def __init__(self, parameters: dict[str, Any]) -> None:
         config = DictConfig(parameters["config"])
         self.device = torch.device(parameters["device"])
+        if parameters.get("tf32"):
+            torch.set_float32_matmul_precision("high")
         one = {"devices": 1, "num_nodes": 1, "accelerator": "gpu" if self.device.type == "cuda" else "cpu"}
         fixed = {"lr": parameters["learning_rate"]}
         config = OmegaConf.merge(config, {"trainer": one, "model": {"optim": fixed}})  # type: ignore[assignment]
+        assert isinstance(config, DictConfig)
+        self.config = config
         options = trainer_options(config, Length(None, 1, 1, 1), validates=False)
         self.precision = Trainer(**options, logger=False, enable_checkpointing=False).precision_plugin
         self.nest = NestConfig.from_config(config)
@@ -60,13 +66,33 @@ class Stepper:
     def step(self, seed: int) -> float:
         """Forward, backward and update; the loss."""
         torch.manual_seed(seed)
-        with self.precision.forward_context():
-            output = self.model(*(self.batch[name] for name in ("clean", "clean_len", "noisy", "noisy_len")))
-        self.optimizer.zero_grad()
-        output.loss.backward()
-        self.optimizer.step()
+        output = self._updated(*(self.batch[name] for name in ("clean", "clean_len", "noisy", "noisy_len")))
         self._selected = int(output.selected)
         return float(output.loss.detach())
+
+    def fed(self, steps: int) -> dict[str, float]:
+        """Steps on what the training loader delivers, after one to start it; seconds, and seconds of audio."""
+        data = NestDataModule(self.config)
+        data.batches = steps + 1
+        audio, start = 0.0, 0.0
+        for number, sent in enumerate(data.train_dataloader()):
+            batch = sent.to(self.device, non_blocking=True)
+            output = self._updated(batch.audio, batch.audio_len, batch.noisy_audio, batch.noisy_audio_len)
+            if number == 0:
+                self._wait()
+                start = time.perf_counter()
+            else:
+                audio += float(sent.audio_len.sum()) / data.sample_rate
+        float(output.loss.detach())
+        return {"seconds": time.perf_counter() - start, "audio_seconds": audio}
+
+    def _updated(self, *waveforms: Tensor) -> NestOutput:
+        with self.precision.forward_context():
+            output: NestOutput = self.model(*waveforms)
+        self.optimizer.zero_grad()
+        output.loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return output
 
     def tokens(self, features_BDT: Tensor) -> Tensor:
         tokens: Tensor = self.model.quantizer(features_BDT)
@@ -91,6 +117,8 @@ class Stepper:
             "seconds_by_kind": spent,
             "floating_point_operations": sum(part.step for part in work.values()),
             "device_operations_a_second": self._fastest(),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "peak_memory_bytes": self._peak(),
         }
 
     def _fastest(self) -> float:
@@ -108,6 +136,11 @@ class Stepper:
             self._wait()
             best = max(best, 4 * 2 * _PRODUCT**3 / (time.perf_counter() - start))
         return best
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return int(memory_of("self")["peak"])  # type: ignore[no-untyped-call]
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

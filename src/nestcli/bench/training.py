@@ -148,8 +148,8 @@ def _step_report(
             "seconds": Spread.of(seconds[name]).to_json(),
             "ratio": _times(seconds, name),
             "share_of_matrix_product_limit": _share(account, seconds[name]),
-            "peak_memory_bytes": memory[name]["peak"],
             **account,
+            "peak_memory_bytes": memory[name]["peak"],
         }
         for name, account in accounts.items()
     }

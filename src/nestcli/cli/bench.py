@@ -12,7 +12,7 @@ from nestcli.errors import ConfigError
 if TYPE_CHECKING:
     from nestcli.bench.run import BenchReport
 
-_SECTIONS = ("loader", "scale", "train_step", "quantizer", "buckets")
+_SECTIONS = ("loader", "scale", "train_step", "quantizer", "precisions", "buckets")
 
 
 def bench(
@@ -62,6 +62,16 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    audio_seconds: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--audio-seconds",
+            min=1,
+            max=1e5,
+            help="Of a batch, section precisions. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Measure the data loader, the start on long manifests, and the largest batches that fit; beside NeMo if named."""
@@ -79,6 +89,8 @@ def bench(
         options = options.changed(lines=tuple(lines))
     if memory is not None:
         options = options.changed(memory=int(memory * 2**30))
+    if audio_seconds:
+        options = options.changed(audio_seconds=tuple(audio_seconds))
     with console.progress("measuring") as advance:
         report = run_bench(config, list(dict.fromkeys(only or [])), options, advance)
     if as_json:
@@ -97,6 +109,7 @@ def _show(report: BenchReport) -> None:
         "scale": _show_scale,
         "train_step": _show_train_step,
         "quantizer": _show_quantizer,
+        "precisions": _show_precisions,
         "buckets": _show_buckets,
     }
     for section in report.sections:
@@ -170,6 +183,22 @@ def _show_quantizer(section: dict[str, Any]) -> None:
         f"; NeMo's {peaks['nemo'] / 2**20:,.0f} MiB, {section['ratio']:.0f} times the time" if peaks["nemo"] else ""
     )
     console.line(f"Memory beyond the model's: {peaks['ours'] / 2**20:,.0f} MiB{theirs}.")
+
+
+def _show_precisions(section: dict[str, Any]) -> None:
+    columns = ["", ">s a batch", ">s/s", ">s/s, loader", ">of a product", ">of the sheet", ">GiB"]
+    rows = [_precision_row(row) for row in section["rows"]]
+    console.table(f"precisions on {section['device']}", columns, rows)
+
+
+def _precision_row(row: dict[str, Any]) -> tuple[str, ...]:
+    name = (f"{row['precision']}, {'compiled' if row['compiled'] else 'plain'}", f"{row['audio_seconds']:g}")
+    if "error" in row:
+        return (*name, row["error"][:40], "", "", "", "")
+    speeds = (f"{row[key]:,.0f}" for key in ("audio_per_second", "fed_audio_per_second"))
+    shares = (row["utilisation_of_measured_product"], row["utilisation_of_data_sheet"])
+    used = ("" if share is None else f"{share:.0%}" for share in shares)
+    return (*name, *speeds, *used, f"{row['peak_memory_bytes'] / 2**30:.1f}")
 
 
 def _spread(spread: dict[str, float]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _PIECE = 50  # frames; their largest intermediate result takes 8 MiB with 256 channels
 
@@ -81,13 +82,24 @@ class DepthwiseStridingSubsampling(nn.Module):
         for _ in range(sum(map(_strides, self.conv))):
             first, last = spans[0]
             spans.insert(0, (2 * first - 1, 2 * last))
-        x_1CTD, begins = features_TD[None, None], 0
-        for layer in self.conv:
+        x_1CTD, begins, layers = features_TD[None, None], 0, list(self.conv)
+        if len(layers) > 2:  # the first layer's result is the largest by far, and made anew sooner than kept
+            x_1CTD = checkpoint(
+                self._through, x_1CTD, begins, length, layers[:3], spans, use_reentrant=False, preserve_rng_state=False
+            )
+            begins, length, layers, spans = spans[2][0], _halved(_halved(length)), layers[3:], spans[2:]
+        return self._through(x_1CTD, begins, length, layers, spans).squeeze(0).transpose(0, 1).flatten(1)
+
+    def _through(
+        self, x_1CTD: Tensor, begins: int, length: int, layers: list[nn.Module], spans: list[tuple[int, int]]
+    ) -> Tensor:
+        """Layers one after another on frames from `begins` on; strided ones on the first span, to give the second."""
+        for layer in layers:
             if _strides(layer):
-                x_1CTD = _stretch(x_1CTD, begins, spans.pop(0), length)
-                length, begins = _halved(length), spans[0][0]
+                x_1CTD, begins = _stretch(x_1CTD, begins, spans[0], length), spans[1][0]
+                length, spans = _halved(length), spans[1:]
             x_1CTD = self._applied(layer, x_1CTD, time_padding=0)
-        return x_1CTD.squeeze(0).transpose(0, 1).flatten(1)
+        return x_1CTD
 
     def _applied(self, layer: nn.Module, x_BCTD: Tensor, time_padding: int) -> Tensor:
         if not isinstance(layer, nn.Conv2d):

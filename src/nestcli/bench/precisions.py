@@ -1,0 +1,114 @@
+"""The section `precisions`: speed, memory and utilisation of training steps over precisions and batch sizes.
+
+Made to run on a GPU without anybody watching: every row is a process of its own, and one that fails is a row that says
+so. It runs on processors too, where it is slow.
+"""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nestcli.bench.context import Context, plain
+from nestcli.bench.peer import PeerDiedError, our_peer
+from nestcli.bench.report import SectionReport, Spread
+from nestcli.errors import RunFailedError
+from nestcli.training.settings import accelerator
+
+CLIP_SECONDS = 20.0
+AUDIO_SECONDS = (160.0, 320.0, 640.0, 1280.0)  # in a batch
+PRECISIONS = ("32", "tf32", "bf16-mixed", "bf16-true")
+_STEPS, _WARM_UP = 10, 4
+# Operations a second of dense products, by NVIDIA's data sheets; a name stands in that of the device.
+_DATA_SHEETS = {
+    "H200": {"32": 67e12, "tf32": 494e12, "bf16": 989e12},
+    "H100": {"32": 67e12, "tf32": 494e12, "bf16": 989e12},
+    "A100": {"32": 19.5e12, "tf32": 156e12, "bf16": 312e12},
+}
+
+Facts = dict[str, Any]
+
+
+def precisions_section(context: Context) -> SectionReport:
+    """A row for every precision, batch size, and layers plain or compiled; the loader feeds a second timing of each."""
+    audio = context.options.audio_seconds or AUDIO_SECONDS
+    ways = [
+        (precision, seconds, compiled)
+        for precision in PRECISIONS
+        for seconds in audio
+        for compiled in (False, True)
+    ]  # fmt: skip
+    rows = []
+    for number, (precision, seconds, compiled) in enumerate(ways):
+        name = f"{precision}, {seconds:g} s, {'compiled' if compiled else 'plain'}"
+        context.tell(f"precisions: {number + 1} of {len(ways)}: {name}")
+        rows.append(_row(context, precision, seconds, compiled))
+    done = [row for row in rows if "error" not in row]
+    if not done:
+        raise RunFailedError(f"precisions: no step could be run: {rows[0]['error']}")
+    best = max(done, key=lambda row: row["audio_per_second"])
+    return SectionReport(
+        name="precisions",
+        unit="seconds of audio a second",
+        ours=Spread.of([best["audio_per_second"]]),
+        nemo=None,
+        ratio=None,
+        memory=best["peak_memory_bytes"],
+        extra={"device": best["device"], "clip_seconds": CLIP_SECONDS, "rows": rows},
+    )
+
+
+def _row(context: Context, precision: str, seconds: float, compiled: bool) -> Facts:
+    """One process: its steps without a loader, then fed by one."""
+    row: Facts = {"precision": precision, "audio_seconds": seconds, "compiled": compiled}
+    clips = max(1, round(seconds / CLIP_SECONDS))
+    config = _config(context, precision, clips, compiled)
+    device = "cuda" if accelerator(config) == "gpu" else "cpu"
+    clip_seconds = min(CLIP_SECONDS, seconds)
+    files = {
+        name: str(context.folder / f"{name}-{clips}-{clip_seconds:g}.safetensors") for name in ("weights", "batch")
+    }
+    drawn = {"clips": clips, "seconds": clip_seconds, "learning_rate": 1e-4, "tf32": precision == "tf32"}
+    try:
+        with ExitStack() as stack:
+            peer = stack.enter_context(our_peer(one_thread=False))
+            peer.ask("open_training", config=plain(config), device=device, **drawn, **files)
+            peer.ask("step_round", steps=_WARM_UP, seed=0)
+            steps = peer.ask("step_round", steps=context.options.rounds or _STEPS, seed=9)
+            fed = peer.ask("fed_round", steps=context.options.rounds or _STEPS)
+            account = peer.ask("profile_step")
+    except (RunFailedError, PeerDiedError) as error:
+        return {**row, "error": str(error).splitlines()[0][:300]}
+    step = statistics.median(steps["seconds"])
+    work = account["floating_point_operations"]
+    sheet = _of_data_sheet(account["device"], precision)
+    return {
+        **row,
+        **account,
+        "step_seconds": step,
+        "audio_per_second": clips * clip_seconds / step,
+        "fed_audio_per_second": fed["audio_seconds"] / fed["seconds"],
+        "utilisation_of_measured_product": work / step / account["device_operations_a_second"],
+        "utilisation_of_data_sheet": work / step / sheet if sheet else None,
+        "losses": steps["losses"],
+    }
+
+
+def _config(context: Context, precision: str, clips: int, compiled: bool) -> DictConfig:
+    config = OmegaConf.merge(
+        context.loader_config(batch_size=clips, num_workers=8),
+        {
+            "model": {"encoder": {"compile": compiled}},
+            "trainer": {"precision": "32" if precision == "tf32" else precision},
+        },
+    )
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _of_data_sheet(device: str, precision: str) -> float | None:
+    kind = "bf16" if precision.startswith("bf16") else precision
+    return next((peaks[kind] for name, peaks in _DATA_SHEETS.items() if name in device), None)

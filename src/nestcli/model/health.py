@@ -7,6 +7,8 @@ Axes: B batch, S sub-sampled frames, M model width, K frames looked at, N select
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,14 @@ def unigram_baseline(seen_GC: Tensor, window_GC: Tensor) -> tuple[Tensor, Tensor
     total_G = window_GC.sum(1)
     hits_G1 = window_GC.gather(1, seen_GC.argmax(1, keepdim=True))
     return ((window_GC * nats_GC).sum(1) / total_G).mean(), (hits_G1[:, 0] / total_G).mean()
+
+
+@torch.no_grad()
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all tensors together, in fp32. 0 without any."""
+    if not tensors:
+        return torch.zeros(())
+    return torch.stack(torch._foreach_norm(tensors, 2.0, torch.float32)).norm()
 
 
 @torch.no_grad()

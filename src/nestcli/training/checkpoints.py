@@ -19,7 +19,8 @@ class NestCheckpoint(ModelCheckpoint):
     """Checkpoints named as NeMo names them: `NAME--val_loss=8.123-step=100.ckpt`, and the newest with `-last`.
 
     The last one is also written at the end of training, where validation may not have come by. `nemo` is a .nemo file
-    of the best model to keep beside them, or of the newest as long as there is no best one.
+    of the best model to keep beside them, or of the newest as long as there is no best one. Weights that are not finite
+    are not written: the last good checkpoint stays.
     """
 
     def __init__(
@@ -34,6 +35,10 @@ class NestCheckpoint(ModelCheckpoint):
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if _is_finite(trainer):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         score = self.best_model_score
@@ -43,6 +48,8 @@ class NestCheckpoint(ModelCheckpoint):
             write_nemo(self.nemo, module.config, module.model.state_dict())
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if not _is_finite(trainer):
+            return
         super()._save_last_checkpoint(trainer, monitor_candidates)
         if trainer.is_global_zero:  # Lightning leaves the one that a run was resumed from
             for older in Path(str(self.dirpath)).glob("*-last.ckpt"):
@@ -54,3 +61,9 @@ class NestCheckpoint(ModelCheckpoint):
         if self.monitor is not None:  # before the first validation the name still needs a number
             candidates.setdefault(self.monitor, torch.tensor(math.inf))
         return candidates
+
+
+def _is_finite(trainer: Trainer) -> bool:
+    """Whether all weights are; running statistics, too."""
+    state = trainer.lightning_module.state_dict().values()
+    return bool(torch.stack([value.isfinite().all() for value in state]).all())

@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
+from lightning.pytorch.profilers import Profiler
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, last_checkpoint, load_lightning_checkpoint
@@ -24,9 +25,10 @@ from nestcli.files import write_text
 from nestcli.model.module import CONFIG_KEY, NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.checkpoints import NestCheckpoint
-from nestcli.training.metrics import MetricsWriter, Reporter
+from nestcli.training.metrics import Reporter
 from nestcli.training.settings import (
     Length,
+    SafetyConfig,
     TrainerConfig,
     accelerator,
     device_name,
@@ -36,6 +38,7 @@ from nestcli.training.settings import (
     trainer_options,
 )
 from nestcli.training.start import start_from, starts_of
+from nestcli.training.watched import Watched
 
 DEFAULT_EXP_DIR = "nest_experiments"
 _MONITORS = ("val_loss", "val_masked_accuracy", "train_loss", "masked_accuracy")
@@ -96,6 +99,7 @@ class Pretraining:
     def __init__(self, config: DictConfig, reporter: Reporter) -> None:
         self.config, self.reporter = config, reporter
         section(TrainerConfig, config, "trainer")
+        SafetyConfig.of(config)
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config, reporter.note)
         batches = self.data.train_plan(n_processes(config))
@@ -140,18 +144,12 @@ class Pretraining:
         if not getattr(rank_zero_only, "rank", 0):
             write_text(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
         checkpoints = self._checkpoint_callback()
-        metrics = MetricsWriter(
-            self.folder / "metrics.jsonl",
-            self.reporter,
-            self.data.sample_rate,
-            self.data.skipped,
-            batches_per_epoch=self.length.batches_per_epoch,
-            log_every=int(self.config.trainer.log_every_n_steps),
-        )
-        trainer_callbacks = [metrics, *([checkpoints] if checkpoints else [])]
+        watched = Watched.of(self.config, self.module, self.data, self.reporter, self.folder, self.length)
+        metrics = watched.metrics
+        trainer_callbacks = [*watched.callbacks, *([checkpoints] if checkpoints else [])]
         with warnings.catch_warnings(), _memory_explained():
             quieten()
-            trainer = self._trainer(trainer_callbacks)
+            trainer = self._trainer(trainer_callbacks, watched.waits)
             try:
                 trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
             except SystemExit:  # Lightning's answer to Ctrl-C
@@ -264,11 +262,12 @@ class Pretraining:
         written = self.folder / "checkpoints" / Path(path).name
         return written if path and written.is_file() else None
 
-    def _trainer(self, callbacks: list[Any]) -> Trainer:
+    def _trainer(self, callbacks: list[Any], profiler: Profiler | None = None) -> Trainer:
         try:
             return Trainer(
                 **trainer_options(self.config, self.length, validates=self.data.val is not None),
                 callbacks=callbacks,
+                profiler=profiler,
                 logger=make_loggers(self.config, self.folder),
                 plugins=[AtomicCheckpointIO()],
                 default_root_dir=self.folder,

@@ -7,8 +7,6 @@ Axes: B batch, S sub-sampled frames, M model width, K frames looked at, N select
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ def unigram_baseline(seen_GC: Tensor, window_GC: Tensor) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+def total_norm(tensors: list[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors together, in fp32. 0 without any."""
     if not tensors:
         return torch.zeros(())

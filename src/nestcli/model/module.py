@@ -95,7 +95,7 @@ class NestModule(LightningModule):
         if not batch.counts:
             return
         if self.model.loss.config.nemo_exact:  # NeMo's mean over batches, whatever their size, NaN and all
-            row = [output.loss, output.correct / output.selected, 1.0, 1.0]
+            row: list[Tensor | float] = [output.loss, output.correct / output.selected, 1.0, 1.0]
         else:
             row = [output.loss * output.selected, output.correct, output.selected, output.selected]
         self._validation += torch.tensor([float(value) for value in row], dtype=torch.float64).to(self._validation)

@@ -35,7 +35,9 @@ class CollapseWatch:
         signs = self._signs() if len(self._lines) == self.patience else []
         was, self.collapsed = self.collapsed, bool(signs)
         if self.collapsed and not was:
-            return f"step {step}: the run has collapsed: {'; '.join(signs)}, for {self.patience} logged lines. {_ADVICE}"
+            return (
+                f"step {step}: the run has collapsed: {'; '.join(signs)}, for {self.patience} logged lines. {_ADVICE}"
+            )
         return f"step {step}: the run has recovered from its collapse." if was and not self.collapsed else None
 
     def state_dict(self) -> dict[str, Any]:

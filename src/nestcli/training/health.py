@@ -98,7 +98,10 @@ class _Step:
 
     @classmethod
     def of(cls, loss: Tensor, outputs: Mapping[str, Tensor]) -> _Step:
-        return cls(loss, *(outputs[key] for key in ("correct", "selected", "encoded_BSM", "frames_B")))
+        correct, selected, encoded, frames = (
+            outputs[key] for key in ("correct", "selected", "encoded_BSM", "frames_B")
+        )
+        return cls(loss, correct, selected, encoded, frames)
 
     def __add__(self, later: _Step) -> _Step:
         return _Step(

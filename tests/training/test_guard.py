@@ -137,7 +137,7 @@ def test_a_run_with_a_bad_step_resumes_to_the_last_bit(
     whole = pretraining(corpus, tmp_path / "whole", "trainer.max_steps=7", *common)
     poison_batch(whole, poison, 1, 0)
     uninterrupted = whole.fit()
-    for steps in (3, 5, 7):  # before and after the bad step
+    for steps in (5, 7):  # after the bad step
         parts = pretraining(corpus, tmp_path / "parts", f"trainer.max_steps={steps}", *common).fit()
     assert metrics(parts) == metrics(uninterrupted)
     assert metrics(parts)[-1]["bad_steps"] == 1

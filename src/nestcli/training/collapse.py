@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 # What the words below stand for. Measured examples: docs/health.md
-_FEW_CODES = 0.02  # perplexity of the predictions over that of the targets, both less 1
+_FEW_CODES = 0.01  # perplexity of the predictions over that of the targets, both less 1
 _FLAT_RANK = 1.5  # effective rank
 _NO_BETTER = 0.98  # loss over that of the unigram baseline, for a run with one of the signs above
 _LONG = 2.0  # warm-ups after which a loss above the baseline is a sign by itself

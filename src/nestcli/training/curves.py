@@ -49,7 +49,7 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = (
     ("gradient norm", (("gradient_norm", "", False),)),
     ("parameter norm", (("parameter_norm", "", False),)),
 )
-_LOGARITHMIC = {"codes in use (perplexity)", "gradient norm"}
+_WIDE_RANGE = 50.0  # largest over smallest value of a panel, from where on its scale is logarithmic
 
 
 def read_lines(metrics: Path) -> list[dict[str, Any]]:
@@ -98,13 +98,14 @@ def _panel(axes: Axes, name: str, curves: Sequence[tuple[str, str, bool]], lines
             marker = "o" if key.startswith("val_") else ""
             axes.plot(steps, values, color=next(colours), marker=marker, markersize=3, linewidth=1.4, label=label)
     axes.set_title(name, loc="left", fontsize=9.5, color=_INK)
-    if name in _LOGARITHMIC:
+    values = [value for key, _, _ in curves for value in _points(lines, key)[1]]
+    if min(values) > 0 and max(values) > _WIDE_RANGE * min(values):
         axes.set_yscale("log")
     if any(label for _, label, _ in curves):
         axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_GREY)
-    axes.tick_params(colors=_GREY, labelcolor=_INK, labelsize=8)
+    axes.tick_params(which="both", colors=_GREY, labelcolor=_INK, labelsize=8)
     axes.grid(axis="y", color=_PALE, linewidth=0.8)
 
 

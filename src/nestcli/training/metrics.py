@@ -187,6 +187,7 @@ class MetricsWriter(Callback):
         """Read the newest step into the line of that step, and begin a window."""
         measures = self.health.read(trainer, pl_module)
         self.totals.samples += int(measures.pop("samples"))
+        measures["recent_tokens"] = int(measures["recent_tokens"])
         waited = self.waits.seconds - self._window.waited
         measures["data_wait_share"] = round(min(1.0, waited / max(self._window.seconds, 1e-9)), 4)
         self._window = _Window(waited=self.waits.seconds)

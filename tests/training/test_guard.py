@@ -216,6 +216,9 @@ def test_what_counts_as_bad() -> None:
     assert guard._reason(51.0, 1.0) == "the loss 51 is more than 10 times the usual 5"
     assert guard._reason(math.inf, 1.0) == "the loss is inf"
     assert guard._reason(5.0, math.nan) == "the gradient norm is nan"
+    resumed = StepGuard(Path("x"), print, lambda number: {}, max_bad_steps=3, explode_factor=10.0)
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert resumed._reason(51.0, 1.0) is not None
     guard.explode_factor = None
     assert guard._reason(1e9, 1.0) is None
 

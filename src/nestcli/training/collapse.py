@@ -49,19 +49,18 @@ class CollapseWatch:
     def _signs(self) -> list[str]:
         mean = {key: sum(line[key] for line in self._lines) / len(self._lines) for key in _KEYS}
         loss = f"loss {mean['train_loss']:.3f}, guessing by frequency gives {mean['unigram_loss']:.3f}"
-        signs = []
-        if self._always(lambda line: line["predicted_perplexity"] - 1 < _FEW_CODES * (line["target_perplexity"] - 1)):
-            signs.append(
-                f"predictions spread over {mean['predicted_perplexity']:.1f} of {self.n_codes} codes, "
-                f"targets over {mean['target_perplexity']:.1f}"
-            )
-        if self._always(lambda line: line["effective_rank"] < _FLAT_RANK):
-            signs.append(f"the encoder's output has an effective rank of {mean['effective_rank']:.2f}")
+        codes = (
+            f"predictions spread over {mean['predicted_perplexity']:.1f} of {self.n_codes} codes, "
+            f"targets over {mean['target_perplexity']:.1f}"
+        )
+        rank = f"the encoder's output has an effective rank of {mean['effective_rank']:.2f}"
+        few = self._always(lambda line: line["predicted_perplexity"] - 1 < _FEW_CODES * (line["target_perplexity"] - 1))
+        flat = self._always(lambda line: line["effective_rank"] < _FLAT_RANK)
         ratio = mean["train_loss"] / mean["unigram_loss"] if mean["unigram_loss"] > 0 else 0.0
-        if signs and ratio > _NO_BETTER:
-            return [*signs, loss]
+        if (few or flat) and ratio > _NO_BETTER:
+            return [*([codes] if few else []), *([rank] if flat else []), loss]
         late = self._lines[0]["step"] > _LONG * self.warmup_steps
-        return [f"{loss}, long after the warm-up"] if late and ratio > 1 else []
+        return [f"{loss}, long after the warm-up", codes, rank] if late and ratio > 1 else []
 
     def _always(self, sign: Callable[[dict[str, float]], bool]) -> bool:
         return all(sign(line) for line in self._lines)

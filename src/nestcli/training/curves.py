@@ -83,7 +83,7 @@ def draw_curves(lines: Lines, path: Path, title: str = "") -> None:
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def _panel(axes: Axes, name: str, curves: Sequence[tuple[str, str, bool]], lines: Lines) -> None:

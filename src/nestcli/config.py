@@ -74,6 +74,7 @@ _TRAINER_KEYS = (
     "max_time",
 )  # fmt: skip
 _CHECKPOINT_KEYS = ("every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose")
+_SAFETY_KEYS = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines")
 START_KEYS = ("init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_pretrained_model")
 _START_PARTS = ("path", "include", "exclude")  # of NeMo's form init_from_...: {name: {path: ..., include: [...]}}
 EXTRA_KEYS = frozenset(
@@ -91,6 +92,7 @@ EXTRA_KEYS = frozenset(
         "model.preprocessor.nemo_exact",
         *(f"model.{part}.{key}" for part in ("train_ds", "validation_ds") for key in _DATASET_KEYS),
         *(f"model.validation_ds.{key}" for key in _TRAIN_ONLY_KEYS),
+        *(f"nest.{key}" for key in _SAFETY_KEYS),
         *(f"trainer.{key}" for key in _TRAINER_KEYS),
         *(f"exp_manager.checkpoint_callback_params.{key}" for key in _CHECKPOINT_KEYS),
     )

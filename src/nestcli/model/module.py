@@ -49,6 +49,7 @@ class NestModule(LightningModule):
         if str(config.trainer.precision) == "bf16-true":
             self.model.use_half(torch.bfloat16)
         self._validation = torch.zeros(4, dtype=torch.float64)
+        self.step_loss = torch.zeros(())  # of the newest batch of training
 
     def forward(self, batch: Batch) -> NestOutput:
         output: NestOutput = self.model(batch.audio, batch.audio_len, batch.noisy_audio, batch.noisy_audio_len)
@@ -61,9 +62,11 @@ class NestModule(LightningModule):
         output = self(batch)
         self.log("train_loss", output.loss.detach())
         self.log("masked_accuracy", _share(output.correct, output.selected))
-        self.log("learning_rate", self.learning_rate)
-        self.log("global_step", float(self.trainer.global_step))
-        return {"loss": output.loss, "correct": output.correct, "selected": output.selected}
+        # Numbers would be sent to the device, and the step would wait for it.
+        self.log("learning_rate", torch.tensor(self.learning_rate))
+        self.log("global_step", torch.tensor(float(self.trainer.global_step)))
+        self.step_loss = output.loss.detach()
+        return output._asdict()
 
     @property
     def learning_rate(self) -> float:
@@ -82,13 +85,17 @@ class NestModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(4, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         self._seed_draws(_VALIDATION, batch_idx)
         output = self(batch)
+        self._count(output, batch)
+        return {"tokens_NG": output.tokens_NG}
+
+    def _count(self, output: NestOutput, batch: Batch) -> None:
         if not batch.counts:
             return
         if self.model.loss.config.nemo_exact:  # NeMo's mean over batches, whatever their size, NaN and all
-            row = [output.loss, output.correct / output.selected, 1.0, 1.0]
+            row: list[Tensor | float] = [output.loss, output.correct / output.selected, 1.0, 1.0]
         else:
             row = [output.loss * output.selected, output.correct, output.selected, output.selected]
         self._validation += torch.tensor([float(value) for value in row], dtype=torch.float64).to(self._validation)

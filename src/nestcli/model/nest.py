@@ -31,6 +31,10 @@ class NestOutput(NamedTuple):
     correct: Tensor  # scalar: selected tokens (of all codebooks) whose most probable code is the target
     selected: Tensor  # scalar: selected tokens, times codebooks
     mask_BT: Tensor  # True where a frame was masked
+    tokens_NG: Tensor  # targets of the selected tokens
+    predicted_NG: Tensor  # their most probable codes
+    encoded_BSM: Tensor  # what the encoder made of the masked audio
+    frames_B: Tensor  # valid frames of it
 
 
 @dataclass(frozen=True)
@@ -139,31 +143,33 @@ class NestModel(nn.Module):
         noisy_BDT, noisy_frames_B = self.preprocessor(noisy_BN, noisy_len_B)
         if self.mask_after_subsampling:
             tokens_BSG = self._tokens_of_subsampled(clean_BDT, clean_frames_B)
-            encoded_BSM, mask_BT = self._encode_masking_subsampled(noisy_BDT, noisy_frames_B)
+            encoded_BSM, mask_BT, frames_B = self._encode_masking_subsampled(noisy_BDT, noisy_frames_B)
         else:
             tokens_BSG = self._with_book_axis(self.quantizer(clean_BDT))
             masked_BDT, mask_BT = self.mask_processor(noisy_BDT, noisy_frames_B)
-            encoded_BSM, _ = self.encoder(masked_BDT.to(self._dtype), noisy_frames_B)
-        return self._predict(encoded_BSM, tokens_BSG, mask_BT)
+            encoded_BSM, frames_B = self.encoder(masked_BDT.to(self._dtype), noisy_frames_B)
+        return self._predict(encoded_BSM, tokens_BSG, mask_BT, frames_B)
 
-    def _predict(self, encoded_BSM: Tensor, tokens_BSG: Tensor, mask_BT: Tensor) -> NestOutput:
+    def _predict(self, encoded_BSM: Tensor, tokens_BSG: Tensor, mask_BT: Tensor, frames_B: Tensor) -> NestOutput:
         selected_BS = self.loss.select(mask_BT)
         logits_NCG = self.decoder(encoded_BSM[selected_BS])
         tokens_NG = fitted(tokens_BSG, selected_BS.size(1))[selected_BS]
-        correct = (logits_NCG.detach().argmax(1) == tokens_NG).sum()
+        predicted_NG = logits_NCG.detach().argmax(1)
+        correct = (predicted_NG == tokens_NG).sum()
         selected = torch.tensor(tokens_NG.numel(), device=correct.device)
-        return NestOutput(self.loss(logits_NCG, tokens_NG), correct, selected, mask_BT)
+        loss, encoded_BSM = self.loss(logits_NCG, tokens_NG), encoded_BSM.detach()
+        return NestOutput(loss, correct, selected, mask_BT, tokens_NG, predicted_NG, encoded_BSM, frames_B)
 
     @torch.no_grad()
     def _tokens_of_subsampled(self, clean_BDT: Tensor, frames_B: Tensor) -> Tensor:
         subsampled_BSM, _ = self.encoder.pre_encode(clean_BDT.transpose(1, 2).to(self._dtype), frames_B)
         return self._with_book_axis(self.quantizer(subsampled_BSM.transpose(1, 2)))
 
-    def _encode_masking_subsampled(self, noisy_BDT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_masking_subsampled(self, noisy_BDT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         subsampled_BSM, lengths_B = self.encoder.pre_encode(noisy_BDT.transpose(1, 2).to(self._dtype), frames_B)
         masked_BMS, mask_BS = self.mask_processor(subsampled_BSM.transpose(1, 2), lengths_B)
         encoded_BSM, _ = self.encoder.encode(masked_BMS.transpose(1, 2), lengths_B)
-        return encoded_BSM, mask_BS
+        return encoded_BSM, mask_BS, lengths_B
 
     def _with_book_axis(self, tokens: Tensor) -> Tensor:
         return tokens if tokens.dim() == 3 else tokens[:, :, None]

@@ -30,6 +30,7 @@ class NestCheckpoint(ModelCheckpoint):
 
     A last one is written whenever a best one could be, and at the end of training, where validation may not have come
     by. `nemo` is a .nemo file of the best model to keep beside them, or of the newest as long as there is no best one.
+    Weights that are not finite are not written: the last good checkpoint stays.
     """
 
     def __init__(
@@ -94,10 +95,14 @@ class NestCheckpoint(ModelCheckpoint):
             write_nemo(self.nemo, module.config, module.model.state_dict())
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if not _is_finite(trainer):
+            return
         self._best_before = {*self.best_k_models, self.best_model_path} - {""}
         super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if not _is_finite(trainer):
+            return
         super()._save_last_checkpoint(trainer, monitor_candidates)
         if self.save_last and trainer.is_global_zero:
             for path in _outdated(Path(self.last_model_path)):
@@ -121,3 +126,9 @@ def _outdated(newest: Path) -> list[Path]:
     keyed = sorted(((step_in_name(path) or -1, path.stat().st_mtime_ns, path) for path in others), reverse=True)
     before = [path for step, _, path in keyed if step <= (step_in_name(newest) or 0)]
     return before[LAST_KEPT - 1 :]
+
+
+def _is_finite(trainer: Trainer) -> bool:
+    """Whether all weights are; running statistics, too."""
+    state = trainer.lightning_module.state_dict().values()
+    return bool(torch.stack([value.isfinite().all() for value in state]).all())

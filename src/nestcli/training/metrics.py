@@ -1,8 +1,7 @@
-"""What a run tells: metrics.jsonl and the progress display."""
+"""What a run tells: metrics.jsonl, the loggers' curves and the progress display."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -13,13 +12,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nestcli.data.batch import NoiseBatch
 from nestcli.data.skipping import SkipCounter
-from nestcli.files import write_text
+from nestcli.errors import RunFailedError
 from nestcli.model.module import NestModule
+from nestcli.training.collapse import CollapseWatch
+from nestcli.training.health import HealthMonitor, WaitClock
+from nestcli.training.lines import append_line, drop_lines_after, line_at
+
+_ONCE_LOGGED = ("audio_per_second", "unigram_loss", "unigram_accuracy", "data_wait_share")
+_SAME_AS_MODULE = ("step", "train_loss", "masked_accuracy", "lr")  # which the module logs itself
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where training stands after an optimiser step. Times and audio in seconds."""
+    """Where training stands after an optimiser step. Times and audio in seconds; shares from 0 to 1.
+
+    Loss, accuracy and what follows from them are those of the newest step that was read: the last logged one.
+    """
 
     step: int
     steps: int | None  # in all; None if the end is given in epochs
@@ -27,8 +35,11 @@ class StepReport:
     loss: float
     accuracy: float
     learning_rate: float
-    audio_per_second: float
+    audio_per_second: float  # this and what follows seconds_left: NaN as long as nothing was logged
     seconds_left: float | None
+    unigram_loss: float = math.nan  # of guessing by frequency
+    unigram_accuracy: float = math.nan
+    data_wait_share: float = math.nan
 
 
 class Reporter(Protocol):
@@ -45,18 +56,26 @@ class Reporter(Protocol):
 
 @dataclass
 class _Totals:
-    """What a run has seen, resumes included."""
+    """What a run has seen, resumes included; audio up to the last reading."""
 
-    audio_seconds: float = 0.0
+    samples: int = 0
     seconds: float = 0.0
+
+
+@dataclass
+class _Window:
+    """Times since the last logged line, in seconds."""
+
+    seconds: float = 0.0
+    waited: float = 0.0  # what the wait clock stood at when the window began
 
 
 class MetricsWriter(Callback):
     """One line of metrics.jsonl for every logged step, and a report to the display for every step.
 
-    Lines carry step, epoch, train_loss, masked_accuracy, lr, audio_seconds, seconds (of training, in all) and skipped
-    (utterances of this process that could not be read), and val_loss and val_masked_accuracy where validation ran at
-    that step.
+    Lines carry step, epoch, train_loss, masked_accuracy, lr, audio_seconds, seconds (of training, in all), skipped
+    (utterances of this process that could not be read), the measures of docs/health.md, and val_loss and
+    val_masked_accuracy where validation ran at that step. Between logged steps nothing is read from the device.
     """
 
     def __init__(
@@ -65,28 +84,36 @@ class MetricsWriter(Callback):
         reporter: Reporter,
         sample_rate: int,
         skipped: SkipCounter,
+        health: HealthMonitor,
+        watch: CollapseWatch,
+        waits: WaitClock,
         *,
         batches_per_epoch: int,
         log_every: int,
+        stop_on_collapse: bool,
     ) -> None:
         self.path, self.reporter, self.sample_rate, self.skipped = path, reporter, sample_rate, skipped
+        self.health, self.watch, self.waits = health, watch, waits
         self.batches_per_epoch, self.log_every = batches_per_epoch, max(1, log_every)
-        self.totals = _Totals()
-        self._micro: list[tuple[float, float, float]] = []  # loss, correct, selected of the batches of a step
+        self.stop_on_collapse = stop_on_collapse
+        self.totals, self._window = _Totals(), _Window()
         self._used_lr = 0.0
         self._clock = 0.0
-        self._started: tuple[float, float] | None = None  # seconds and audio seconds when this process began
+        self._started = _Totals()  # when this process began
         self._first_step = 0
-        self._row: dict[str, Any] = {}
+        self._shown: dict[str, float] = {}  # what the display shows of the last reading
+        self._verdict: str | None = None  # of the watch, not yet told
+        self._row: dict[str, Any] = {}  # the line of the newest step that was read
 
     # ---- Lightning's hooks ----
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
-        self._started = (self.totals.seconds, self.totals.audio_seconds)
+        self._started = _Totals(self.totals.samples, self.totals.seconds)
+        self._window = _Window(waited=self.waits.seconds)
         if trainer.is_global_zero:
-            _drop_lines_after(self.path, trainer.global_step)
-            self._row = _line_at(self.path, trainer.global_step)  # validation may come before the next step
+            drop_lines_after(self.path, trainer.global_step)
+            self._row = line_at(self.path, trainer.global_step)  # validation may come before the next step
         self._clock = time.monotonic()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -101,34 +128,37 @@ class MetricsWriter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: NoiseBatch, batch_idx: int
     ) -> None:
-        # The losses are averaged over the micro-batches of a step, undoing Lightning's division by their number.
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-        self._micro.append((float(loss), float(outputs["correct"]), float(outputs["selected"])))
-        self.totals.audio_seconds += float(batch.audio_len.sum()) / self.sample_rate * trainer.world_size
         now = time.monotonic()
         self.totals.seconds += now - self._clock
+        self._window.seconds += now - self._clock
         self._clock = now
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        report = self._report(trainer)
-        self._micro.clear()
-        self.reporter.step(report)
-        if report.step % self.log_every == 0 or report.step == report.steps:
-            self._write(trainer, self._line(report))
+        step, steps = trainer.global_step, _steps(trainer)
+        if step % self.log_every == 0 or step == steps:
+            self._log(trainer, pl_module)
+        elif not self._shown:  # the display should not wait for the first line
+            self._shown = dict(zip(("train_loss", "masked_accuracy"), self.health.glance(), strict=True))
+        self.reporter.step(self._report(trainer))
+        self._judge()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.health.unread and not trainer.sanity_checking:
+            self._read(trainer, pl_module)  # the line that validation adds to
         self._clock = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock = time.monotonic()  # validation is not training time
         metrics = trainer.callback_metrics
+        baseline = self.health.read_validation(trainer)
         if trainer.sanity_checking or "val_loss" not in metrics:
             return
         loss, accuracy = float(metrics["val_loss"]), float(metrics.get("val_masked_accuracy", math.nan))
         self.reporter.validation(trainer.global_step, loss, accuracy)
-        self._write(
-            trainer, {"step": trainer.global_step, **self._row, "val_loss": loss, "val_masked_accuracy": accuracy}
-        )
+        values = {"val_loss": loss, "val_masked_accuracy": accuracy, **baseline}
+        self._write(trainer, {"step": trainer.global_step, **self._row, **values})
+        _draw(trainer, baseline)
+        self._judge()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.reporter.finished()
@@ -137,84 +167,94 @@ class MetricsWriter(Callback):
         self.reporter.finished()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"audio_seconds": self.totals.audio_seconds, "seconds": self.totals.seconds}
+        return {"samples": self.totals.samples, "seconds": self.totals.seconds, "watch": self.watch.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.totals = _Totals(**state_dict)
+        if "audio_seconds" in state_dict:  # a checkpoint from before there was a watch
+            state_dict = {**state_dict, "samples": round(state_dict["audio_seconds"] * self.sample_rate)}
+        self.totals = _Totals(state_dict["samples"], state_dict["seconds"])
+        if "watch" in state_dict:
+            self.watch.load_state_dict(state_dict["watch"])
 
     # ---- lines ----
 
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read(trainer, pl_module)
+        self._write(trainer, self._row)
+        _draw(trainer, self._row)
+
+    def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the newest step into the line of that step, and begin a window."""
+        measures = self.health.read(trainer, pl_module)
+        self.totals.samples += int(measures.pop("samples"))
+        measures["recent_tokens"] = int(measures["recent_tokens"])
+        waited = self.waits.seconds - self._window.waited
+        measures["data_wait_share"] = round(min(1.0, waited / max(self._window.seconds, 1e-9)), 4)
+        self._window = _Window(waited=self.waits.seconds)
+        audio = self.totals.samples / self.sample_rate
+        self._row = {
+            "step": trainer.global_step,
+            "epoch": trainer.fit_loop.epoch_loop.total_batch_idx // self.batches_per_epoch,
+            "train_loss": measures.pop("train_loss"),
+            "masked_accuracy": measures.pop("masked_accuracy"),
+            "lr": self._used_lr,
+            "audio_seconds": round(audio, 3),
+            "audio_hours": round(audio / 3600, 5),
+            "seconds": round(self.totals.seconds, 3),
+            "skipped": self.skipped.skipped,
+            "bad_steps": self.health.guard.bad_steps,
+            **measures,
+        }
+        self._verdict = self.watch.look(trainer.global_step, self._row)
+        self._row["collapsed"] = self.watch.collapsed
+        per_second = (audio - self._started.samples / self.sample_rate) / max(self._trained, 1e-9)
+        self._shown = {**self._row, "audio_per_second": per_second}
+
+    def _judge(self) -> None:
+        """Say what the watch has to say about the line that was written."""
+        message, self._verdict = self._verdict, None
+        if message is None:
+            return
+        if self.watch.collapsed and self.stop_on_collapse:
+            raise RunFailedError(f"{message} Training was stopped because nest.stop_on_collapse is set.")
+        self.reporter.note(message)
+
+    @property
+    def _trained(self) -> float:
+        """Seconds of training by this process."""
+        return self.totals.seconds - self._started.seconds
+
     def _report(self, trainer: Trainer) -> StepReport:
-        step, steps = trainer.global_step, trainer.max_steps if trainer.max_steps > 0 else None
-        losses, correct, selected = zip(*self._micro, strict=True)
-        assert self._started is not None
-        seconds, audio = self.totals.seconds - self._started[0], self.totals.audio_seconds - self._started[1]
-        per_step = seconds / max(1, step - self._first_step)
-        report = StepReport(
+        step, steps, shown = trainer.global_step, _steps(trainer), self._shown
+        per_step = self._trained / max(1, step - self._first_step)
+        return StepReport(
             step=step,
             steps=steps,
             epoch=trainer.fit_loop.epoch_loop.total_batch_idx // self.batches_per_epoch,
-            loss=sum(losses) / len(losses),
-            accuracy=sum(correct) / max(1.0, sum(selected)),
+            loss=shown["train_loss"],
+            accuracy=shown["masked_accuracy"],
             learning_rate=self._used_lr,
-            audio_per_second=audio / max(seconds, 1e-9),
             seconds_left=None if steps is None else per_step * (steps - step),
+            **{key: shown.get(key, math.nan) for key in _ONCE_LOGGED},
         )
-        self._row = self._line(report)
-        return report
-
-    def _line(self, report: StepReport) -> dict[str, Any]:
-        return {
-            "step": report.step,
-            "epoch": report.epoch,
-            "train_loss": report.loss,
-            "masked_accuracy": report.accuracy,
-            "lr": report.learning_rate,
-            "audio_seconds": round(self.totals.audio_seconds, 3),
-            "seconds": round(self.totals.seconds, 3),
-            "skipped": self.skipped.skipped,
-        }
 
     def _write(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """Append a line, or replace the last one where validation followed a logged step."""
         if not trainer.is_global_zero:
             return
-        line = json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
         if "val_loss" in row:
-            _drop_lines_after(self.path, row["step"] - 1, then=line)
+            drop_lines_after(self.path, row["step"] - 1, then=row)
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        append_line(self.path, row)
 
 
-def _drop_lines_after(path: Path, step: int, then: str = "") -> None:
-    """Take out of metrics.jsonl what was written after a step, by a killed run say, and put a line in its place."""
-    lines = _lines(path)
-    kept = [line for line in lines if _step_of(line) <= step]
-    if then or len(kept) < len(lines):
-        write_text(path, [*kept, then])
+def _steps(trainer: Trainer) -> int | None:
+    return trainer.max_steps if trainer.max_steps > 0 else None
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-
-
-def _line_at(path: Path, step: int) -> dict[str, Any]:
-    """The last line of metrics.jsonl if it is that of a step, without what validation added."""
-    line = _lines(path)[-1:]
-    row: dict[str, Any] = json.loads(line[0]) if line and _step_of(line[0]) == step else {}
-    return {key: value for key, value in row.items() if not key.startswith("val_")}
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that a kill cut off
+def _draw(trainer: Trainer, row: dict[str, Any]) -> None:
+    """Hand the measures to TensorBoard and W&B, at the place on the axis where Lightning puts what the module logs."""
+    finite = {key: float(value) for key, value in row.items() if math.isfinite(value)}
+    values = {f"health/{key}": value for key, value in finite.items() if key not in _SAME_AS_MODULE}
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=max(0, trainer.global_step - 1))

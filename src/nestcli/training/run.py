@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
+from lightning.pytorch.profilers import Profiler
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.checkpoint.lightning import AtomicCheckpointIO
@@ -23,10 +24,11 @@ from nestcli.files import remove_leftovers, write_text
 from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.checkpoints import NestCheckpoint
-from nestcli.training.metrics import MetricsWriter, Reporter
+from nestcli.training.metrics import Reporter
 from nestcli.training.resume import SameResume, find_resume
 from nestcli.training.settings import (
     Length,
+    SafetyConfig,
     TrainerConfig,
     accelerator,
     device_name,
@@ -37,6 +39,7 @@ from nestcli.training.settings import (
 )
 from nestcli.training.space import check_folder, check_space, disk_explained
 from nestcli.training.start import start_from, starts_of
+from nestcli.training.watched import Watched
 
 DEFAULT_EXP_DIR = "nest_experiments"
 _MONITORS = ("val_loss", "val_masked_accuracy", "train_loss", "masked_accuracy")
@@ -97,6 +100,7 @@ class Pretraining:
     def __init__(self, config: DictConfig, reporter: Reporter) -> None:
         self.config, self.reporter = config, reporter
         section(TrainerConfig, config, "trainer")
+        SafetyConfig.of(config)
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config, reporter.note)
         self.data.check_ready(n_processes(config) // int(config.trainer.num_nodes))
@@ -143,18 +147,12 @@ class Pretraining:
         if not getattr(rank_zero_only, "rank", 0):
             with disk_explained(self.folder):
                 self._prepare_folder(checkpoints)
-        metrics = MetricsWriter(
-            self.folder / "metrics.jsonl",
-            self.reporter,
-            self.data.sample_rate,
-            self.data.skipped,
-            batches_per_epoch=self.length.batches_per_epoch,
-            log_every=int(self.config.trainer.log_every_n_steps),
-        )
-        trainer_callbacks = [SameResume(self._resume), metrics, *([checkpoints] if checkpoints else [])]
+        watched = Watched.of(self.config, self.module, self.data, self.reporter, self.folder, self.length)
+        metrics = watched.metrics
+        trainer_callbacks = [SameResume(self._resume), *watched.callbacks, *([checkpoints] if checkpoints else [])]
         with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder):
             quieten()
-            trainer = self._trainer(trainer_callbacks)
+            trainer = self._trainer(trainer_callbacks, watched.waits)
             try:
                 with self.data.losses_explained():
                     trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
@@ -244,11 +242,12 @@ class Pretraining:
         written = self.folder / "checkpoints" / Path(path).name
         return written if path and written.is_file() else None
 
-    def _trainer(self, callbacks: list[Any]) -> Trainer:
+    def _trainer(self, callbacks: list[Any], profiler: Profiler | None = None) -> Trainer:
         try:
             return Trainer(
                 **trainer_options(self.config, self.length, validates=self.data.val is not None),
                 callbacks=callbacks,
+                profiler=profiler,
                 logger=make_loggers(self.config, self.folder),
                 plugins=[AtomicCheckpointIO()],
                 default_root_dir=self.folder,

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.config import resolved
+from nestcli.config import resolved, section
 from nestcli.errors import ConfigError, MissingDependencyError
 
 # As Lightning names them. bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
@@ -64,6 +64,29 @@ class TrainerConfig:
                 raise ValueError(f"{key}: {getattr(self, key)} must be at least 1.")
         if self.val_check_interval <= 0:
             raise ValueError(f"val_check_interval: {self.val_check_interval} must be above 0; batches, or a share.")
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    """The `nest` block, checked: what a run does about bad steps and about its own collapse."""
+
+    max_bad_steps: int | None = 10  # within 100 steps; None: the updates of bad steps are made
+    explode_factor: float | None = 10.0  # times the usual loss; None: only NaN and infinity are bad
+    stop_on_collapse: bool = False
+    collapse_lines: int = 20  # logged lines in a row that it takes to call a run collapsed
+
+    def __post_init__(self) -> None:
+        if self.max_bad_steps is not None and not 1 <= self.max_bad_steps <= 100:
+            raise ValueError(f"max_bad_steps: {self.max_bad_steps} must be from 1 to 100, or null for no guard.")
+        if self.explode_factor is not None and self.explode_factor <= 1:
+            raise ValueError(f"explode_factor: {self.explode_factor} must be above 1, or null.")
+        if self.collapse_lines < 1:
+            raise ValueError(f"collapse_lines: {self.collapse_lines} must be at least 1.")
+
+    @classmethod
+    def of(cls, config: DictConfig) -> SafetyConfig:
+        """From the configuration, which need not have the block. Raises ConfigError."""
+        return cls() if config.get("nest") is None else section(cls, config, "nest")
 
 
 @dataclass(frozen=True)

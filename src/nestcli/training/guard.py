@@ -1,0 +1,220 @@
+"""Steps whose loss or gradient would spoil the model: left out, counted, written down."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from nestcli.data.batch import NoiseBatch
+from nestcli.errors import DataError, RunFailedError
+from nestcli.model.health import total_norm
+from nestcli.model.module import NestModule
+from nestcli.training.lines import append_line, drop_lines_after
+
+_MEDIAN_OF = 100  # good steps whose losses tell what is usual
+_MEDIAN_FROM = 20  # of them; below, no loss counts as exploding
+_WINDOW = 100  # steps among which `max_bad_steps` are too many
+_FILES = 1000  # names in a line at most
+
+
+class StepGuard(Callback):
+    """Leaves out the update of a step whose loss or gradient norm is NaN or infinite, or whose loss explodes.
+
+    Weights, moments and batch-norm statistics stay as they were; counters, schedule and data go on. Every bad step is
+    a line of bad_batches.jsonl; `max_bad_steps` of them within 100 steps end the run (RunFailedError), None guards
+    nothing. A loss explodes beyond `explode_factor` times the median of the last 100 good steps, None: never.
+    Gradients that overflow under 16-mixed are the gradient scaler's business and not counted.
+
+    The decision needs loss and gradient norm, averaged over ranks: two numbers that the host waits for once a step.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tell: Callable[[str], None],
+        find: Callable[[int], dict[str, Any]],
+        *,
+        max_bad_steps: int | None,
+        explode_factor: float | None,
+    ) -> None:
+        self.path, self.tell, self.find = path, tell, find
+        self.max_bad_steps, self.explode_factor = max_bad_steps, explode_factor
+        self.bad_steps = 0
+        self.gradient_norm = torch.full((), math.nan)  # of the newest step, before clipping; on the device
+        self._recent: list[int] = []  # bad steps of the last _WINDOW
+        self._usual: list[float] = []  # losses of good steps
+        self._statistics = _Statistics()
+        self._ids: list[tuple[int, ...]] = []  # of this step's batches
+        self._losses: list[Tensor] = []
+
+    # ---- Lightning's hooks ----
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            drop_lines_after(self.path, trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: NoiseBatch, batch_idx: int
+    ) -> None:
+        if not self._ids and self.max_bad_steps is not None:
+            self._statistics.keep(pl_module)
+        self._ids.append(batch.sample_ids)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._losses.append(cast(NestModule, pl_module).step_loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        ids, losses, self._ids, self._losses = self._ids, torch.stack(self._losses), [], []
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.gradient_norm = _gradient_norm(optimizer, scaler)
+        if self.max_bad_steps is None:
+            return
+        numbers = torch.stack([losses.double().mean(), self.gradient_norm.double()])
+        loss, norm = cast(Tensor, trainer.strategy.reduce(numbers, reduce_op="mean")).tolist()
+        reason = self._reason(loss, 0.0 if scaler is not None else norm)
+        if reason is None:
+            self._usual = [*self._usual, loss][-_MEDIAN_OF:] if loss != 0 else self._usual  # 0: no masked token
+            return
+        _leave_out(optimizer, scaler)
+        self._statistics.put_back()
+        self._write_down(trainer, loss, norm, reason, [*zip(ids, losses.tolist(), strict=True)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bad_steps": self.bad_steps, "recent": list(self._recent), "usual": list(self._usual)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.bad_steps = state_dict["bad_steps"]
+        self._recent, self._usual = list(state_dict["recent"]), list(state_dict["usual"])
+
+    # ---- parts ----
+
+    def _reason(self, loss: float, norm: float) -> str | None:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(norm):
+            return f"the gradient norm is {norm}"
+        if self.explode_factor is None or len(self._usual) < _MEDIAN_FROM:
+            return None
+        usual = statistics.median(self._usual)
+        if loss > self.explode_factor * usual:
+            return f"the loss {loss:.4g} is more than {self.explode_factor:g} times the usual {usual:.4g}"
+        return None
+
+    def _write_down(
+        self, trainer: Trainer, loss: float, norm: float, reason: str, batches: list[tuple[tuple[int, ...], float]]
+    ) -> None:
+        step = trainer.global_step + 1
+        self.bad_steps += 1
+        self._recent = [*(earlier for earlier in self._recent if earlier > step - _WINDOW), step]
+        of_all_ranks = _gathered(trainer, batches)
+        if trainer.is_global_zero:
+            row = {"step": step, "reason": reason, "loss": loss, "gradient_norm": norm}
+            append_line(self.path, {**row, **self._offenders(of_all_ranks)})
+        self.tell(f"step {step} left out: {reason}. Its batch is in {self.path.name}; {self.bad_steps} bad so far.")
+        assert self.max_bad_steps is not None
+        if len(self._recent) >= self.max_bad_steps:
+            raise RunFailedError(self._end(step, reason))
+
+    def _offenders(self, batches: list[tuple[int, tuple[int, ...], float]]) -> dict[str, Any]:
+        """The batches whose own loss is out of order; all of the step where none is."""
+        usual = statistics.median(self._usual) if self._usual else math.inf
+        factor = self.explode_factor or math.inf
+        guilty = [batch for batch in batches if not math.isfinite(batch[2]) or batch[2] > factor * usual] or batches
+        ids = [number for _, numbers, _ in guilty for number in numbers]
+        return {
+            "ids": ids,
+            "files": [self._found(number) for number in ids[:_FILES]],
+            "batches": [
+                {"rank": rank, "loss": loss if math.isfinite(loss) else None, "ids": list(numbers)}
+                for rank, numbers, loss in batches
+            ],
+        }
+
+    def _found(self, number: int) -> dict[str, Any]:
+        try:
+            return self.find(number)
+        except (DataError, OSError, ValueError, KeyError):  # the manifest has changed meanwhile
+            return {"line": number}
+
+    def _end(self, step: int, reason: str) -> str:
+        bad, steps = len(self._recent), step - self._recent[0] + 1
+        return (
+            f"training stopped at step {step}: {bad} of the last {max(steps, bad)} steps were bad, the last because "
+            f"{reason}. {self.path} names their batches: listen to those files, if they are always the same. "
+            "Otherwise lower model.optim.lr or lengthen model.optim.sched.warmup_steps, set "
+            "trainer.gradient_clip_val=1.0, or use trainer.precision=bf16-mixed in place of 16-mixed. "
+            "nest.max_bad_steps and nest.explode_factor set what is too much. The newest checkpoint is of before."
+        )
+
+
+class _Statistics:
+    """A copy of the batch-norm statistics, which a forward pass changes before anybody sees its loss."""
+
+    def __init__(self) -> None:
+        self._live: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    def keep(self, module: nn.Module) -> None:
+        live = [buffer for part in module.modules() if isinstance(part, _BatchNorm) for buffer in part.buffers(False)]
+        if [buffer.data_ptr() for buffer in live] != [buffer.data_ptr() for buffer in self._live]:
+            self._live, self._kept = live, [torch.empty_like(buffer) for buffer in live]
+        self._copy(self._kept, self._live)
+
+    def put_back(self) -> None:
+        self._copy(self._live, self._kept)
+
+    @torch.no_grad()
+    def _copy(self, to: list[Tensor], source: list[Tensor]) -> None:
+        for floating in (True, False):  # one kernel for each type
+            pairs = [pair for pair in zip(to, source, strict=True) if pair[0].is_floating_point() == floating]
+            if pairs:
+                torch._foreach_copy_([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _unscales(optimizer: Optimizer) -> bool:
+    """Whether gradients are still scaled where we see them: a fused optimiser undoes that itself."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _gradient_norm(optimizer: Optimizer, scaler: Any) -> Tensor:
+    norm = total_norm(_gradients(optimizer))
+    if scaler is not None and _unscales(optimizer) and scaler._scale is not None:
+        norm = norm / scaler._scale
+    return norm
+
+
+def _leave_out(optimizer: Optimizer, scaler: Any) -> None:
+    """Make the coming optimiser step change nothing: parameters without a gradient are passed over."""
+    if scaler is not None and _unscales(optimizer):  # the scaler wants gradients to look at, and skips these
+        for gradient in _gradients(optimizer)[:1]:
+            gradient.fill_(math.inf)
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def _gathered(
+    trainer: Trainer, batches: list[tuple[tuple[int, ...], float]]
+) -> list[tuple[int, tuple[int, ...], float]]:
+    """The batches of all ranks, each with its rank."""
+    own = [(trainer.global_rank, ids, loss) for ids, loss in batches]
+    if trainer.world_size == 1:
+        return own
+    everyones: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyones, own)
+    return [batch for batches_of_rank in everyones for batch in batches_of_rank]

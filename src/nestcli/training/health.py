@@ -1,0 +1,266 @@
+"""Health of a run: sums kept on the device, read once for each logged line of metrics.jsonl.
+
+Axes: G codebooks, C codes; the leading 2 is targets and predictions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor
+
+from nestcli.data.batch import NoiseBatch
+from nestcli.model.health import count_codes, dead_codes, effective_rank, perplexity, total_norm, unigram_baseline
+from nestcli.model.module import NestModule
+from nestcli.training.guard import StepGuard
+
+_TOKENS_A_CODE = 10  # tokens of each codebook, times codes, that perplexity and dead codes look back on
+_TARGETS, _PREDICTIONS = 0, 1
+
+
+class CodeCounts:
+    """How often each code was a target or a prediction: since the last line, recently, in the whole run.
+
+    Recently means the last 10 to 20 tokens for each code, or all as long as there are fewer. Everything is on the
+    device, all ranks together, but for `local`: what this rank has not yet shared.
+    """
+
+    def __init__(self, n_books: int, n_codes: int) -> None:
+        self.enough = _TOKENS_A_CODE * n_codes
+        self.local = torch.zeros(2, n_books, n_codes, dtype=torch.int64)
+        self.window, self.newer, self.older = (torch.zeros_like(self.local) for _ in range(3))
+        self.seen = torch.zeros_like(self.local[0])  # targets before the window
+
+    def to(self, device: torch.device) -> None:
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.to(device))
+
+    def add(self, tokens_NG: Tensor, predicted_NG: Tensor) -> None:
+        count_codes(self.local[_TARGETS], tokens_NG)
+        count_codes(self.local[_PREDICTIONS], predicted_NG)
+
+    def share(self, trainer: Trainer) -> None:
+        """Add up what the ranks have counted; all ranks must call this together."""
+        self.window = self.window + _summed(trainer, self.local)
+        self.local.zero_()
+
+    def measures(self) -> dict[str, Tensor]:
+        recent = self.older + self.newer + self.window
+        loss, accuracy = unigram_baseline(self.seen, self.window[_TARGETS])
+        tokens = recent[_TARGETS].sum(1).min()
+        unknown = tokens < self.enough  # too early to call a code dead
+        return {
+            "unigram_loss": loss,
+            "unigram_accuracy": accuracy,
+            "target_perplexity": perplexity(recent[_TARGETS]),
+            "predicted_perplexity": perplexity(recent[_PREDICTIONS]),
+            "target_dead_codes": dead_codes(recent[_TARGETS]).masked_fill(unknown, torch.nan),
+            "predicted_dead_codes": dead_codes(recent[_PREDICTIONS]).masked_fill(unknown, torch.nan),
+            "recent_tokens": tokens,
+        }
+
+    def close(self) -> None:
+        """Begin a window."""
+        self.seen = self.seen + self.window[_TARGETS]
+        newer = self.newer + self.window
+        full = newer[_TARGETS].sum(1).min() >= self.enough
+        self.older = torch.where(full, newer, self.older)
+        self.newer = newer.masked_fill(full, 0)
+        self.window = torch.zeros_like(self.window)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu().clone() for name, tensor in self._tensors().items() if name != "local"}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            setattr(self, name, tensor.to(self.local.device).clone())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+@dataclass
+class _Step:
+    """An optimiser step, or the part of it that is done; everything is on the device."""
+
+    loss: Tensor  # sum over micro-batches
+    correct: Tensor
+    selected: Tensor
+    encoded_BSM: Tensor  # of the newest micro-batch
+    frames_B: Tensor
+    batches: int = 1
+
+    @classmethod
+    def of(cls, loss: Tensor, outputs: Mapping[str, Tensor]) -> _Step:
+        correct, selected, encoded, frames = (
+            outputs[key] for key in ("correct", "selected", "encoded_BSM", "frames_B")
+        )
+        return cls(loss, correct, selected, encoded, frames)
+
+    def __add__(self, later: _Step) -> _Step:
+        return _Step(
+            self.loss + later.loss,
+            self.correct + later.correct,
+            self.selected + later.selected,
+            later.encoded_BSM,
+            later.frames_B,
+            self.batches + later.batches,
+        )
+
+
+class WaitClock(PassThroughProfiler):
+    """Seconds that training has waited for its loader, from Lightning's own marks around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next"):
+            self._since = time.monotonic()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith("train_dataloader_next") and self._since:
+            self.seconds += time.monotonic() - self._since
+            self._since = 0.0
+
+
+class HealthMonitor(Callback):
+    """Counts on the device with every batch, and reads all of it in one go when a line is to be written.
+
+    `read` closes the window that the counts are of. In checkpoints, so that a resumed run gives the same numbers:
+    integers, added up over ranks.
+    """
+
+    def __init__(self, guard: StepGuard, *, n_books: int, n_codes: int) -> None:
+        self.guard = guard
+        self.codes = CodeCounts(n_books, n_codes)
+        self._validation = CodeCounts(n_books, n_codes)  # only `local` and `window` are used
+        self._local, self._window = (torch.zeros(4, dtype=torch.int64) for _ in range(2))  # samples, room, masked, of
+        self._open: _Step | None = None
+        self._last: _Step | None = None  # whole, not yet read
+
+    @property
+    def unread(self) -> bool:
+        """Whether a step was made since the last reading."""
+        return self._last is not None
+
+    # ---- Lightning's hooks ----
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        device = pl_module.device
+        self.codes.to(device)
+        self._validation.to(device)
+        self._local, self._window = self._local.to(device), self._window.to(device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: NoiseBatch, batch_idx: int
+    ) -> None:
+        module = cast(NestModule, pl_module)
+        self.codes.add(outputs["tokens_NG"], outputs["predicted_NG"])
+        self._local += _sizes(module, outputs, batch)
+        step = _Step.of(module.step_loss, outputs)
+        self._open = step if self._open is None else self._open + step
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._last, self._open = self._open, None
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: NoiseBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch.counts:
+            self._validation.add(outputs["tokens_NG"], outputs["tokens_NG"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"codes": self.codes.state_dict(), "window": self._window.cpu().clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.codes.load_state_dict(state_dict["codes"])
+        self._window = state_dict["window"].to(self._window.device).clone()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put what the ranks have not shared yet into the state, which Lightning has taken of this rank alone."""
+        self._share(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    # ---- reading ----
+
+    def glance(self) -> tuple[float, float]:
+        """Loss and accuracy of the newest step on this rank."""
+        assert self._last is not None
+        step = self._last
+        loss, correct, selected = torch.stack([step.loss / step.batches, step.correct, step.selected]).tolist()
+        return loss, correct / max(1.0, selected)
+
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Every measure of the newest step and of the window that ends with it; `samples` are those of the window.
+
+        All ranks must call this together. The one place that waits for the device.
+        """
+        assert self._last is not None
+        step, self._last = self._last, None
+        self._share(trainer)
+        names, tensors = zip(*self._measures(trainer, pl_module, step).items(), strict=True)
+        self.codes.close()
+        self._window = torch.zeros_like(self._window)
+        values = dict(zip(names, torch.stack([tensor.double() for tensor in tensors]).tolist(), strict=True))
+        correct, selected = values.pop("correct"), values.pop("selected")
+        return {"masked_accuracy": correct / max(1.0, selected), **values}
+
+    def read_validation(self, trainer: Trainer) -> dict[str, float]:
+        """The unigram baseline of what was validated; its frequencies are those of the training targets so far."""
+        self._validation.share(trainer)
+        seen_GC = self.codes.seen + self.codes.window[_TARGETS]
+        loss, accuracy = torch.stack(unigram_baseline(seen_GC, self._validation.window[_TARGETS])).tolist()
+        self._validation.window.zero_()
+        return {"val_unigram_loss": loss, "val_unigram_accuracy": accuracy}
+
+    def _measures(self, trainer: Trainer, pl_module: LightningModule, step: _Step) -> dict[str, Tensor]:
+        rank = effective_rank(step.encoded_BSM, step.frames_B)
+        own = torch.stack([value.double() for value in (step.loss / step.batches, step.correct, step.selected, rank)])
+        loss, correct, selected, rank = _summed(trainer, own)
+        samples, room, masked, frames = self._window
+        return {
+            "train_loss": loss / trainer.world_size,
+            "correct": correct,
+            "selected": selected,
+            **self.codes.measures(),
+            "effective_rank": rank / trainer.world_size,
+            "gradient_norm": self.guard.gradient_norm,
+            "parameter_norm": total_norm([each for each in pl_module.parameters() if each.requires_grad]),
+            "masked_share": masked / frames,
+            "padding_share": 1 - samples / room,
+            "samples": samples,
+        }
+
+    def _share(self, trainer: Trainer) -> None:
+        self.codes.share(trainer)
+        self._window = self._window + _summed(trainer, self._local)
+        self._local.zero_()
+
+
+def _sizes(module: NestModule, outputs: Mapping[str, Tensor], batch: NoiseBatch) -> Tensor:
+    """Samples of audio, samples that the batch has room for, masked frames, frames that could be."""
+    if module.model.mask_after_subsampling:
+        frames = outputs["frames_B"].sum()
+    else:
+        frames = (batch.noisy_audio_len // module.model.preprocessor.config.hop_length).sum()
+    room = torch.full_like(frames, batch.audio.numel())
+    return torch.stack([batch.audio_len.sum(), room, outputs["mask_BT"].sum(), frames])
+
+
+def _summed(trainer: Trainer, own: Tensor) -> Tensor:
+    """The sum over ranks; what is given stays as it is."""
+    return cast(Tensor, trainer.strategy.reduce(own.clone(), reduce_op="sum"))

@@ -98,8 +98,9 @@ class Pretraining:
         section(TrainerConfig, config, "trainer")
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config, reporter.note)
-        batches = self.data.train_plan(n_processes(config))
-        self.length = Length.of(config.trainer, len(batches.batches(0)))
+        processes = n_processes(config)
+        batches = self.data.train_plan(processes).batches(0)
+        self.length = Length.of(config.trainer, len(batches), processes)
         self.data.batches = self.length.batches
         self.module = NestModule(config)
         self.resumes = self._checkpoint_to_resume()

@@ -31,6 +31,7 @@ from nestcli.data.reading import read_audio
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.skipping import SkipCounter
 from nestcli.data.slabs import Placed, SlabLoader, Slabs
+from nestcli.data.workers import led_by_main_process
 from nestcli.errors import ConfigError, DataError, NestError
 
 MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
@@ -279,14 +280,16 @@ class NestDataModule(LightningDataModule):
         self._sampler = ResumableSampler(
             plan, length, lambda: self._start(plan), ranks=ranks, rank=rank, used=self._counted_batches
         )
-        return self._loader(self._data(self.train, self.train_noise, "model.train_ds"), self._sampler, "model.train_ds")
+        data = self._data(self.train, self.train_noise, "model.train_ds")
+        return led_by_main_process(self._loader(data, self._sampler, "model.train_ds"))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if self.val is None:
             return []
         ranks, rank = self._ranks()
         sampler = OnePass(self._plan(self.val, "model.validation_ds"), ranks=ranks, rank=rank)
-        return self._loader(self._data(self.val, self.val_noise, "model.validation_ds"), sampler, "model.validation_ds")
+        data = self._data(self.val, self.val_noise, "model.validation_ds")
+        return led_by_main_process(self._loader(data, sampler, "model.validation_ds"))
 
     def on_before_batch_transfer(self, batch: NoiseBatch | Placed | NestError, dataloader_idx: int) -> NoiseBatch:
         training = self.trainer is None or self.trainer.training
@@ -306,7 +309,7 @@ class NestDataModule(LightningDataModule):
             "read": self.skipped.read,
             "ranks": self._sampler.ranks,
             "accumulate": self._accumulate(),
-            "step": int(self.trainer.global_step) if self.trainer else 0,
+            "counted": self._counted_batches(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -316,9 +319,9 @@ class NestDataModule(LightningDataModule):
         self._restored = Position(*(state_dict[key] for key in ("consumed", "epoch", "number")))
         ranks, accumulate = self._ranks()[0], self._accumulate()
         before = (state_dict.get("ranks", ranks), state_dict.get("accumulate", accumulate))
-        self._restored_at = self._restored.consumed // ranks
+        self._restored_at = state_dict.get("counted", self._restored.consumed)
         if before != (ranks, accumulate):
-            self._restored_at = state_dict["step"] * accumulate
+            self._restored_at = recounted(self._restored_at, before[1], accumulate)
             self._tell_of_processes(before, (ranks, accumulate))
         if state_dict["data"] != self.train_plan(ranks).fingerprint:
             self._restored = replace(self._restored, epoch=self._restored.epoch + 1, number=0)
@@ -406,6 +409,11 @@ class NestDataModule(LightningDataModule):
         n_samples = (sampler.plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
         data.slabs = Slabs(workers, _PREFETCHED, min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLAB))
         return SlabLoader(data, slabs=data.slabs, prefetch_factor=_PREFETCHED, **options)
+
+
+def recounted(batches: int, accumulated: int, accumulate: int) -> int:
+    """Batches of a process as it would count them, had each step of the optimiser taken `accumulate`."""
+    return batches if accumulated == accumulate else batches // accumulated * accumulate
 
 
 def _wants_validation(config: DictConfig) -> bool:

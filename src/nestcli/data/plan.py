@@ -111,7 +111,7 @@ class BatchPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with anything that changes the batches: the data, their order and sizes, those of a step in buckets."""
+        """Changes with anything that changes the batches: the data, their order and sizes, steps in buckets."""
         order = self.order
         digest = blake2b(digest_size=16)
         for column in (self.durations, self.bucket_of, order.part_of, order.shard_of):
@@ -174,7 +174,7 @@ class BatchPlan:
         return _Formed(items[: starts[-1]], places, np.array(starts), np.array(bucket_of_batch, np.int64))
 
     def _steps(self, bucket_of_batch: Integers) -> tuple[Integers, Integers]:
-        """(steps, together) numbers of batches, each step of one bucket, and those that are left over in the buckets."""
+        """(steps, together) numbers of batches, each step of one bucket, and those that are left over."""
         batches = np.arange(len(bucket_of_batch))
         counts = np.bincount(bucket_of_batch, minlength=len(self.limits))
         place_in_bucket = batches - (np.cumsum(counts) - counts)[bucket_of_batch]

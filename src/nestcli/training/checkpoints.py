@@ -34,6 +34,13 @@ class NestCheckpoint(ModelCheckpoint):
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def save_now(self, trainer: Trainer) -> Path:
+        """Write the last checkpoint out of turn, whatever `save_last` says; to be called in all processes."""
+        wanted, self.save_last = self.save_last, True
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.save_last = wanted
+        return Path(self.last_model_path)
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         score = self.best_model_score

@@ -25,16 +25,20 @@ from nestcli.model.module import CONFIG_KEY, NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.checkpoints import NestCheckpoint
 from nestcli.training.metrics import MetricsWriter, Reporter
+from nestcli.training.processes import ended_together
+from nestcli.training.resuming import ResumedCounts
 from nestcli.training.settings import (
     Length,
     TrainerConfig,
     accelerator,
+    cluster_plugins,
     device_name,
     make_loggers,
     n_processes,
     quieten,
     trainer_options,
 )
+from nestcli.training.signals import StopSignals, leave_signals_to_us
 from nestcli.training.start import start_from, starts_of
 
 DEFAULT_EXP_DIR = "nest_experiments"
@@ -136,7 +140,7 @@ class Pretraining:
         return self.folder / "checkpoints" / f"{self.config.exp_manager.name}.nemo" if fits else None
 
     def fit(self) -> RunResult:
-        """Train to the end; raises NestError for what the user can mend."""
+        """Train to the end; raises NestError for what the user can mend, StoppedError where a signal ended it."""
         _make_folder(self.folder)
         if not getattr(rank_zero_only, "rank", 0):
             write_text(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
@@ -150,13 +154,14 @@ class Pretraining:
             log_every=int(self.config.trainer.log_every_n_steps),
         )
         trainer_callbacks = [metrics, *([checkpoints] if checkpoints else [])]
-        with warnings.catch_warnings(), _memory_explained():
+        with warnings.catch_warnings(), _memory_explained(), StopSignals() as signals:
             quieten()
-            trainer = self._trainer(trainer_callbacks)
-            try:
-                trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
-            except SystemExit:  # Lightning's answer to Ctrl-C
-                raise KeyboardInterrupt from None
+            trainer = self._trainer([*trainer_callbacks, ResumedCounts(), signals])
+            with ended_together(trainer):
+                try:
+                    trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
+                except SystemExit:  # Lightning's answer to Ctrl-C
+                    raise KeyboardInterrupt from None
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         return RunResult(
             folder=self.folder,
@@ -267,16 +272,18 @@ class Pretraining:
 
     def _trainer(self, callbacks: list[Any]) -> Trainer:
         try:
-            return Trainer(
+            trainer = Trainer(
                 **trainer_options(self.config, self.length, validates=self.data.val is not None),
                 callbacks=callbacks,
                 logger=make_loggers(self.config, self.folder),
-                plugins=[AtomicCheckpointIO()],
+                plugins=[AtomicCheckpointIO(), *cluster_plugins()],
                 default_root_dir=self.folder,
                 enable_checkpointing=any(isinstance(callback, NestCheckpoint) for callback in callbacks),
             )
         except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:  # Lightning's own checks
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+        leave_signals_to_us(trainer)
+        return trainer
 
 
 def experiment_folder(config: DictConfig) -> Path:

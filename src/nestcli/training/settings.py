@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -130,6 +132,13 @@ def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> d
         use_distributed_sampler=False,
     )
     return options
+
+
+def cluster_plugins() -> list[Any]:
+    """Slurm's environment, where srun started us, without Lightning's own way of queueing a job again."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def accelerator(config: DictConfig) -> str:

@@ -15,6 +15,7 @@ from nestcli.data.batch import NoiseBatch
 from nestcli.data.skipping import SkipCounter
 from nestcli.files import write_text
 from nestcli.model.module import NestModule
+from nestcli.training.processes import summed_over_processes
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class MetricsWriter(Callback):
     """One line of metrics.jsonl for every logged step, and a report to the display for every step.
 
     Lines carry step, epoch, train_loss, masked_accuracy, lr, audio_seconds, seconds (of training, in all) and skipped
-    (utterances of this process that could not be read), and val_loss and val_masked_accuracy where validation ran at
-    that step.
+    (utterances of the first process that could not be read), and val_loss and val_masked_accuracy where validation ran
+    at that step. All but `skipped` are of all processes.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class MetricsWriter(Callback):
         self.path, self.reporter, self.sample_rate, self.skipped = path, reporter, sample_rate, skipped
         self.batches_per_epoch, self.log_every = batches_per_epoch, max(1, log_every)
         self.totals = _Totals()
-        self._micro: list[tuple[float, float, float]] = []  # loss, correct, selected of the batches of a step
+        self._micro: list[tuple[float, ...]] = []  # loss, correct, selected, seconds of the batches of a step
         self._used_lr = 0.0
         self._clock = 0.0
         self._started: tuple[float, float] | None = None  # seconds and audio seconds when this process began
@@ -86,7 +87,7 @@ class MetricsWriter(Callback):
         self._started = (self.totals.seconds, self.totals.audio_seconds)
         if trainer.is_global_zero:
             _drop_lines_after(self.path, trainer.global_step)
-            self._row = _line_at(self.path, trainer.global_step)  # validation may come before the next step
+            self._row = _line_at(self.path, trainer.global_step) or self._row  # validation may come before a step
         self._clock = time.monotonic()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -101,17 +102,23 @@ class MetricsWriter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: NoiseBatch, batch_idx: int
     ) -> None:
-        # The losses are averaged over the micro-batches of a step, undoing Lightning's division by their number.
+        # The losses are averaged over the micro-batches of a step in all processes, as their gradients are. Lightning
+        # has divided those of this process by their number.
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-        self._micro.append((float(loss), float(outputs["correct"]), float(outputs["selected"])))
-        self.totals.audio_seconds += float(batch.audio_len.sum()) / self.sample_rate * trainer.world_size
+        seconds = float(batch.audio_len.sum()) / self.sample_rate
+        self._micro.append((float(loss), float(outputs["correct"]), float(outputs["selected"]), seconds))
         now = time.monotonic()
         self.totals.seconds += now - self._clock
         self._clock = now
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        report = self._report(trainer)
+        loss, correct, selected, seconds = summed_over_processes(
+            trainer, [sum(column) for column in zip(*self._micro, strict=True)]
+        )
+        loss /= len(self._micro) * trainer.world_size
         self._micro.clear()
+        self.totals.audio_seconds += seconds
+        report = self._report(trainer, loss, correct / max(1.0, selected))
         self.reporter.step(report)
         if report.step % self.log_every == 0 or report.step == report.steps:
             self._write(trainer, self._line(report))
@@ -137,25 +144,26 @@ class MetricsWriter(Callback):
         self.reporter.finished()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"audio_seconds": self.totals.audio_seconds, "seconds": self.totals.seconds}
+        return {"audio_seconds": self.totals.audio_seconds, "seconds": self.totals.seconds, "row": self._row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.totals = _Totals(**state_dict)
+        self.totals = _Totals(state_dict["audio_seconds"], state_dict["seconds"])
+        self._row = state_dict.get("row", {})
 
     # ---- lines ----
 
-    def _report(self, trainer: Trainer) -> StepReport:
+    def _report(self, trainer: Trainer, loss: float, accuracy: float) -> StepReport:
         step, steps = trainer.global_step, trainer.max_steps if trainer.max_steps > 0 else None
-        losses, correct, selected = zip(*self._micro, strict=True)
         assert self._started is not None
         seconds, audio = self.totals.seconds - self._started[0], self.totals.audio_seconds - self._started[1]
         per_step = seconds / max(1, step - self._first_step)
         report = StepReport(
             step=step,
             steps=steps,
-            epoch=trainer.fit_loop.epoch_loop.total_batch_idx // self.batches_per_epoch,
-            loss=sum(losses) / len(losses),
-            accuracy=sum(correct) / max(1.0, sum(selected)),
+            epoch=(trainer.fit_loop.epoch_loop.batch_progress.total.ready * trainer.world_size - 1)
+            // self.batches_per_epoch,
+            loss=loss,
+            accuracy=accuracy,
             learning_rate=self._used_lr,
             audio_per_second=audio / max(seconds, 1e-9),
             seconds_left=None if steps is None else per_step * (steps - step),

@@ -30,8 +30,21 @@ _POLL_SECONDS = 0.5
 _DEATH_SECONDS = 10.0  # from losing a connection to knowing whose
 
 
+def summed_over_processes(trainer: Trainer, values: Sequence[float]) -> list[float]:
+    """Each value, summed over the processes of a run; to be called in all of them."""
+    if trainer.world_size == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(sums)
+    return [float(value) for value in sums]
+
+
 class PeerLostError(RunFailedError):
-    """Another process of the run is gone; the message says which, where that is known."""
+    """Another process of the run is gone; the message says which, where that is known, and the exit code is its."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def is_launched() -> bool:
@@ -57,7 +70,7 @@ def ended_together(trainer: Trainer) -> Iterator[None]:
         dead = watched.first_dead(_DEATH_SECONDS if _is_connection(error) else 0.0)
         watched.end_others()
         if dead is not None:
-            raise PeerLostError(dead) from None
+            raise dead from None
         if _is_connection(error):
             raise PeerLostError(_who(trainer, "lost the connection to another, which ended first")) from None
         print(_who(trainer, "failed:"), file=sys.stderr)  # noqa: T201  # before the others notice
@@ -85,8 +98,8 @@ class _WatchedLauncher(_SubprocessScriptLauncher):
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
-    def first_dead(self, seconds: float) -> str | None:
-        """What to say of a process that has failed, waiting for its end for so long."""
+    def first_dead(self, seconds: float) -> PeerLostError | None:
+        """What is to be said of a process that has failed, waiting for its end for so long."""
         until = time.monotonic() + seconds
         while True:
             for number, process in enumerate(self.procs, start=1):
@@ -114,7 +127,7 @@ class _WatchedLauncher(_SubprocessScriptLauncher):
             if not self._resting and dead is not None:
                 print(f"error: {dead}", file=sys.stderr, flush=True)  # noqa: T201
                 _kill([*self.procs, *multiprocessing.active_children()])
-                os._exit(1)
+                os._exit(dead.exit_code)
 
 
 def _kill(processes: Sequence[subprocess.Popen[bytes] | multiprocessing.process.BaseProcess]) -> None:
@@ -130,12 +143,13 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _epitaph(number: int, process: subprocess.Popen[bytes]) -> str:
+def _epitaph(number: int, process: subprocess.Popen[bytes]) -> PeerLostError:
     code = process.returncode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return (
+    return PeerLostError(
         f"process {number} of the run {how}; its own message, if it had one, is above. All its processes are ended; "
-        "the same command goes on from the newest checkpoint."
+        "the same command goes on from the newest checkpoint.",
+        exit_code=max(1, code),
     )
 
 

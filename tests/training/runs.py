@@ -1,0 +1,80 @@
+"""Runs of a tiny model for the tests of signals and processes: in this process, or as commands of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import TINY_RUN, tiny_config
+from nestcli.training.run import Pretraining
+
+TRACED = Path(__file__).parent / "traced_nest.py"
+
+
+class Listener:
+    """A reporter that keeps what it is told, and does something at a step."""
+
+    def __init__(self, at_step=None, do=lambda: None):
+        self.at_step, self.do = at_step, do
+        self.validated, self.notes = [], []
+
+    def step(self, report):
+        if report.step == self.at_step:
+            self.do()
+
+    def validation(self, step, loss, accuracy):
+        self.validated.append(step)
+
+    def note(self, message):
+        self.notes.append(message)
+
+    def finished(self):
+        pass
+
+
+def train(corpus, folder, *words, listener=None):
+    config = tiny_config(corpus, f"exp_manager.exp_dir={folder}", "exp_manager.name=run", *words)
+    return Pretraining(config, listener or Listener()).fit()
+
+
+def command(corpus, folder, *words, faults="", launcher=(), trace=None, **environment):
+    """The same as a command, which has started when this returns; its output comes in one piece."""
+    told = {"FAULT": faults, "OMP_NUM_THREADS": "1", **environment}
+    if trace is not None:
+        trace.mkdir()
+        told["TRACE"] = str(trace)
+    call = [
+        *(launcher or [sys.executable]), str(TRACED), "pretrain", "small", *TINY_RUN,
+        f"model.train_ds.manifest_filepath={corpus['train']}", f"model.validation_ds.manifest_filepath={corpus['val']}",
+        f"model.train_ds.noise_manifest={corpus['noise']}", f"exp_manager.exp_dir={folder}", "exp_manager.name=run",
+        *words,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **told},
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def rows(folder):
+    """The lines of metrics.jsonl, without the times."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def checkpoint(folder):
+    [last] = (folder / "run" / "checkpoints").glob("*-last.ckpt")
+    return last
+
+
+def processes_of(group):
+    """The processes of a process group that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(stat.parent.name)
+    return found

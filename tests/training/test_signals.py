@@ -91,7 +91,9 @@ def test_ctrl_c_saves_and_a_second_one_does_not(
     corpus: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(StoppedError, match="stopped by Ctrl-C: saved .*-last.ckpt; the same command goes on") as stopped:
+    with pytest.raises(
+        StoppedError, match="stopped by Ctrl-C: saved .*-last.ckpt; the same command goes on"
+    ) as stopped:
         train(corpus, tmp_path / "once", "trainer.max_steps=5", listener=signal_at(2, signal.SIGINT))
     assert stopped.value.exit_code == 130
     assert "Ctrl-C: stopping after this step and saving; Ctrl-C again stops at once" in capfd.readouterr().err

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from conftest import TINY_RUN, tiny_config
@@ -78,3 +79,23 @@ def processes_of(group):
         if int(fields[2]) == group and fields[0] != "Z":
             found.append(stat.parent.name)
     return found
+
+
+def fake_scontrol(folder, script):
+    """What puts a `scontrol` that writes down its calls, and then runs a script, in the PATH of a command."""
+    folder.mkdir()
+    program = folder / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n{script}\n')
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def wait_for_step(folder, step, seconds=120.0):
+    """Until the run has written so many lines of metrics."""
+    until = time.monotonic() + seconds
+    metrics = folder / "run" / "metrics.jsonl"
+    while time.monotonic() < until:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} in {seconds} s")

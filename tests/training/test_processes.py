@@ -1,4 +1,4 @@
-"""Several processes of a run: the same losses and utterances as in one, nothing that hangs, and an end for all at once."""
+"""Several processes of a run: the losses and utterances of one, nothing that hangs, and one end for all."""
 
 import json
 import os
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Listener, checkpoint, command, processes_of, rows, train
+from runs import Listener, checkpoint, command, fake_scontrol, processes_of, rows, train, wait_for_step
 
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
+from nestcli.checkpoint.load import load_checkpoint
 
 TWO = ("trainer.devices=2", "trainer.accumulate_grad_batches=1")
 ONE = ("trainer.devices=1", "trainer.accumulate_grad_batches=2")  # the same batches a step
@@ -160,3 +161,45 @@ def test_torchrun_starts_the_processes_too(corpus: dict[str, Path], tmp_path: Pa
     assert rows(tmp_path / "torchrun") == rows(tmp_path / "own")
     ours, theirs = (load_lightning_checkpoint(checkpoint(tmp_path / name)) for name in ("torchrun", "own"))
     assert all(torch.equal(ours["state_dict"][name], theirs["state_dict"][name]) for name in theirs["state_dict"])
+
+
+@pytest.mark.slow
+def test_sharded_weights_learn_the_same_and_checkpoints_are_the_same(corpus: dict[str, Path], tmp_path: Path) -> None:
+    words = (*TWO, *DROPOUT, "trainer.val_check_interval=2", "model.encoder.n_layers=2")
+    sharded, whole = tmp_path / "sharded", tmp_path / "whole"
+    done(command(corpus, whole, *words, "trainer.max_steps=8"))
+    done(command(corpus, sharded, *words, "trainer.max_steps=3", "trainer.strategy=fsdp2"))
+    done(command(corpus, sharded, *words, "trainer.max_steps=5", "trainer.strategy=fsdp2"))
+    done(command(corpus, sharded, *words, "trainer.max_steps=6"))  # DDP goes on with it, and the other way round
+    done(command(corpus, sharded, *words, "trainer.max_steps=8", "trainer.strategy=fsdp2"))
+    assert largest_difference(rows(sharded), rows(whole)) < 1e-5
+    assert weights_difference(sharded, whole) < 1e-6
+    ours, theirs = (load_lightning_checkpoint(checkpoint(each)) for each in (sharded, whole))
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    for state in (ours, theirs):
+        [group] = state["optimizer_states"][0]["param_groups"]
+        assert group["params"] == list(range(len(group["params"])))
+    assert load_checkpoint(sharded / "run" / "checkpoints" / "run.nemo").state_dict.keys() == ours["state_dict"].keys()
+
+
+@pytest.mark.slow
+def test_srun_starts_the_processes_too_and_one_signal_stops_all(corpus: dict[str, Path], tmp_path: Path) -> None:
+    scontrol = fake_scontrol(tmp_path / "bin", "exit 0")
+    job = {
+        "SLURM_JOB_ID": "815", "SLURM_JOB_NAME": "nest", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1",
+        **scontrol,
+    }  # fmt: skip
+    tasks = [
+        command(corpus, tmp_path, *TWO, "trainer.max_steps=900", **job, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        for rank in ("0", "1")
+    ]
+    wait_for_step(tmp_path, 2)
+    tasks[1].send_signal(signal.SIGUSR1)
+    outputs = [task.communicate(timeout=60)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [143, 143], outputs
+    assert "stopped by SIGUSR1: saved" in outputs[0]
+    assert "queued again" in outputs[0]
+    assert not outputs[1]
+    assert (tmp_path / "bin" / "calls").read_text() == "requeue 815\n"
+    assert checkpoint(tmp_path)

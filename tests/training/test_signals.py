@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Listener, checkpoint, command, processes_of, rows, train
+from runs import Listener, checkpoint, command, fake_scontrol, processes_of, rows, train, wait_for_step
 
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.model.module import NestModule
@@ -92,7 +92,7 @@ def test_ctrl_c_saves_and_a_second_one_does_not(
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(
-        StoppedError, match="stopped by Ctrl-C: saved .*-last.ckpt; the same command goes on"
+        StoppedError, match=r"stopped by Ctrl-C: saved .*-last\.ckpt; the same command goes on"
     ) as stopped:
         train(corpus, tmp_path / "once", "trainer.max_steps=5", listener=signal_at(2, signal.SIGINT))
     assert stopped.value.exit_code == 130
@@ -112,24 +112,6 @@ def test_a_run_that_ends_anyway_ends_as_it_would(corpus: dict[str, Path], tmp_pa
 
 
 # ---- real processes and signals
-
-
-def fake_scontrol(folder: Path, script: str) -> dict[str, str]:
-    folder.mkdir()
-    program = folder / "scontrol"
-    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n{script}\n')
-    program.chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}"}
-
-
-def wait_for_step(folder: Path, step: int, seconds: float = 120.0) -> None:
-    until = time.monotonic() + seconds
-    metrics = folder / "run" / "metrics.jsonl"
-    while time.monotonic() < until:
-        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step} in {seconds} s")
 
 
 def stopped_run(corpus, folder, *words, signum, **options):
@@ -183,7 +165,7 @@ def test_two_processes_and_their_loaders_stop_together(corpus: dict[str, Path], 
     [
         ({"SLURM_JOB_ID": "12"}, "exit 0", "Slurm's job 12 is queued again", "requeue 12\n"),
         ({"SLURM_JOB_ID": "12"}, "echo disabled >&2; exit 1", "job 12 is not queued again: disabled", "requeue 12\n"),
-        ({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}, "exit 0", "job 9_3 is", "requeue 9_3\n"),
+        ({"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}, "exit 0", "job 9_3 is", "requeue 9_3\n"),
         ({"SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "interactive"}, "exit 0", None, None),
         ({"SLURM_JOB_ID": "12; reboot"}, "exit 0", None, None),
         ({}, "exit 0", None, None),

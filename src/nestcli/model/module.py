@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from nestcli.config import resolved, seed_of
 from nestcli.model.conformer import ConformerEncoder, EncoderConfig
@@ -50,6 +51,14 @@ class NestModule(LightningModule):
         if str(config.trainer.precision) == "bf16-true":
             self.model.use_half(torch.bfloat16)
         self._validation = torch.zeros(4, dtype=torch.float64)
+
+    def configure_model(self) -> None:
+        """Share the weights out over the processes, where the strategy is FSDP2."""
+        if self._device_mesh is not None:
+            mesh = self._device_mesh["data_parallel"]
+            for layer in self.model.encoder.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
 
     def forward(self, batch: Batch) -> NestOutput:
         output: NestOutput = self.model(batch.audio, batch.audio_len, batch.noisy_audio, batch.noisy_audio_len)

@@ -45,9 +45,12 @@ class NestCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         score = self.best_model_score
         has_best = score is not None and math.isfinite(float(score))
-        if self.nemo is not None and trainer.is_global_zero and (filepath == self.best_model_path or not has_best):
-            module = cast(NestModule, trainer.lightning_module)
-            write_nemo(self.nemo, module.config, module.model.state_dict())
+        if self.nemo is None or (has_best and filepath != self.best_model_path):
+            return
+        weights = trainer.strategy.lightning_module_state_dict()  # whole in the first process, wherever the parts are
+        if trainer.is_global_zero:
+            config = cast(NestModule, trainer.lightning_module).config
+            write_nemo(self.nemo, config, {name.removeprefix("model."): value for name, value in weights.items()})
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_last_checkpoint(trainer, monitor_candidates)

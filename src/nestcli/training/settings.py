@@ -12,10 +12,12 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.config import resolved
 from nestcli.errors import ConfigError, MissingDependencyError
+from nestcli.training.sharding import ShardedStrategy
 
 # As Lightning names them. bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
 _PRECISIONS = {
@@ -120,7 +122,7 @@ def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> d
         accelerator=accelerator(config),
         devices=_devices(config),
         precision=_PRECISIONS[str(options["precision"])],
-        strategy=options["strategy"] if processes > 1 else "auto",
+        strategy=_strategy(config, processes),
         sync_batchnorm=bool(options["sync_batchnorm"]) and processes > 1 and accelerator(config) == "gpu",
         limit_val_batches=options.get("limit_val_batches", 1.0) if validates else 0,
         max_epochs=-1,
@@ -132,6 +134,13 @@ def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> d
         use_distributed_sampler=False,
     )
     return options
+
+
+def _strategy(config: DictConfig, processes: int) -> str | Strategy:
+    name = str(config.trainer.strategy)
+    if processes == 1:
+        return "auto"
+    return ShardedStrategy(processes) if name == "fsdp2" else name
 
 
 def cluster_plugins() -> list[Any]:

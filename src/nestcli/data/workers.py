@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import weakref
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -16,12 +17,15 @@ def led_by_main_process(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader whose processes go on through Ctrl-C and Slurm's signals, until the main process ends them."""
     if loader.num_workers == 0:
         return loader
-    start, initialise = loader._get_iterator, loader.worker_init_fn
+    # A cycle would leave the end of the processes to the garbage collector, which takes five seconds for each.
+    itself, initialise = weakref.ref(loader), loader.worker_init_fn
 
     def start_deaf() -> Any:  # blocked signals are inherited: there is no moment at which a new process hears them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        started = itself()
+        assert started is not None
         try:
-            return start()
+            return type(started)._get_iterator(started)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

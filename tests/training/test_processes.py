@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from runs import Listener, checkpoint, command, fake_scontrol, processes_of, rows, train, wait_for_step
+from traced_nest import traced_step
 
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.checkpoint.load import load_checkpoint
+from nestcli.model.module import NestModule
 
 TWO = ("trainer.devices=2", "trainer.accumulate_grad_batches=1")
 ONE = ("trainer.devices=1", "trainer.accumulate_grad_batches=2")  # the same batches a step
@@ -48,11 +50,17 @@ def weights_difference(one, two):
     return max(float((ours[name] - theirs[name]).abs().max()) for name in learned)
 
 
-def test_one_two_and_one_process_are_one_run(corpus: dict[str, Path], tmp_path: Path) -> None:
+def test_one_two_and_one_process_are_one_run(
+    corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = (*LAYER_NORM, *DROPOUT, "model.train_ds.batch_size=5", "model.train_ds.drop_last=false")
     intervals = {ONE: "trainer.val_check_interval=4", TWO: "trainer.val_check_interval=2"}
     folder, whole, listener = tmp_path / "parts", tmp_path / "whole", Listener()
-    done(command(corpus, whole, *words, *ONE, intervals[ONE], "trainer.max_steps=9", trace=tmp_path / "one"))
+    with monkeypatch.context() as traced:
+        traced.setattr(NestModule, "training_step", traced_step)
+        traced.setenv("TRACE", str(tmp_path / "one"))
+        (tmp_path / "one").mkdir()
+        train(corpus, whole, *words, *ONE, intervals[ONE], "trainer.max_steps=9")
     train(corpus, folder, *words, *ONE, intervals[ONE], "trainer.max_steps=3")
     output = done(command(corpus, folder, *words, *TWO, intervals[TWO], "trainer.max_steps=7", trace=tmp_path / "two"))
     assert "The run goes on with 2 x 1 batches" in output

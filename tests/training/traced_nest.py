@@ -36,6 +36,6 @@ def fail(how):
     time.sleep(3600)
 
 
-NestModule.training_step = traced_step
 if __name__ == "__main__":
+    NestModule.training_step = traced_step
     sys.exit(main())

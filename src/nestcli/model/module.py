@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 
 from nestcli.config import resolved, seed_of
 from nestcli.model.conformer import ConformerEncoder, EncoderConfig
@@ -55,6 +54,8 @@ class NestModule(LightningModule):
     def configure_model(self) -> None:
         """Share the weights out over the processes, where the strategy is FSDP2."""
         if self._device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
             mesh = self._device_mesh["data_parallel"]
             for layer in self.model.encoder.layers:
                 fully_shard(layer, mesh=mesh)

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from nestcli.config import resolved
 from nestcli.errors import ConfigError, MissingDependencyError
-from nestcli.training.sharding import ShardedStrategy
 
 # As Lightning names them. bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
 _PRECISIONS = {
@@ -140,7 +139,11 @@ def _strategy(config: DictConfig, processes: int) -> str | Strategy:
     name = str(config.trainer.strategy)
     if processes == 1:
         return "auto"
-    return ShardedStrategy(processes) if name == "fsdp2" else name
+    if name == "fsdp2":
+        from nestcli.training.sharding import ShardedStrategy
+
+        return ShardedStrategy(processes)
+    return name
 
 
 def cluster_plugins() -> list[Any]:

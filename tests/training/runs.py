@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,15 @@ def command(corpus, folder, *words, faults="", launcher=(), trace=None, **enviro
         call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **told},
         start_new_session=True,
     )  # fmt: skip
+
+
+def ended(run, seconds=300):
+    """The output of a command, at its end; one that takes too long is killed with all that it started."""
+    try:
+        return run.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        raise AssertionError(f"no end in {seconds} s:\n{run.communicate()[0]}") from None
 
 
 def rows(folder):

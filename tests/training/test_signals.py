@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Listener, checkpoint, command, fake_scontrol, processes_of, rows, train, wait_for_step
+from runs import Listener, checkpoint, command, ended, fake_scontrol, processes_of, rows, train, wait_for_step
 
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.model.module import NestModule
@@ -121,9 +121,9 @@ def stopped_run(corpus, folder, *words, signum, **options):
     time.sleep(random.random() / 2)
     began = time.monotonic()
     os.killpg(run.pid, signum)
-    output, _ = run.communicate(timeout=100)
+    output = ended(run)
     print(f"{signum!r}: {time.monotonic() - began:.2f} s to the end")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert "Traceback" not in output, output
     assert not processes_of(run.pid)
     return output, run.returncode
@@ -155,7 +155,7 @@ def test_two_processes_and_their_loaders_stop_together(corpus: dict[str, Path], 
         assert output.count("stopping after this step") == output.count("the same command goes on") == 1
     for folder in ("parts", "whole"):
         run = command(corpus, tmp_path / folder, *words)
-        output, _ = run.communicate(timeout=200)
+        output = ended(run)
         assert run.returncode == 0, output
     assert_same(tmp_path / "parts", tmp_path / "whole")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from conftest import tiny_config, write_noise_wav
+from nestcli.data import datamodule
 from nestcli.data.batch import NoiseBatch, Skipped, collate
-from nestcli.data.datamodule import NestDataModule, Position, ResumableSampler
+from nestcli.data.datamodule import NestDataModule, OnePass, Position, ResumableSampler
 from nestcli.data.manifest import read_manifests
 from nestcli.data.noise import NoisePool
 from nestcli.data.order import Order
@@ -52,16 +53,49 @@ def test_a_position_is_told_while_the_sampler_is_ahead_of_it() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("consumed", [0, 5, 6, 9])
+def test_processes_take_turns_from_wherever_the_run_stands(ranks: int, consumed: int) -> None:
+    plan = plan_of(16, 4)
+    whole = ResumableSampler(plan, 24, lambda: Position(0, 0, 0))
+    drawn = places(whole)
+    start = whole.at(consumed)
+    shares = [
+        places(ResumableSampler(plan, 5 + 2, lambda: start, ranks=ranks, rank=rank, used=lambda: 2))
+        for rank in range(ranks)
+    ]
+    assert [place for turn in zip(*shares, strict=True) for place in turn] == drawn[consumed : consumed + 5 * ranks]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_one_pass_gives_each_process_as_many_batches(ranks: int) -> None:
+    plan = plan_of(16, 4)
+    shares = [list(OnePass(plan, ranks=ranks, rank=rank)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    counted = sorted(item for share in shares for place in share if place.counts for item in place.items.tolist())
+    assert counted == list(range(16))
+    assert sum(not place.counts for share in shares for place in share) == -4 % ranks
+
+
 def batches(corpus: dict[str, Path], *overrides: str) -> list[NoiseBatch]:
     loaded = list(NestDataModule(tiny_config(corpus, *overrides)).train_dataloader())
     assert all(isinstance(batch, NoiseBatch) for batch in loaded)
     return loaded
 
 
-def test_batches_do_not_depend_on_the_number_of_processes(corpus: dict[str, Path]) -> None:
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_batches_do_not_depend_on_the_number_of_processes(
+    corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(datamodule, "available_cores", lambda: 4)
     threads = torch.get_num_threads()
-    alone = batches(corpus)
-    for ours, theirs in zip(batches(corpus, "model.train_ds.num_workers=2"), alone, strict=True):
+    alone = batches(corpus, "model.train_ds.batch_size=2")
+    several = NestDataModule(
+        tiny_config(corpus, "model.train_ds.batch_size=2", f"model.train_ds.num_workers={workers}")
+    ).train_dataloader()
+    assert several.num_workers == workers
+    for ours, theirs in zip(several, alone, strict=True):
         for name in ("audio", "audio_len", "noise", "noise_len", "noisy_audio", "noisy_audio_len"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         assert ours.sample_ids == theirs.sample_ids

@@ -34,23 +34,21 @@ def some_durations(count=500, seed=0):
 # ---- plain batches
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("together", [1, 2, 3])
 @pytest.mark.parametrize("shuffle", [None, "lines"])
-def test_the_ranks_together_see_every_item_once(ranks, shuffle):
-    plans = [plan(np.ones(50), shuffle=shuffle, ranks=ranks, rank=rank) for rank in range(ranks)]
-    assert sorted(item for each in plans for batch in all_batches(each, 3) for item in batch) == list(range(50))
-    assert len({len(each.batches(3)) for each in plans}) == 1
+def test_an_epoch_holds_every_item_once(together, shuffle):
+    made = plan(np.ones(50), shuffle=shuffle, together=together)
+    assert sorted(item for batch in all_batches(made, 3) for item in batch) == list(range(50))
 
 
-def test_ranks_take_turns_in_order():
-    first, second = (all_batches(plan(np.ones(20), shuffle=None, ranks=2, rank=rank)) for rank in (0, 1))
-    assert first == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]]
-    assert second == [[4, 5, 6, 7], [12, 13, 14, 15], []]
+def test_plain_batches_follow_in_the_order_of_their_items():
+    made = plan(np.ones(10), shuffle=None, together=4)
+    assert all_batches(made) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_dropping_the_last_batch_keeps_whole_ones_only():
-    made = plan(np.ones(50), drop_last=True, ranks=2, rank=1)
-    assert [len(batch) for batch in all_batches(made)] == [4] * 6
+    made = plan(np.ones(50), drop_last=True, together=2)
+    assert [len(batch) for batch in all_batches(made)] == [4] * 12
 
 
 def test_epochs_differ_and_repeat():
@@ -123,24 +121,26 @@ def bucket_plan(durations, n_buckets=8, **options):
     return plan(durations, limits, bucketed(durations, bins, upper_inclusive=False), sequence="random", **options)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_buckets_hold_every_item_once_within_the_limit(ranks):
+@pytest.mark.parametrize("together", [1, 2, 3, 200])
+def test_buckets_hold_every_item_once_within_the_limit(together):
     durations = some_durations()
-    plans = [bucket_plan(durations, ranks=ranks, rank=rank) for rank in range(ranks)]
-    batches = [all_batches(each, 2) for each in plans]
-    assert sorted(item for own in batches for batch in own for item in batch) == list(range(500))
-    assert len({len(own) for own in batches}) == 1
-    for own in batches:
-        for batch in filter(None, own):
-            assert len(batch) * durations[batch].max() <= 60.0
+    made = bucket_plan(durations, together=together)
+    for before in (0, 1, 7):
+        batches = [made.batches(2, before)[number].tolist() for number in range(len(made.batches(2, before)))]
+        assert sorted(item for batch in batches for item in batch) == list(range(500))
+        assert all(len(batch) * durations[batch].max() <= 60.0 for batch in batches)
 
 
-def test_all_ranks_have_the_same_bucket_at_almost_every_step():
+def test_the_batches_of_almost_every_step_are_of_one_bucket():
     durations = some_durations(2000)
-    plans = [bucket_plan(durations, ranks=2, rank=rank) for rank in range(2)]
-    pairs = zip(*(all_batches(each) for each in plans), strict=True)
-    differing = sum(len({int(plans[0].bucket_of[batch[0]]) for batch in pair if batch}) > 1 for pair in pairs)
-    assert differing <= len(plans[0].limits) // 2
+    made = bucket_plan(durations, together=4)
+    buckets = []
+    for epoch in range(3):  # a step may begin in one epoch and end in the next
+        batches = made.batches(epoch, len(buckets))
+        buckets.extend(int(made.bucket_of[batches[number][0]]) for number in range(len(batches)))
+    steps = [set(buckets[first : first + 4]) for first in range(0, len(buckets), 4)]
+    assert sum(len(step) > 1 for step in steps) <= 3 * len(made.limits)
+    assert len(steps) > 20 * len(made.limits)
 
 
 def test_buckets_waste_less_than_plain_batches():
@@ -195,16 +195,20 @@ def test_mixed_data_may_be_bucketed():
 # ---- changes
 
 
-@pytest.mark.parametrize("change", ["durations", "seed", "ranks", "limits"])
+@pytest.mark.parametrize("change", ["durations", "seed", "limits"])
 def test_the_fingerprint_changes_with_the_batches(change):
     durations = np.ones(50)
     before = plan(durations).fingerprint
     changed = {
         "durations": plan(np.append(durations, 1.0)),
         "seed": plan(durations, seed=2),
-        "ranks": plan(durations, ranks=2),
         "limits": plan(durations, (Limits(5),)),
     }[change]
     assert changed.fingerprint != before
     assert plan(durations).fingerprint == before
-    assert plan(durations, ranks=2, rank=1).fingerprint == plan(durations, ranks=2, rank=0).fingerprint
+
+
+def test_the_fingerprint_changes_with_the_batches_of_a_step_only_where_there_are_buckets():
+    assert plan(np.ones(50), together=2).fingerprint == plan(np.ones(50)).fingerprint
+    durations = some_durations()
+    assert bucket_plan(durations, together=2).fingerprint != bucket_plan(durations).fingerprint

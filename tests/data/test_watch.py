@@ -106,7 +106,6 @@ def test_a_process_that_is_killed(corpus: dict[str, Path], monkeypatch: pytest.M
     [
         (lambda: ctypes.string_at(0), "was killed by SIGSEGV while reading"),
         (die(signal.SIGBUS), "was killed by SIGBUS while reading"),
-        (die(signal.SIGTERM), "was killed by SIGTERM while reading"),
         (lambda: os._exit(3), "ended (exit code 3) while reading"),
     ],
 )
@@ -281,7 +280,7 @@ def test_pytorchs_error_in_the_middle_of_a_step_is_explained(
     words = [f"exp_manager.exp_dir={tmp_path}", "trainer.max_steps=9", "model.train_ds.num_workers=2"]
     run = Pretraining(tiny_config(corpus, *words), Recorder())
     start = time.monotonic()
-    with pytest.raises(RunFailedError, match=r"of model\.train_ds \(pid \d+\) was killed by SIGKILL .*/train/"):
+    with pytest.raises(RunFailedError, match=r"of model\.train_ds \(pid \d+\) was killed by SIGKILL .*/(train|noise)/"):
         run.fit()
     assert time.monotonic() - start < 40
 

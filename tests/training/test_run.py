@@ -358,6 +358,6 @@ def test_a_run_on_changed_data_begins_an_epoch_and_says_so(corpus: dict[str, Pat
     train(corpus, tmp_path, "trainer.max_steps=4")
     _, recorder = train(corpus, tmp_path, "trainer.max_steps=5", "model.train_ds.min_duration=1.25")
     assert recorder.notes == [
-        "The training data, their batches or the number of devices are not those of the checkpoint: "
+        "The training data or their batches are not those of the checkpoint: "
         "the run goes on with epoch 2 from its beginning."
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from nestcli.cli import console
 
 if TYPE_CHECKING:
-    from nestcli.training.run import DryRun, RunPlan, RunResult
+    from nestcli.training.run import DryRun, Pretraining, RunPlan, RunResult
 
 
 def pretrain(
@@ -29,6 +30,8 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pretrain a NEST encoder; continues the run that is found in the experiment's folder."""
+    if not console.is_first_process():  # a terminal sends Ctrl-C to all processes; the first one tells the others
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     from nestcli.cli.named import read_config
 
     config = read_config(words or [], training=True).config
@@ -47,8 +50,20 @@ def pretrain(
             f"This run is complete: {plan.resumes_at} of {plan.steps} steps. Raise trainer.max_steps to go on."
         )
         return
+    _train(run)
+
+
+def _train(run: Pretraining) -> None:
+    from nestcli.training.processes import is_launched
+    from nestcli.training.signals import StoppedError, requeue
+
     try:
         _show_result(run.fit())
+    except StoppedError as stopped:
+        console.note(f"\n{stopped}")
+        if stopped.signum == signal.SIGUSR1 and console.is_first_process():  # what Slurm sends before the time is up
+            requeue(console.note)
+        raise typer.Exit(0 if is_launched() else stopped.exit_code) from None
     except KeyboardInterrupt:
         console.note("\nstopped by Ctrl-C; the same command goes on from the newest checkpoint, if there is one")
         raise typer.Exit(130) from None

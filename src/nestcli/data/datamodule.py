@@ -1,7 +1,7 @@
 """From manifests to batches: the loader's processes, and the order that a resumed run continues.
 
 Every draw depends on (seed, epoch, item) alone, so a run gives the same batches with any number of loader processes,
-and after a resume.
+and after a resume. The batches of a run are one sequence; of `ranks` processes each takes every `ranks`-th.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from nestcli.data.settings import DatasetConfig
 from nestcli.data.skipping import SkipCounter
 from nestcli.data.slabs import Placed, SlabLoader, Slabs
 from nestcli.data.watch import Watch, WatchedLoader, explained
+from nestcli.data.workers import led_by_main_process
 from nestcli.errors import ConfigError, DataError, NestError
 
 MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
@@ -47,7 +48,7 @@ _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
 
 @dataclass(frozen=True)
 class Place:
-    """One batch of a run: its items in an epoch. A batch that does not count keeps the ranks in step."""
+    """One batch of a run: its items in an epoch. A batch that does not count keeps processes in step."""
 
     epoch: int
     items: Items
@@ -150,7 +151,7 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands in its data: `consumed` batches in all, the next is `number` of `epoch`."""
+    """Where a run stands in its data: `consumed` batches of all processes, the next is `number` of `epoch`."""
 
     consumed: int
     epoch: int
@@ -158,14 +159,26 @@ class Position:
 
 
 class ResumableSampler(Sampler[Place]):
-    """Places of a whole run, from where training stands.
+    """Places of a whole run, from where training stands: those of one of `ranks` processes, which are `length`.
+
+    `used` is how many of these are behind; by default, its share of the position's.
 
     The run is one long sequence over all its epochs, because counts that start anew with each epoch are what
-    Lightning loses when it resumes. `at` tells where a number of consumed batches leads to, for the checkpoint.
+    Lightning loses when it resumes. So there is no last batch of an epoch that some process would have to go without.
+    `at` tells where a number of consumed batches leads to, for the checkpoint.
     """
 
-    def __init__(self, plan: BatchPlan, length: int, start: Callable[[], Position]) -> None:
-        self.plan, self.length, self.start = plan, length, start
+    def __init__(
+        self,
+        plan: BatchPlan,
+        length: int,
+        start: Callable[[], Position],
+        *,
+        ranks: int = 1,
+        rank: int = 0,
+        used: Callable[[], int] | None = None,
+    ) -> None:
+        self.plan, self.length, self.start, self.ranks, self.rank, self.used = plan, length, start, ranks, rank, used
         self._began: list[Position] = []  # where each epoch began that training has not left behind
 
     def __len__(self) -> int:
@@ -176,13 +189,15 @@ class ResumableSampler(Sampler[Place]):
         epoch, first = position.epoch, position.number
         self._began = [Position(position.consumed - first, epoch, 0)]
         consumed = position.consumed
-        while consumed < self.length:
-            batches = self.plan.batches(epoch)
+        used = consumed // self.ranks if self.used is None else self.used()
+        end = consumed + (self.length - used) * self.ranks
+        while consumed < end:
+            batches = self.plan.batches(epoch, consumed - first)
             if not len(batches):
-                raise DataError(f"epoch {epoch} has no batch for every device; lower batch_size, or give more data")
-            for number in range(first, min(len(batches), first + self.length - consumed)):
-                items = batches[number]
-                yield Place(epoch, items) if len(items) else Place(epoch, batches.items[:1], counts=False)
+                raise DataError(f"epoch {epoch} has no batch; lower batch_size, or give more data")
+            mine = first + (self.rank - (consumed - position.consumed)) % self.ranks
+            for number in range(mine, min(len(batches), first + end - consumed), self.ranks):
+                yield Place(epoch, batches[number])
             consumed += len(batches) - first
             epoch, first = epoch + 1, 0
             self._began.append(Position(consumed, epoch, 0))
@@ -193,6 +208,22 @@ class ResumableSampler(Sampler[Place]):
             del self._began[0]
         began = self._began[0] if self._began else self.start()
         return Position(consumed, began.epoch, consumed - began.consumed + began.number)
+
+
+class OnePass(Sampler[Place]):
+    """One process's share of the batches of one epoch; what is missing for the last round does not count."""
+
+    def __init__(self, plan: BatchPlan, *, ranks: int = 1, rank: int = 0) -> None:
+        self.plan, self.ranks, self.rank = plan, ranks, rank
+
+    def __len__(self) -> int:
+        return -(-len(self.plan.batches(0)) // self.ranks)
+
+    def __iter__(self) -> Iterator[Place]:
+        batches = self.plan.batches(0)
+        for number in range(self.rank, len(self) * self.ranks, self.ranks):
+            own = number < len(batches)
+            yield Place(0, batches[number]) if own else Place(0, batches.items[:1], counts=False)
 
 
 class NestDataModule(LightningDataModule):
@@ -217,18 +248,18 @@ class NestDataModule(LightningDataModule):
         self._watches: list[Watch] = []
         self._sampler: ResumableSampler | None = None
         self._restored: Position | None = None
+        self._restored_at = 0  # batches that each process counts there
 
     # ---- plans and single batches ----
 
-    def train_plan(self, ranks: int = 1, rank: int = 0) -> BatchPlan:
-        """The batches of training for one of `ranks` processes. Raises DataError if there are none."""
-        plan = self._plan(self.train, "model.train_ds", ranks, rank)
+    def train_plan(self, ranks: int = 1) -> BatchPlan:
+        """The batches of training, for `ranks` processes in all. Raises DataError if there are none."""
+        plan = self._plan(self.train, "model.train_ds", ranks * self._accumulate())
         if len(plan.batches(0)) == 0:
             settings = self._settings("model.train_ds")
             raise DataError(
                 f"model.train_ds: {len(self.train.speech)} utterances do not fill one batch of "
-                f"{settings.batch_size} on each of {ranks} devices. Lower model.train_ds.batch_size, "
-                "or set model.train_ds.drop_last=false."
+                f"{settings.batch_size}. Lower model.train_ds.batch_size, or set model.train_ds.drop_last=false."
             )
         return plan
 
@@ -242,7 +273,7 @@ class NestDataModule(LightningDataModule):
     def check_validation_batch(self) -> None:
         """Make the first batch of validation, if there is any. Raises NestError."""
         if self.val is not None:
-            batches = self._plan(self.val, "model.validation_ds", 1, 0).batches(0)
+            batches = self._plan(self.val, "model.validation_ds").batches(0)
             data = self._data(self.val, self.val_noise, "model.validation_ds")
             self._counted(data[Place(0, batches[0])], self._val_skipped)
 
@@ -259,7 +290,7 @@ class NestDataModule(LightningDataModule):
             if noise is not None and (told := check_noise(noise.manifest, key, settings.max_failed_share)):
                 self.tell(told)
             if corpus is self.train:
-                n_bytes = _slab_bytes(self._plan(corpus, key, 1, 0), settings) * (_PREFETCHED + 1) * _workers(settings)
+                n_bytes = _slab_bytes(self._plan(corpus, key), settings) * (_PREFETCHED + 1) * _workers(settings)
                 for told in machine_notes(key, settings.num_workers, n_bytes, processes):
                     self.tell(told)
 
@@ -270,16 +301,22 @@ class NestDataModule(LightningDataModule):
     # ---- Lightning's hooks ----
 
     def train_dataloader(self) -> DataLoader[Any]:
-        plan = self.train_plan(*self._ranks())
-        self._sampler = ResumableSampler(plan, self.batches or len(plan.batches(0)), lambda: self._start(plan))
-        return self._loader(self._data(self.train, self.train_noise, "model.train_ds"), self._sampler, "model.train_ds")
+        ranks, rank = self._ranks()
+        plan = self.train_plan(ranks)
+        length = self.batches or -(-len(plan.batches(0)) // ranks)
+        self._sampler = ResumableSampler(
+            plan, length, lambda: self._start(plan), ranks=ranks, rank=rank, used=self._counted_batches
+        )
+        data = self._data(self.train, self.train_noise, "model.train_ds")
+        return led_by_main_process(self._loader(data, self._sampler, "model.train_ds"))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if self.val is None:
             return []
-        plan = self._plan(self.val, "model.validation_ds", *self._ranks())
-        sampler = ResumableSampler(plan, len(plan.batches(0)), lambda: Position(0, 0, 0))
-        return self._loader(self._data(self.val, self.val_noise, "model.validation_ds"), sampler, "model.validation_ds")
+        ranks, rank = self._ranks()
+        sampler = OnePass(self._plan(self.val, "model.validation_ds"), ranks=ranks, rank=rank)
+        data = self._data(self.val, self.val_noise, "model.validation_ds")
+        return led_by_main_process(self._loader(data, sampler, "model.validation_ds"))
 
     def on_before_batch_transfer(self, batch: NoiseBatch | Placed | NestError, dataloader_idx: int) -> NoiseBatch:
         training = self.trainer is None or self.trainer.training
@@ -297,6 +334,9 @@ class NestDataModule(LightningDataModule):
             "data": self._sampler.plan.fingerprint,
             "skipped": self.skipped.skipped,
             "read": self.skipped.read,
+            "ranks": self._sampler.ranks,
+            "accumulate": self._accumulate(),
+            "counted": self._counted_batches(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -304,40 +344,67 @@ class NestDataModule(LightningDataModule):
             return
         self.skipped.skipped, self.skipped.read = state_dict["skipped"], state_dict["read"]
         self._restored = Position(*(state_dict[key] for key in ("consumed", "epoch", "number")))
-        if state_dict["data"] != self.train_plan(*self._ranks()).fingerprint:
+        ranks, accumulate = self._ranks()[0], self._accumulate()
+        before = (state_dict.get("ranks", ranks), state_dict.get("accumulate", accumulate))
+        self._restored_at = state_dict.get("counted", self._restored.consumed)
+        if before != (ranks, accumulate):
+            self._restored_at = recounted(self._restored_at, before[1], accumulate)
+            self._tell_of_processes(before, (ranks, accumulate))
+        if state_dict["data"] != self.train_plan(ranks).fingerprint:
             self._restored = replace(self._restored, epoch=self._restored.epoch + 1, number=0)
             self.tell(
-                "The training data, their batches or the number of devices are not those of the checkpoint: "
+                "The training data or their batches are not those of the checkpoint: "
                 f"the run goes on with epoch {self._restored.epoch} from its beginning."
             )
 
     # ---- parts ----
 
+    def _tell_of_processes(self, before: tuple[int, int], now: tuple[int, int]) -> None:
+        """What becomes of a run that had another number of processes, or of batches accumulated in each."""
+        batches = [ranks * accumulate for ranks, accumulate in (before, now)]
+        means = (
+            f"A step still takes {batches[0]} batches, the same that it would have taken."
+            if batches[0] == batches[1]
+            else f"A step takes {batches[1]} batches in place of {batches[0]}; steps and learning rate are counted on. "
+            f"For steps of {batches[0]}, keep processes x trainer.accumulate_grad_batches at that."
+        )
+        self.tell(
+            f"The run goes on with {now[0]} x {now[1]} batches (processes x trainer.accumulate_grad_batches), "
+            f"before {before[0]} x {before[1]}. {means}"
+        )
+
     def _start(self, plan: BatchPlan) -> Position:
         """Where the next batch is in the data."""
         consumed = self._consumed()
+        start = Position(0, 0, 0)  # from the beginning, or a checkpoint that does not say
         if self._restored is not None and self._restored.consumed <= consumed:
             start = self._restored
-        else:  # from the beginning, or a checkpoint that does not say
-            start = Position(0, 0, 0)
         epoch, number = start.epoch, start.number + consumed - start.consumed
-        while number and number >= len(plan.batches(epoch)):
-            number -= len(plan.batches(epoch))
+        while number and number >= (length := len(plan.batches(epoch, consumed - number))):
+            number -= length
             epoch += 1
         return Position(consumed, epoch, number)
 
     def _consumed(self) -> int:
-        """Training batches used so far in the run, those before a resume included."""
+        """Training batches that all processes used so far in the run, those before a resume included."""
+        before = 0 if self._restored is None else self._restored.consumed
+        return before + (self._counted_batches() - self._restored_at) * self._ranks()[0]
+
+    def _counted_batches(self) -> int:
+        """The training batches that Lightning counts in this process."""
         return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready) if self.trainer else 0
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
+    def _accumulate(self) -> int:
+        return int(self.config.trainer.accumulate_grad_batches)
+
     def _settings(self, key: str) -> DatasetConfig:
         return section(DatasetConfig, self.config, key)
 
-    def _plan(self, corpus: Corpus, key: str, ranks: int, rank: int) -> BatchPlan:
-        return plan_batches(corpus, self._settings(key), key, seed=self.seed, ranks=ranks, rank=rank)
+    def _plan(self, corpus: Corpus, key: str, together: int = 1) -> BatchPlan:
+        return plan_batches(corpus, self._settings(key), key, seed=self.seed, together=together)
 
     def _data(self, corpus: Corpus, noise: NoisePool | None, key: str) -> NoisySpeech:
         return NoisySpeech(corpus.speech, noise, self.seed, self.config, key)
@@ -353,7 +420,7 @@ class NestDataModule(LightningDataModule):
         counter.add(len(batch.sample_ids) if batch.counts else 0, batch.skipped)
         return batch
 
-    def _loader(self, data: NoisySpeech, sampler: ResumableSampler, key: str) -> DataLoader[Any]:
+    def _loader(self, data: NoisySpeech, sampler: ResumableSampler | OnePass, key: str) -> DataLoader[Any]:
         settings = self._settings(key)
         workers = _workers(settings)
         options: dict[str, Any] = {
@@ -383,6 +450,11 @@ def _workers(settings: DatasetConfig) -> int:
 def _slab_bytes(plan: BatchPlan, settings: DatasetConfig) -> int:
     n_samples = (plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
     return min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLAB)
+
+
+def recounted(batches: int, accumulated: int, accumulate: int) -> int:
+    """Batches of a process as it would count them, had each step of the optimiser taken `accumulate`."""
+    return batches if accumulated == accumulate else batches // accumulated * accumulate
 
 
 def _wants_validation(config: DictConfig) -> bool:

@@ -1,4 +1,7 @@
-"""Which items form which batch, of which rank, at which step: computed for a whole epoch, known before it is read."""
+"""Which items form which batch, and how batches follow: computed for a whole epoch, known before it is read.
+
+The plan knows nothing of processes: the loader deals the batches out, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -50,18 +53,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of one epoch for one rank; an empty one where only other ranks have one left."""
+    """The batches of one epoch in their order."""
 
     items: Items
     starts: Integers
-    chosen: Integers  # number of each batch among all; -1 for none
+    chosen: Integers  # number of each batch among those that were formed
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, number: int) -> Items:
         batch = self.chosen[number]
-        return self.items[self.starts[batch] : self.starts[batch + 1]] if batch >= 0 else self.items[:0]
+        return self.items[self.starts[batch] : self.starts[batch + 1]]
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,12 @@ class _Formed:
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Batches out of buckets: only items of one bucket come together, and all ranks have the same one at a step.
+    """Batches out of buckets: only items of one bucket come together, and `together` batches on end are of the same.
 
     `durations` are in seconds, one a line; `bucket_of` a line's bucket. `sequence` is how steps follow: as they fill
-    up, at random, bucket after bucket, or so with the buckets shuffled. With `drop_last`, smaller last batches of
-    plain data and steps that do not have a batch for every rank are left out.
+    up, at random, bucket after bucket, or so with the buckets shuffled. A step is `together` batches, all that the
+    processes of a run use for one step of the optimiser. With `drop_last`, smaller last batches of plain data are left
+    out.
     """
 
     order: Order
@@ -90,26 +94,29 @@ class BatchPlan:
     bucket_of: npt.NDArray[np.int16]
     drop_last: bool = False
     sequence: Sequence = "filled"
-    ranks: int = 1
-    rank: int = 0
-    _epochs: dict[int, Batches] = field(default_factory=dict, repr=False)
+    together: int = 1
+    _epochs: dict[tuple[int, int], Batches] = field(default_factory=dict, repr=False)
 
-    def batches(self, epoch: int) -> Batches:
-        """The batches of an epoch for this rank; the last one asked for is kept."""
-        if epoch not in self._epochs:
-            made = self._batches(epoch)
+    def batches(self, epoch: int, before: int = 0) -> Batches:
+        """The batches of an epoch; the last one asked for is kept.
+
+        `before` is how many batches the run used before the epoch: its first ones complete the step that those began.
+        """
+        key = (epoch, -before % self._together)
+        if key not in self._epochs:
+            made = self._batches(*key)
             self._epochs.clear()
-            self._epochs[epoch] = made
-        return self._epochs[epoch]
+            self._epochs[key] = made
+        return self._epochs[key]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with anything that changes the batches: the data, their order, sizes, ranks."""
+        """Changes with anything that changes the batches: the data, their order and sizes, steps in buckets."""
         order = self.order
         digest = blake2b(digest_size=16)
         for column in (self.durations, self.bucket_of, order.part_of, order.shard_of):
             digest.update(column.tobytes())
-        settings = (self.limits, self.drop_last, self.sequence, self.ranks)
+        settings = (self.limits, self.drop_last, self.sequence, self._together)
         digest.update(repr((settings, order.shuffle, order.window, order.seed, order.mixing)).encode())
         return digest.hexdigest()
 
@@ -136,11 +143,18 @@ class BatchPlan:
 
     # ---- forming ----
 
-    def _batches(self, epoch: int) -> Batches:
+    @property
+    def _together(self) -> int:
+        return self.together if len(self.limits) > 1 else 1  # where there is one bucket, all are of the same
+
+    def _batches(self, epoch: int, lead: int) -> Batches:
         formed = self._formed(epoch)
-        steps = self._steps(formed.buckets)
-        chosen = steps[self._in_sequence(steps, formed, epoch)]
-        return Batches(formed.items, formed.starts, chosen[:, self.rank])
+        steps, rest = self._steps(formed.buckets)
+        steps = steps[self._in_sequence(steps, formed, epoch)].reshape(-1)
+        if len(rest) < lead:  # a step is taken apart to complete one of the last epoch
+            whole = max(0, len(steps) - self._together)
+            steps, rest = steps[:whole], np.append(rest, steps[whole:])
+        return Batches(formed.items, formed.starts, np.concatenate([rest[:lead], steps, rest[lead:]]))
 
     def _formed(self, epoch: int) -> _Formed:
         items = self.order.items(epoch)
@@ -159,17 +173,13 @@ class BatchPlan:
             bucket_of_batch.extend([bucket] * len(ends))
         return _Formed(items[: starts[-1]], places, np.array(starts), np.array(bucket_of_batch, np.int64))
 
-    def _steps(self, bucket_of_batch: Integers) -> Integers:
-        """(steps, ranks) numbers of batches; each step is of one bucket, as long as that has enough for all ranks."""
+    def _steps(self, bucket_of_batch: Integers) -> tuple[Integers, Integers]:
+        """(steps, together) numbers of batches, each step of one bucket, and those that are left over."""
         batches = np.arange(len(bucket_of_batch))
         counts = np.bincount(bucket_of_batch, minlength=len(self.limits))
         place_in_bucket = batches - (np.cumsum(counts) - counts)[bucket_of_batch]
-        whole = place_in_bucket < (counts // self.ranks * self.ranks)[bucket_of_batch]
-        rest = batches[~whole]
-        missing = -len(rest) % self.ranks
-        rest = rest[: len(rest) + missing - self.ranks] if missing and self.drop_last else rest
-        rest = np.append(rest, np.full(-len(rest) % self.ranks, -1))
-        return np.concatenate([batches[whole], rest]).reshape(-1, self.ranks)
+        whole = place_in_bucket < (counts // self._together * self._together)[bucket_of_batch]
+        return batches[whole].reshape(-1, self._together), batches[~whole]
 
     def _in_sequence(self, steps: Integers, formed: _Formed, epoch: int) -> Integers:
         """The order of the steps."""

@@ -20,10 +20,8 @@ _SEQUENCES: dict[str, Sequence] = {
 }
 
 
-def plan_batches(
-    corpus: Corpus, settings: DatasetConfig, key: str, *, seed: int, ranks: int = 1, rank: int = 0
-) -> BatchPlan:
-    """The batches of every epoch for one of `ranks` processes. Raises ConfigError and DataError."""
+def plan_batches(corpus: Corpus, settings: DatasetConfig, key: str, *, seed: int, together: int = 1) -> BatchPlan:
+    """The batches of every epoch; `together` of them are a step. Raises ConfigError and DataError."""
     limits, bucket_of = _buckets(corpus, settings, key)
     order = _order(corpus, settings, key, seed)
     sequence: Sequence
@@ -40,8 +38,7 @@ def plan_batches(
         bucket_of=bucket_of,
         drop_last=settings.drop_last,
         sequence=sequence,
-        ranks=ranks,
-        rank=rank,
+        together=together,
     )
 
 

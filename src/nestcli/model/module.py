@@ -35,8 +35,9 @@ class Batch(Protocol):
 class NestModule(LightningModule):
     """NEST for Lightning. In checkpoints the weights have NeMo's names, without a prefix of ours.
 
-    Dither, masks and dropout of a step are drawn from a generator seeded by (seed, phase, step, rank), so that a
-    resumed run continues with the same numbers and validation is the same at every call.
+    Dither, masks and dropout of a batch are drawn from a generator seeded by (seed, phase, number of the batch), so
+    that a resumed run continues with the same numbers, validation is the same at every call, and neither depends on
+    the number of processes that share the batches.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -50,6 +51,16 @@ class NestModule(LightningModule):
             self.model.use_half(torch.bfloat16)
         self._validation = torch.zeros(4, dtype=torch.float64)
         self.step_loss = torch.zeros(())  # of the newest batch of training
+
+    def configure_model(self) -> None:
+        """Share the weights out over the processes, where the strategy is FSDP2."""
+        if self._device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self._device_mesh["data_parallel"]
+            for layer in self.model.encoder.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
 
     def forward(self, batch: Batch) -> NestOutput:
         output: NestOutput = self.model(batch.audio, batch.audio_len, batch.noisy_audio, batch.noisy_audio_len)
@@ -109,10 +120,11 @@ class NestModule(LightningModule):
         else:
             self.log("val_loss", float("nan"), sync_dist=True)
 
-    def _seed_draws(self, phase: int, step: int) -> None:
+    def _seed_draws(self, phase: int, own_batch: int) -> None:
+        batch = own_batch * self.trainer.world_size + self.global_rank  # among those of all processes
         mixed = torch.Generator().manual_seed(self.seed)
         key = torch.randint(2**31, (1,), generator=mixed).item()
-        torch.manual_seed((int(key) << 31) ^ (step << 12) ^ (self.global_rank << 1) ^ phase)
+        torch.manual_seed((int(key) << 31) ^ (batch << 12) ^ phase)
 
     # ---- checkpoints: NeMo's names, and the configuration as plain data ----
 

@@ -80,6 +80,13 @@ class NestCheckpoint(ModelCheckpoint):
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def save_now(self, trainer: Trainer) -> Path:
+        """Write the last checkpoint out of turn, whatever `save_last` says; to be called in all processes."""
+        wanted, self.save_last = self.save_last, True
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.save_last = wanted
+        return Path(self.last_model_path)
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """The .nemo file comes first: after a kill in between, the run that goes on writes both again."""
         try:
@@ -90,9 +97,12 @@ class NestCheckpoint(ModelCheckpoint):
     def _keep_nemo(self, trainer: Trainer, filepath: str) -> None:
         score = self.best_model_score
         has_best = score is not None and math.isfinite(float(score))
-        if self.nemo is not None and trainer.is_global_zero and (filepath == self.best_model_path or not has_best):
-            module = cast(NestModule, trainer.lightning_module)
-            write_nemo(self.nemo, module.config, module.model.state_dict())
+        if self.nemo is None or (has_best and filepath != self.best_model_path):
+            return
+        weights = trainer.strategy.lightning_module_state_dict()  # whole in the first process, wherever the parts are
+        if trainer.is_global_zero:
+            config = cast(NestModule, trainer.lightning_module).config
+            write_nemo(self.nemo, config, {name.removeprefix("model."): value for name, value in weights.items()})
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if not _is_finite(trainer):

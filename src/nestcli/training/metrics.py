@@ -17,6 +17,7 @@ from nestcli.model.module import NestModule
 from nestcli.training.collapse import CollapseWatch
 from nestcli.training.health import HealthMonitor, WaitClock
 from nestcli.training.lines import append_line, drop_lines_after, line_at
+from nestcli.training.resuming import validation_is_due
 
 _ONCE_LOGGED = ("audio_per_second", "unigram_loss", "unigram_accuracy", "data_wait_share")
 _SAME_AS_MODULE = ("step", "train_loss", "masked_accuracy", "lr")  # which the module logs itself
@@ -75,7 +76,8 @@ class MetricsWriter(Callback):
 
     Lines carry step, epoch, train_loss, masked_accuracy, lr, audio_seconds, seconds (of training, in all), skipped
     (utterances of this process that could not be read), the measures of docs/health.md, and val_loss and
-    val_masked_accuracy where validation ran at that step. Between logged steps nothing is read from the device.
+    val_masked_accuracy where validation ran at that step. All but `skipped` are of all processes. Between logged steps
+    nothing is read from the device.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class MetricsWriter(Callback):
         self._window = _Window(waited=self.waits.seconds)
         if trainer.is_global_zero:
             drop_lines_after(self.path, trainer.global_step)
-            self._row = line_at(self.path, trainer.global_step)  # validation may come before the next step
+            self._row = line_at(self.path, trainer.global_step) or self._row  # validation may come before a step
         self._clock = time.monotonic()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -137,6 +139,8 @@ class MetricsWriter(Callback):
         step, steps = trainer.global_step, _steps(trainer)
         if step % self.log_every == 0 or step == steps:
             self._log(trainer, pl_module)
+        elif validation_is_due(trainer, trainer.fit_loop.epoch_loop.batch_progress.total.ready):
+            self._read(trainer, pl_module)  # now: a run that is stopped here validates when it goes on
         elif not self._shown:  # the display should not wait for the first line
             self._shown = dict(zip(("train_loss", "masked_accuracy"), self.health.glance(), strict=True))
         self.reporter.step(self._report(trainer))
@@ -167,12 +171,18 @@ class MetricsWriter(Callback):
         self.reporter.finished()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.totals.samples, "seconds": self.totals.seconds, "watch": self.watch.state_dict()}
+        return {
+            "samples": self.totals.samples,
+            "seconds": self.totals.seconds,
+            "watch": self.watch.state_dict(),
+            "row": self._row,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "audio_seconds" in state_dict:  # a checkpoint from before there was a watch
             state_dict = {**state_dict, "samples": round(state_dict["audio_seconds"] * self.sample_rate)}
         self.totals = _Totals(state_dict["samples"], state_dict["seconds"])
+        self._row = state_dict.get("row", {})
         if "watch" in state_dict:
             self.watch.load_state_dict(state_dict["watch"])
 
@@ -194,7 +204,7 @@ class MetricsWriter(Callback):
         audio = self.totals.samples / self.sample_rate
         self._row = {
             "step": trainer.global_step,
-            "epoch": trainer.fit_loop.epoch_loop.total_batch_idx // self.batches_per_epoch,
+            "epoch": _epoch(trainer, self.batches_per_epoch),
             "train_loss": measures.pop("train_loss"),
             "masked_accuracy": measures.pop("masked_accuracy"),
             "lr": self._used_lr,
@@ -230,7 +240,7 @@ class MetricsWriter(Callback):
         return StepReport(
             step=step,
             steps=steps,
-            epoch=trainer.fit_loop.epoch_loop.total_batch_idx // self.batches_per_epoch,
+            epoch=_epoch(trainer, self.batches_per_epoch),
             loss=shown["train_loss"],
             accuracy=shown["masked_accuracy"],
             learning_rate=self._used_lr,
@@ -246,6 +256,12 @@ class MetricsWriter(Callback):
             drop_lines_after(self.path, row["step"] - 1, then=row)
             return
         append_line(self.path, row)
+
+
+def _epoch(trainer: Trainer, batches_per_epoch: int) -> int:
+    """Of the newest batch; an epoch's batches are those of all processes."""
+    consumed = trainer.fit_loop.epoch_loop.batch_progress.total.ready * trainer.world_size
+    return (consumed - 1) // batches_per_epoch
 
 
 def _steps(trainer: Trainer) -> int | None:

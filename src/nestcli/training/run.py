@@ -25,18 +25,22 @@ from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.checkpoints import NestCheckpoint
 from nestcli.training.metrics import Reporter
+from nestcli.training.processes import ended_together
 from nestcli.training.resume import SameResume, find_resume
+from nestcli.training.resuming import ResumedCounts
 from nestcli.training.settings import (
     Length,
     SafetyConfig,
     TrainerConfig,
     accelerator,
+    cluster_plugins,
     device_name,
     make_loggers,
     n_processes,
     quieten,
     trainer_options,
 )
+from nestcli.training.signals import StopSignals, leave_signals_to_us
 from nestcli.training.space import check_folder, check_space, disk_explained
 from nestcli.training.start import start_from, starts_of
 from nestcli.training.watched import Watched
@@ -103,9 +107,10 @@ class Pretraining:
         SafetyConfig.of(config)
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config, reporter.note)
-        self.data.check_ready(n_processes(config) // int(config.trainer.num_nodes))
-        batches = self.data.train_plan(n_processes(config))
-        self.length = Length.of(config.trainer, len(batches.batches(0)))
+        processes = n_processes(config)
+        self.data.check_ready(processes // int(config.trainer.num_nodes))
+        batches = self.data.train_plan(processes).batches(0)
+        self.length = Length.of(config.trainer, len(batches), processes)
         self.data.batches = self.length.batches
         self.module = NestModule(config)
         self._resume = find_resume(self.folder, config, self.module.model)
@@ -141,7 +146,7 @@ class Pretraining:
         return self.folder / "checkpoints" / f"{self.config.exp_manager.name}.nemo" if fits else None
 
     def fit(self) -> RunResult:
-        """Train to the end; raises NestError for what the user can mend."""
+        """Train to the end; raises NestError for what the user can mend, StoppedError where a signal ended it."""
         _make_folder(self.folder)
         checkpoints = self._checkpoint_callback()
         if not getattr(rank_zero_only, "rank", 0):
@@ -150,14 +155,14 @@ class Pretraining:
         watched = Watched.of(self.config, self.module, self.data, self.reporter, self.folder, self.length)
         metrics = watched.metrics
         trainer_callbacks = [SameResume(self._resume), *watched.callbacks, *([checkpoints] if checkpoints else [])]
-        with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder):
+        with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder), StopSignals() as signals:
             quieten()
-            trainer = self._trainer(trainer_callbacks, watched.waits)
-            try:
-                with self.data.losses_explained():
+            trainer = self._trainer([*trainer_callbacks, ResumedCounts(), signals], watched.waits)
+            with ended_together(trainer), self.data.losses_explained():
+                try:
                     trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
-            except SystemExit:  # Lightning's answer to Ctrl-C
-                raise KeyboardInterrupt from None
+                except SystemExit:  # Lightning's answer to Ctrl-C
+                    raise KeyboardInterrupt from None
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         return RunResult(
             folder=self.folder,
@@ -244,17 +249,19 @@ class Pretraining:
 
     def _trainer(self, callbacks: list[Any], profiler: Profiler | None = None) -> Trainer:
         try:
-            return Trainer(
+            trainer = Trainer(
                 **trainer_options(self.config, self.length, validates=self.data.val is not None),
                 callbacks=callbacks,
                 profiler=profiler,
                 logger=make_loggers(self.config, self.folder),
-                plugins=[AtomicCheckpointIO()],
+                plugins=[AtomicCheckpointIO(), *cluster_plugins()],
                 default_root_dir=self.folder,
                 enable_checkpointing=any(isinstance(callback, NestCheckpoint) for callback in callbacks),
             )
         except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:  # Lightning's own checks
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+        leave_signals_to_us(trainer)
+        return trainer
 
 
 def experiment_folder(config: DictConfig) -> Path:

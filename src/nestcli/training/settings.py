@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.config import resolved, section
@@ -91,26 +94,27 @@ class SafetyConfig:
 
 @dataclass(frozen=True)
 class Length:
-    """A run in optimiser steps and loader batches (of each process), however the configuration states it.
+    """A run in optimiser steps and batches, however the configuration states it.
 
     Lightning is given one long epoch: what it counts anew with every epoch is wrong after a resume.
     """
 
     steps: int | None  # None: without end
     accumulate: int
-    batches_per_epoch: int
-    validate_every: int  # batches
+    batches_per_epoch: int  # of all processes together
+    validate_every: int  # batches of each process
 
     @property
     def batches(self) -> int:
+        """Batches of each process."""
         return (_ENDLESS if self.steps is None else self.steps) * self.accumulate
 
     @classmethod
-    def of(cls, trainer: DictConfig, batches_per_epoch: int) -> Length:
+    def of(cls, trainer: DictConfig, batches_per_epoch: int, processes: int = 1) -> Length:
         """From trainer.max_steps, max_epochs, val_check_interval and what else bears on them."""
         limit = trainer.get("limit_train_batches")
-        if limit is not None:
-            limit = round(limit * batches_per_epoch) if isinstance(limit, float) else limit
+        if limit is not None:  # Lightning's, a number counts the batches of each process
+            limit = round(limit * batches_per_epoch) if isinstance(limit, float) else limit * processes
             batches_per_epoch = max(1, min(batches_per_epoch, limit))
         accumulate = int(trainer.accumulate_grad_batches)
         ends = []
@@ -118,15 +122,17 @@ class Length:
             ends.append(int(trainer.max_steps))
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             batches = int(trainer.max_epochs) * batches_per_epoch
-            if 0 < batches < accumulate:
+            if 0 < batches < accumulate * processes:
                 raise ConfigError(
                     f"trainer.max_epochs={trainer.max_epochs} are {batches} batches, fewer than the "
-                    f"trainer.accumulate_grad_batches={accumulate} of one step. Raise the one or lower the other."
+                    f"trainer.accumulate_grad_batches={accumulate} of one step"
+                    f"{f' on {processes} devices' if processes > 1 else ''}. Raise the one or lower the other."
                 )
-            ends.append(batches // accumulate)
+            ends.append(batches // (accumulate * processes))
         interval = trainer.val_check_interval
         if isinstance(interval, float):
-            interval = max(1, round(interval * batches_per_epoch * int(trainer.check_val_every_n_epoch or 1)))
+            in_all = interval * batches_per_epoch * int(trainer.check_val_every_n_epoch or 1)
+            interval = max(1, round(in_all / processes))
         return cls(min(ends) if ends else None, accumulate, batches_per_epoch, int(interval))
 
 
@@ -138,7 +144,7 @@ def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> d
         accelerator=accelerator(config),
         devices=_devices(config),
         precision=_PRECISIONS[str(options["precision"])],
-        strategy=options["strategy"] if processes > 1 else "auto",
+        strategy=_strategy(config, processes),
         sync_batchnorm=bool(options["sync_batchnorm"]) and processes > 1 and accelerator(config) == "gpu",
         limit_val_batches=options.get("limit_val_batches", 1.0) if validates else 0,
         max_epochs=-1,
@@ -150,6 +156,24 @@ def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> d
         use_distributed_sampler=False,
     )
     return options
+
+
+def _strategy(config: DictConfig, processes: int) -> str | Strategy:
+    name = str(config.trainer.strategy)
+    if processes == 1:
+        return "auto"
+    if name == "fsdp2":
+        from nestcli.training.sharding import ShardedStrategy
+
+        return ShardedStrategy(processes)
+    return name
+
+
+def cluster_plugins() -> list[Any]:
+    """Slurm's environment, where srun started us, without Lightning's own way of queueing a job again."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def accelerator(config: DictConfig) -> str:

@@ -1,0 +1,118 @@
+"""Runs of a tiny model for the tests of signals and processes: in this process, or as commands of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from conftest import TINY_RUN, tiny_config
+from nestcli.training.run import Pretraining
+
+TRACED = Path(__file__).parent / "traced_nest.py"
+
+
+class Listener:
+    """A reporter that keeps what it is told, and does something at a step."""
+
+    def __init__(self, at_step=None, do=lambda: None):
+        self.at_step, self.do = at_step, do
+        self.validated, self.notes = [], []
+
+    def step(self, report):
+        if report.step == self.at_step:
+            self.do()
+
+    def validation(self, step, loss, accuracy):
+        self.validated.append(step)
+
+    def note(self, message):
+        self.notes.append(message)
+
+    def finished(self):
+        pass
+
+
+def train(corpus, folder, *words, listener=None):
+    config = tiny_config(corpus, f"exp_manager.exp_dir={folder}", "exp_manager.name=run", *words)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the commands below: sums over threads are rounded differently
+    try:
+        return Pretraining(config, listener or Listener()).fit()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def command(corpus, folder, *words, faults="", launcher=(), trace=None, **environment):
+    """The same as a command, which has started when this returns; its output comes in one piece."""
+    told = {"FAULT": faults, "OMP_NUM_THREADS": "1", **environment}
+    if trace is not None:
+        trace.mkdir()
+        told["TRACE"] = str(trace)
+    call = [
+        *(launcher or [sys.executable]), str(TRACED), "pretrain", "small", *TINY_RUN,
+        f"model.train_ds.manifest_filepath={corpus['train']}", f"model.validation_ds.manifest_filepath={corpus['val']}",
+        f"model.train_ds.noise_manifest={corpus['noise']}", f"exp_manager.exp_dir={folder}", "exp_manager.name=run",
+        *words,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **told},
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def ended(run, seconds=300):
+    """The output of a command, at its end; one that takes too long is killed with all that it started."""
+    try:
+        return run.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        raise AssertionError(f"no end in {seconds} s:\n{run.communicate()[0]}") from None
+
+
+def rows(folder):
+    """The lines of metrics.jsonl, without the times."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    clocks = ("seconds", "data_wait_share")
+    return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
+
+
+def checkpoint(folder):
+    return max((folder / "run" / "checkpoints").glob("*-last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def processes_of(group):
+    """The processes of a process group that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(stat.parent.name)
+    return found
+
+
+def fake_scontrol(folder, script):
+    """What puts a `scontrol` that writes down its calls, and then runs a script, in the PATH of a command."""
+    folder.mkdir()
+    program = folder / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n{script}\n')
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def wait_for_step(folder, step, seconds=120.0):
+    """Until the run has written so many lines of metrics."""
+    until = time.monotonic() + seconds
+    metrics = folder / "run" / "metrics.jsonl"
+    while time.monotonic() < until:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} in {seconds} s")

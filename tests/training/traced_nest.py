@@ -1,0 +1,41 @@
+"""`nest`, writing down which utterances it trains on, and failing when it is told to: for runs of several processes.
+
+TRACE is a folder for the lines; FAULT is "RANK STEP HOW", where HOW is exit, raise, kill or wait.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from nestcli.cli.app import main
+from nestcli.model.module import NestModule
+
+training_step = NestModule.training_step
+
+
+def traced_step(self, batch, batch_idx):
+    step, rank = self.trainer.global_step, self.trainer.global_rank
+    if "TRACE" in os.environ:
+        with (Path(os.environ["TRACE"]) / f"{rank}.jsonl").open("a") as file:
+            file.write(json.dumps([step, batch.sample_ids, time.time()]) + "\n")
+    if os.environ.get("FAULT", "").split()[:2] == [str(rank), str(step)]:
+        fail(os.environ["FAULT"].split()[2])
+    return training_step(self, batch, batch_idx)
+
+
+def fail(how):
+    if how == "exit":
+        os._exit(1)
+    if how == "raise":
+        raise ArithmeticError("a fault of this process")
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(3600)
+
+
+if __name__ == "__main__":
+    NestModule.training_step = traced_step
+    sys.exit(main())

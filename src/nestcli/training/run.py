@@ -33,6 +33,7 @@ from nestcli.training.settings import (
     SafetyConfig,
     TrainerConfig,
     accelerator,
+    check_compiler,
     cluster_plugins,
     device_name,
     make_loggers,
@@ -105,6 +106,7 @@ class Pretraining:
         self.config, self.reporter = config, reporter
         section(TrainerConfig, config, "trainer")
         SafetyConfig.of(config)
+        check_compiler(config)
         self.folder = experiment_folder(config)
         self.data = NestDataModule(config, reporter.note)
         processes = n_processes(config)

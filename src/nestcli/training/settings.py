@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import sysconfig
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +192,28 @@ def accelerator(config: DictConfig) -> str:
     if wanted != "cpu":
         raise ConfigError(f"trainer.accelerator: {wanted!r}: use auto, gpu or cpu.")
     return wanted
+
+
+def check_compiler(config: DictConfig) -> None:
+    """Raise MissingDependencyError where layers are to be compiled and this machine cannot."""
+    if not config.model.encoder.get("compile"):
+        return
+    compiler = os.environ.get("CXX") or "g++"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    lacking = [
+        what
+        for what, there in (
+            (f"a C++ compiler ({compiler})", shutil.which(compiler) is not None or shutil.which("clang++") is not None),
+            (f"Python's headers ({header})", header.is_file()),
+            ("Triton", accelerator(config) == "cpu" or find_spec("triton") is not None),
+        )
+        if not there
+    ]
+    if lacking:
+        raise MissingDependencyError(
+            f"model.encoder.compile: torch.compile needs {' and '.join(lacking)}, not found here. Install them "
+            "(Debian: apt-get install g++ python3-dev), or set model.encoder.compile=false."
+        )
 
 
 def _devices(config: DictConfig) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nestcli.errors import MissingDependencyError
 from nestcli.model.conformer import EncoderConfig
 
-_OURS_ALONE = ("backend", "conv_norm_ignore_padding")
+_OURS_ALONE = ("backend", "conv_norm_ignore_padding", "compile", "dropout_draws")
 
 
 class NemoEncoder(nn.Module):

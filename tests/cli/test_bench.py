@@ -70,7 +70,25 @@ def report() -> BenchReport:
             "words": ["model.train_ds.use_lhotse=true", "model.train_ds.bucket_batch_size=[210]"],
         },
     )  # fmt: skip
-    return BenchReport([loader, scale, buckets], {})
+    way = {
+        "seconds": spread.to_json(), "ratio": 2.25, "share_of_matrix_product_limit": 0.4, "peak_memory_bytes": 3 << 30,
+        "seconds_by_kind": {"matrix products": 3.0, "convolutions": 1.0, "copies": 0.0},
+    }  # fmt: skip
+    batch = {"nemo_version": "3.0.0", "memory_clips": 8, "memory_clip_seconds": 20.0}
+    step = SectionReport(
+        "train_step", "seconds a step", spread, spread, 2.25, 3 << 30, 6 << 30, {**batch, "ways": {"compiled": way}}
+    )
+    quantizer = SectionReport("quantizer", "seconds for clips", spread, spread, 52.0, 30 << 20, 2 << 30, batch)
+    row = {
+        "precision": "bf16-mixed", "audio_seconds": 640.0, "compiled": True, "audio_per_second": 12_345.0,
+        "fed_audio_per_second": 11_111.0, "utilisation_of_measured_product": 0.61, "utilisation_of_data_sheet": None,
+        "peak_memory_bytes": 40 << 30,
+    }  # fmt: skip
+    lacking = {"precision": "32", "audio_seconds": 1280.0, "compiled": False, "error": "out of memory"}
+    precisions = SectionReport(
+        "precisions", "s/s", spread, None, None, 1, None, {"device": "an H200", "rows": [row, lacking]}
+    )
+    return BenchReport([loader, scale, buckets, step, quantizer, precisions], {})
 
 
 def invoked(monkeypatch: pytest.MonkeyPatch, answer: BenchReport, *words: str) -> Result:
@@ -85,7 +103,8 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         "50.0 times NeMo's speed.", "70% of the floor.", "65% of the floor; 48.0 times NeMo.",
         "NeMo 3.0.0", "decode", "read speech", "1,000,000", "resumed",
         "12,345", "Padding: 30.0% in plain batches, 5.0% in these buckets.", "model.train_ds.bucket_batch_size=[210]",
-        "Within 72.0 GiB of cuda memory.",
+        "Within 72.0 GiB of cuda memory.", "compiled: matrix products 75%, convolutions 25%.", "2.25", "40%", "6,144",
+        "8 clips of 20 s", "30 MiB; NeMo's 2,048 MiB, 52 times the time", "12,345", "61%", "out of memory", "an H200",
     ):  # fmt: skip
         assert words in shown.output
     assert max(map(len, shown.output.splitlines())) <= 120
@@ -97,7 +116,7 @@ def test_a_failure_is_told_beside_the_rest(monkeypatch: pytest.MonkeyPatch) -> N
     shown = invoked(monkeypatch, answer, "--json")
     assert shown.exit_code == 1
     document = json.loads(shown.stdout)
-    assert [section["name"] for section in document["sections"]] == ["loader", "scale", "buckets"]
+    assert [section["name"] for section in document["sections"]][:3] == ["loader", "scale", "buckets"]
     assert document["failed"] == [{"name": "scale", "error": "the disk is full"}]
     assert "scale: the disk is full" in shown.stderr
 
@@ -105,7 +124,7 @@ def test_a_failure_is_told_beside_the_rest(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "loading"], "no such section. Known: loader, scale, buckets"),
+        (["--only", "loading"], "no such section. Known: loader, scale, train_step"),
         (["--only", "loader", "model.train_ds.manifest_filepath=missing.json"], "missing.json"),
         (["--only", "loader", "--nemo-python", "/no/such/python"], "/no/such/python: there is no such program"),
         (["smal"], "Did you mean 'small'"),

@@ -187,18 +187,22 @@ def _show_quantizer(section: dict[str, Any]) -> None:
 
 def _show_precisions(section: dict[str, Any]) -> None:
     columns = ["", ">s a batch", ">s/s", ">s/s, loader", ">of a product", ">of the sheet", ">GiB"]
-    rows = [_precision_row(row) for row in section["rows"]]
+    rows = [_precision_row(row) for row in section["rows"] if "error" not in row]
     console.table(f"precisions on {section['device']}", columns, rows)
+    for row in section["rows"]:
+        if "error" in row:
+            console.line(f"{_precision(row)}, {row['audio_seconds']:g} s: {row['error']}")
 
 
 def _precision_row(row: dict[str, Any]) -> tuple[str, ...]:
-    name = (f"{row['precision']}, {'compiled' if row['compiled'] else 'plain'}", f"{row['audio_seconds']:g}")
-    if "error" in row:
-        return (*name, row["error"][:40], "", "", "", "")
     speeds = (f"{row[key]:,.0f}" for key in ("audio_per_second", "fed_audio_per_second"))
     shares = (row["utilisation_of_measured_product"], row["utilisation_of_data_sheet"])
     used = ("" if share is None else f"{share:.0%}" for share in shares)
-    return (*name, *speeds, *used, f"{row['peak_memory_bytes'] / 2**30:.1f}")
+    return (_precision(row), f"{row['audio_seconds']:g}", *speeds, *used, f"{row['peak_memory_bytes'] / 2**30:.1f}")
+
+
+def _precision(row: dict[str, Any]) -> str:
+    return f"{row['precision']}, {'compiled' if row['compiled'] else 'plain'}"
 
 
 def _spread(spread: dict[str, float]) -> tuple[str, ...]:

@@ -130,6 +130,12 @@ def a_transposed_codebook(patch: pytest.MonkeyPatch) -> None:
 @fault("encoder", "evaluation: pre_encode")
 def padding_reaches_the_convolutions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(subsampling, "_zero_padding", lambda x, lengths: x)
+    around(
+        patch,
+        subsampling,
+        "_stretch",
+        lambda whole, x, begins, span, _length: whole(x, begins, span, begins + x.size(2)),
+    )
 
 
 @fault("encoder", "evaluation: layers.0")
@@ -153,7 +159,7 @@ def u_and_v_swapped(patch: pytest.MonkeyPatch) -> None:
 @fault("encoder", "evaluation: layers.0")
 def half_steps_made_whole(patch: pytest.MonkeyPatch) -> None:
     original = conformer.FeedForward.forward
-    patch.setattr(conformer.FeedForward, "forward", lambda self, x: 2.0 * original(self, x))
+    patch.setattr(conformer.FeedForward, "forward", lambda self, *a: 2.0 * original(self, *a))
 
 
 @fault("encoder", "evaluation: layers.1")

@@ -169,10 +169,10 @@ def frames_of(*codes: tuple[str, str]) -> Any:
         ([("/x/soundfile.py", "_open"), ("/x/nestcli/data/audio.py", "_decoder")], "open"),
         ([("/x/soundfile.py", "read"), ("/x/nestcli/data/audio.py", "f"), ("/x/nestcli/data/noise.py", "draw")],
          "noise: decode"),
-        ([("/x/nestcli/data/noise.py", "_white_noise"), ("/x/nestcli/data/datamodule.py", "_batch")], "noise"),
+        ([("/x/nestcli/data/noise.py", "_white_noise"), ("/x/nestcli/data/noisy_speech.py", "_batch")], "noise"),
         ([("/x/json/decoder.py", "decode"), ("/x/nestcli/data/manifest.py", "row")], "manifest entry"),
         ([("/x/torch/functional.py", "split"), ("/x/nestcli/data/augmentation.py", "mix")], "mix"),
-        ([("/x/nestcli/data/datamodule.py", "_batch")], "other"),
+        ([("/x/nestcli/data/noisy_speech.py", "_batch")], "other"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -11,7 +11,8 @@ import torch
 
 from conftest import tiny_config
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
-from nestcli.data.datamodule import NoisySpeech, Place
+from nestcli.data.noisy_speech import NoisySpeech
+from nestcli.data.samplers import Place
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.module import NestModule
 from nestcli.training.guard import StepGuard, _leave_out

@@ -89,9 +89,9 @@ class Stepper:
     def _updated(self, *waveforms: Tensor) -> NestOutput:
         with self.precision.forward_context():
             output: NestOutput = self.model(*waveforms)
-        self.optimizer.zero_grad()
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        self.optimizer.zero_grad()  # as in training: the next forward pass has their memory
         return output
 
     def tokens(self, features_BDT: Tensor) -> Tensor:
@@ -99,7 +99,10 @@ class Stepper:
         return tokens
 
     def facts(self) -> dict[str, Any]:
-        return {"threads": torch.get_num_threads(), "seconds_of_audio": float(self.batch["clean_len"].sum()) / 16000}
+        return {
+            "threads": torch.get_num_threads(),
+            "seconds_of_audio": float(self.batch["clean_len"].sum()) / self.nest.preprocessor.sample_rate,
+        }
 
     def profile(self) -> dict[str, Any]:
         """Where a step's time goes, by kind of operator; the arithmetic in it, and how fast the device can be."""

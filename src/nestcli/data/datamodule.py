@@ -1,229 +1,34 @@
-"""From manifests to batches: the loader's processes, and the order that a resumed run continues.
-
-Every draw depends on (seed, epoch, item) alone, so a run gives the same batches with any number of loader processes,
-and after a resume. The batches of a run are one sequence; of `ranks` processes each takes every `ranks`-th.
-"""
+"""From manifests to batches: the loader's processes, and the place in the data that a resumed run goes on from."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from nestcli.config import TARGETS, section, seed_of
-from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
-from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate, empty
+from nestcli.config import section, seed_of
+from nestcli.data.batch import NoiseBatch
 from nestcli.data.cores import available_cores
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
-from nestcli.data.manifest import Manifest
 from nestcli.data.noise import NoisePool
-from nestcli.data.notes import Noted
-from nestcli.data.order import Items
+from nestcli.data.noisy_speech import MIN_SECONDS, NoisySpeech
 from nestcli.data.plan import BatchPlan
 from nestcli.data.planning import plan_batches
-from nestcli.data.reading import read_audio
 from nestcli.data.ready import check_noise, check_speech, machine_notes
+from nestcli.data.samplers import OnePass, Place, Position, ResumableSampler
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.skipping import SkipCounter
 from nestcli.data.slabs import Placed, SlabLoader, Slabs
-from nestcli.data.watch import Watch, WatchedLoader, explained
+from nestcli.data.watch import Watch, WatchedLoader
 from nestcli.data.workers import led_by_main_process
-from nestcli.errors import ConfigError, DataError, NestError
+from nestcli.errors import DataError, NestError
 
-MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
 _PREFETCHED = 2  # batches that a loader process is ahead
 _BYTES_A_SAMPLE, _LARGEST_SLAB = 8, 1 << 28  # of a batch on its way: clean and noisy audio
-_REPLACEMENTS = 20  # lines tried in place of a batch of which nothing can be read
-_MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
-_DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
-
-
-@dataclass(frozen=True)
-class Place:
-    """One batch of a run: its items in an epoch. A batch that does not count keeps processes in step."""
-
-    epoch: int
-    items: Items
-    counts: bool = True
-
-
-class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
-    """Batches by place: clean speech, noise and their mixture.
-
-    Audio that cannot be read is left out of its batch and named there. An error that a user can mend is returned, not
-    raised: a loader process would bury it in its own traceback.
-    """
-
-    def __init__(self, speech: Manifest, noise: NoisePool | None, seed: int, config: DictConfig, key: str) -> None:
-        self.speech, self.noise, self.seed = speech, noise, seed
-        self.sample_rate = section(DatasetConfig, config, key).sample_rate
-        self.mix, self.augmentation = _mixer(config, key)
-        self.slabs: Slabs | None = None
-
-    def __getitem__(self, place: Place) -> NoiseBatch | Placed | NestError:
-        if self.slabs is not None:
-            self.slabs.begin()
-        try:
-            batch = self._batch(place)
-        except NestError as error:
-            return error
-        return batch if self.slabs is None else self.slabs.put(batch)
-
-    def _batch(self, place: Place) -> NoiseBatch:
-        items, audios, skipped = self._speech_of(place.items)
-        counts = place.counts
-        if not audios:
-            items, audios = self._replacement(int(place.items[0]), skipped)
-            counts = False
-        batch = self._noisy(place.epoch, items, audios)
-        if self.noise is not None:
-            skipped += self.noise.take_skipped()
-        unneeded = torch.empty(0)  # the model looks at audio and noisy audio; a third less has to be sent
-        return replace(batch, noise=unneeded, counts=counts, skipped=tuple(skipped))
-
-    def _noisy(self, epoch: int, items: list[int], audios: list[Samples]) -> NoiseBatch:
-        lines = [item % len(self.speech) for item in items]
-        if self.mix is None or self.augmentation is None:
-            batch = collate(audios, self._noises(epoch, items, audios), lines)
-            return replace(batch, noisy_audio=batch.audio + batch.noise)  # as it was read: NeMo's way
-        generator = self._generator("mix", epoch, items[0])
-        if self.augmentation.nemo_exact:
-            return self.mix(collate(audios, self._noises(epoch, items, audios), lines), self.augmentation, generator)
-
-        def noise_of(place: int, count: int) -> Samples:  # the same draws, but only of what is mixed in
-            return self._noise(epoch, items[place], len(audios[place]), count)
-
-        make = empty if self.slabs is None else self.slabs.array
-        return self.mix(collate(audios, None, lines, make), self.augmentation, generator, noise_of, None, make)
-
-    def _noises(self, epoch: int, items: list[int], audios: list[Samples]) -> list[Samples]:
-        return [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]
-
-    def _speech_of(self, wanted: Items) -> tuple[list[int], list[Samples], list[Skipped]]:
-        """The items that can be read, their audio, and what is wrong with the others."""
-        items, audios, skipped = [], [], []
-        for item in wanted.tolist():
-            try:
-                audios.append(self._speech(item))
-                items.append(item)
-            except DataError as error:
-                skipped.append(Skipped(self.speech.where(item % len(self.speech)), str(error)))
-        return items, audios, skipped
-
-    def _replacement(self, item: int, skipped: list[Skipped]) -> tuple[list[int], list[Samples]]:
-        """The next line that can be read, to compute something on where nothing was left of a batch."""
-        for step in range(1, _REPLACEMENTS + 1):
-            line = (item + step) % len(self.speech)
-            try:
-                return [line], [self._speech(line)]
-            except DataError:
-                continue
-        raise DataError(
-            f"none of {_REPLACEMENTS + len(skipped)} utterances in a row can be read; the first: {skipped[0].why}"
-        )
-
-    def _speech(self, item: int) -> Samples:
-        with Noted(self.speech, item % len(self.speech)) as entry:
-            audio = read_audio(entry, sample_rate=self.sample_rate)
-        shortest = int(MIN_SECONDS * self.sample_rate)
-        return np.resize(audio, shortest) if len(audio) < shortest else audio
-
-    def _noise(self, epoch: int, item: int, n_samples: int, keep: int | None = None) -> Samples:
-        exact = self.augmentation is not None and self.augmentation.nemo_exact
-        if self.noise is None:
-            return np.zeros(n_samples if exact else 0, np.float32)
-        generator = self._generator("noise", epoch, item)
-        if exact:  # NeMo draws noise from NumPy's generator
-            return self.noise.draw_like_nemo(n_samples, np.random.RandomState(generator.getrandbits(32))).samples
-        return self.noise.draw(n_samples, generator, keep).samples
-
-    def _generator(self, purpose: str, epoch: int, item: int) -> random.Random:
-        return random.Random(f"{self.seed}/{purpose}/{epoch}/{item}")  # noqa: S311  # no secrets here
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands in its data: `consumed` batches of all processes, the next is `number` of `epoch`."""
-
-    consumed: int
-    epoch: int
-    number: int
-
-
-class ResumableSampler(Sampler[Place]):
-    """Places of a whole run, from where training stands: those of one of `ranks` processes, which are `length`.
-
-    `used` is how many of these are behind; by default, its share of the position's.
-
-    The run is one long sequence over all its epochs, because counts that start anew with each epoch are what
-    Lightning loses when it resumes. So there is no last batch of an epoch that some process would have to go without.
-    `at` tells where a number of consumed batches leads to, for the checkpoint.
-    """
-
-    def __init__(
-        self,
-        plan: BatchPlan,
-        length: int,
-        start: Callable[[], Position],
-        *,
-        ranks: int = 1,
-        rank: int = 0,
-        used: Callable[[], int] | None = None,
-    ) -> None:
-        self.plan, self.length, self.start, self.ranks, self.rank, self.used = plan, length, start, ranks, rank, used
-        self._began: list[Position] = []  # where each epoch began that training has not left behind
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Place]:
-        position = self.start()
-        epoch, first = position.epoch, position.number
-        self._began = [Position(position.consumed - first, epoch, 0)]
-        consumed = position.consumed
-        used = consumed // self.ranks if self.used is None else self.used()
-        end = consumed + (self.length - used) * self.ranks
-        while consumed < end:
-            batches = self.plan.batches(epoch, consumed - first)
-            if not len(batches):
-                raise DataError(f"epoch {epoch} has no batch; lower batch_size, or give more data")
-            mine = first + (self.rank - (consumed - position.consumed)) % self.ranks
-            for number in range(mine, min(len(batches), first + end - consumed), self.ranks):
-                yield Place(epoch, batches[number])
-            consumed += len(batches) - first
-            epoch, first = epoch + 1, 0
-            self._began.append(Position(consumed, epoch, 0))
-
-    def at(self, consumed: int) -> Position:
-        """The position after `consumed` batches of the run, which is at or behind the one that was drawn last."""
-        while len(self._began) > 1 and self._began[1].consumed <= consumed:
-            del self._began[0]
-        began = self._began[0] if self._began else self.start()
-        return Position(consumed, began.epoch, consumed - began.consumed + began.number)
-
-
-class OnePass(Sampler[Place]):
-    """One process's share of the batches of one epoch; what is missing for the last round does not count."""
-
-    def __init__(self, plan: BatchPlan, *, ranks: int = 1, rank: int = 0) -> None:
-        self.plan, self.ranks, self.rank = plan, ranks, rank
-
-    def __len__(self) -> int:
-        return -(-len(self.plan.batches(0)) // self.ranks)
-
-    def __iter__(self) -> Iterator[Place]:
-        batches = self.plan.batches(0)
-        for number in range(self.rank, len(self) * self.ranks, self.ranks):
-            own = number < len(batches)
-            yield Place(0, batches[number]) if own else Place(0, batches.items[:1], counts=False)
 
 
 class NestDataModule(LightningDataModule):
@@ -245,7 +50,6 @@ class NestDataModule(LightningDataModule):
         self.sample_rate = int(config.model.sample_rate)
         self.skipped = SkipCounter(self._settings("model.train_ds").max_failed_share, tell)
         self._val_skipped = SkipCounter(1.0, tell)
-        self._watches: list[Watch] = []
         self._sampler: ResumableSampler | None = None
         self._restored: Position | None = None
         self._restored_at = 0  # batches that each process counts there
@@ -293,10 +97,6 @@ class NestDataModule(LightningDataModule):
                 n_bytes = _slab_bytes(self._plan(corpus, key), settings) * (_PREFETCHED + 1) * _workers(settings)
                 for told in machine_notes(key, settings.num_workers, n_bytes, processes):
                     self.tell(told)
-
-    def losses_explained(self) -> AbstractContextManager[None]:
-        """A context in which PyTorch's error about a lost loader process becomes a RunFailedError that says more."""
-        return explained(self._watches)
 
     # ---- Lightning's hooks ----
 
@@ -433,7 +233,6 @@ class NestDataModule(LightningDataModule):
             return DataLoader(data, **options)
         manifests = [data.speech, *([data.noise.manifest] if data.noise else [])]
         options["watch"] = Watch(workers, key, settings.read_timeout, manifests)
-        self._watches.append(options["watch"])
         device = None if self.trainer is None else self.trainer.strategy.root_device
         on_gpu = device is not None and device.type == "cuda"
         if on_gpu and not settings.pin_memory:
@@ -464,12 +263,3 @@ def _wants_validation(config: DictConfig) -> bool:
     if any(block.get(key) is not None for key in ("input_cfg", "shar_path", "cuts_path")):
         return True
     return OmegaConf.is_missing(block, "manifest_filepath") or block.manifest_filepath is not None
-
-
-def _mixer(config: DictConfig, key: str) -> tuple[Callable[..., NoiseBatch] | None, AugmentationConfig | None]:
-    block = OmegaConf.select(config, f"{key}.batch_augmentor")
-    if block is None:
-        return None, None
-    if "_target_" not in block:
-        raise ConfigError(f"{key}.batch_augmentor._target_ is missing: name the augmentation, e.g. {_DEFAULT_MIXER}.")
-    return _MIXERS[TARGETS[block["_target_"]]], section(AugmentationConfig, config, f"{key}.batch_augmentor")

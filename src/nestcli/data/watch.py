@@ -1,7 +1,7 @@
 """The loader's processes watched by the one that waits for them: who died or hangs, and over which file.
 
-A process that dies ends the run at once: PyTorch notices, and its message is made into ours. One that stays with the
-same file for too long, or does nothing while a batch is waited for, is ended, and the run with it.
+A process that dies ends the run when the next batch is asked for, or is waited for. One that stays with the same file
+for too long, or does nothing while a batch is waited for, is ended, and the run with it.
 """
 
 from __future__ import annotations
@@ -188,6 +188,7 @@ class _Watching(_MultiProcessingDataLoaderIter):
         super().__init__(loader)
 
     def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
+        self._forget_pids()
         self._watch.processes, self._watch.end = self._workers, _weakly(self)
         super()._reset(loader, first_iter)
 
@@ -212,9 +213,6 @@ class _Watching(_MultiProcessingDataLoaderIter):
 
     def end(self) -> None:
         """End all processes: they are of no use without the one that is lost, and stopped ones hear nothing else."""
-        if self._worker_pids_set:
-            self._worker_pids_set = False
-            _remove_worker_pids(id(self))  # or PyTorch would raise its own error here
         for process in self._workers:
             process.kill()
         deadline = time.monotonic() + _ENDING
@@ -222,6 +220,16 @@ class _Watching(_MultiProcessingDataLoaderIter):
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():  # in the kernel, where nothing reaches it: Python would wait for it at its end
                 getattr(multiprocessing.process, "_children", set()).discard(process)
+
+    def _forget_pids(self) -> None:
+        """Keep PyTorch from raising its own error when a process dies, in the middle of whatever runs then.
+
+        It does so from a signal handler. In the middle of a queue's `put`, say, that leaves a lock behind for which
+        the process would wait at its end, for ever.
+        """
+        if self._worker_pids_set:
+            self._worker_pids_set = False
+            _remove_worker_pids(id(self))
 
 
 def _weakly(iterator: _Watching) -> Callable[[], None]:
@@ -237,7 +245,7 @@ def _weakly(iterator: _Watching) -> Callable[[], None]:
 
 @contextmanager
 def explained(watches: Iterable[Watch]) -> Iterator[None]:
-    """Turn PyTorch's error about a loader process, which it may raise at any place, into a RunFailedError."""
+    """Turn PyTorch's error about a loader process into a RunFailedError."""
     try:
         yield
     except RuntimeError as error:

@@ -91,6 +91,12 @@ class NestModule(LightningModule):
         schedule = build_schedule(optimizer, self.config, int(self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """As Lightning does it, but the gradients' memory is free for the next forward pass."""
+        super().optimizer_step(*arguments, **options)
+        for parameter in self.parameters():
+            parameter.grad = None
+
     # ---- validation: the mean over all selected tokens; batches without one do not count ----
 
     def on_validation_epoch_start(self) -> None:

@@ -160,7 +160,7 @@ class Pretraining:
         with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder), StopSignals() as signals:
             quieten()
             trainer = self._trainer([*trainer_callbacks, ResumedCounts(), signals], watched.waits)
-            with ended_together(trainer), self.data.losses_explained():
+            with ended_together(trainer):
                 try:
                     trainer.fit(self.module, datamodule=self.data, ckpt_path=self.resumes)
                 except SystemExit:  # Lightning's answer to Ctrl-C

@@ -24,9 +24,9 @@ def assert_same_gradients(ours: list[torch.Tensor], plain: list[torch.Tensor], t
 def test_subsampling_by_pieces(factor: int, frames: int) -> None:
     torch.manual_seed(factor)
     module = DepthwiseStridingSubsampling(20, 24, 16, factor)
-    features = torch.randn(5, frames, 20, requires_grad=True)
+    features = torch.randn(5, frames, 20)
     lengths = torch.tensor([frames, frames - 1, frames // 2, 1, 0])
-    wanted = [features, *module.conv.parameters()]
+    wanted = list(module.conv.parameters())
     (plain, plain_lengths), (ours, our_lengths) = (
         convolve(features, lengths) for convolve in (module.convolve, module.convolve_by_pieces)
     )
@@ -34,6 +34,16 @@ def test_subsampling_by_pieces(factor: int, frames: int) -> None:
     assert (ours - plain).abs().max() < 1e-6
     weights = torch.randn_like(plain)
     assert_same_gradients(*(torch.autograd.grad((x * weights).sum(), wanted) for x in (ours, plain)), tolerance=1e-5)
+
+
+def test_features_that_are_learned_get_their_gradient() -> None:
+    """Pieces give none: a mask embedding that is not frozen needs one."""
+    module = DepthwiseStridingSubsampling(20, 24, 16, 8)
+    features = torch.randn(2, 100, 20, requires_grad=True)
+    module(features, torch.tensor([100, 60]))[0].sum().backward()
+    assert features.grad is not None
+    assert features.grad[1, :60].abs().max() > 0
+    assert not features.grad[1, 60:].any()
 
 
 @pytest.mark.parametrize(("padding", "bias"), [((4, 4), True), ((8, 0), False), ((3, 5), True)])

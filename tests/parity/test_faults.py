@@ -8,7 +8,19 @@ import torch
 
 from nestcli.config import leaves, load_config
 from nestcli.data import mixing
-from nestcli.model import attention, conformer, decoder, features, loss, masking, nest, optim, quantizer, subsampling
+from nestcli.model import (
+    attention,
+    conformer,
+    decoder,
+    features,
+    loss,
+    masking,
+    nest,
+    optim,
+    quantizer,
+    subsampling,
+    subsampling_pieces,
+)
 from nestcli.parity import archive, structure
 from nestcli.parity.compare import Request, compare
 from nestcli.parity.nemo import RecordedNemo
@@ -132,9 +144,9 @@ def padding_reaches_the_convolutions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(subsampling, "_zero_padding", lambda x, lengths: x)
     around(
         patch,
-        subsampling,
+        subsampling_pieces,
         "_stretch",
-        lambda whole, x, begins, span, _length: whole(x, begins, span, begins + x.size(2)),
+        lambda whole, x, begins, span, _length: whole(x, begins, span, begins + x.size(0)),
     )
 
 

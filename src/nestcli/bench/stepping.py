@@ -29,7 +29,8 @@ _KINDS = {  # of PyTorch's operators, for the account of a step
     "optimiser": ("adamw", "AdamW"),
     "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::_to_copy", "aten::stack"),
 }
-_PRODUCT = 2048  # rows and columns of the product by which the device's speed is measured
+# Rows and columns of the products by which the device's speed is measured, and how long one may take.
+_SMALLEST_PRODUCT, _LARGEST_PRODUCT, _PRODUCT_SECONDS = 256, 16384, 0.2
 
 
 class Stepper:
@@ -114,6 +115,7 @@ class Stepper:
             kind = next((kind for kind, names in _KINDS.items() if any(name in event.key for name in names)), None)
             own = event.self_device_time_total if self.device.type == "cuda" else event.self_cpu_time_total
             spent[kind or "everything else"] += own / 1e6
+        peak = self._peak()
         clips, samples = self.batch["clean"].shape
         work = batch_work(self.nest, samples, clips, self._selected / self.nest.quantizer.num_books)
         return {
@@ -121,7 +123,7 @@ class Stepper:
             "floating_point_operations": sum(part.step for part in work.values()),
             "device_operations_a_second": self._fastest(),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            "peak_memory_bytes": self._peak(),
+            "peak_memory_bytes": peak,
         }
 
     def _fastest(self) -> float:
@@ -129,16 +131,20 @@ class Stepper:
         with self.precision.forward_context():
             dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
         dtype = dtype or self.model.decoder.layer.weight.dtype
-        factor = torch.randn(_PRODUCT, _PRODUCT, device=self.device).to(dtype)
-        best = 0.0
-        for _ in range(10):
-            self._wait()
-            start = time.perf_counter()
-            for _ in range(4):
-                _ = factor @ factor
-            self._wait()
-            best = max(best, 4 * 2 * _PRODUCT**3 / (time.perf_counter() - start))
+        size, best, shortest = _SMALLEST_PRODUCT, 0.0, 0.0
+        while size <= _LARGEST_PRODUCT and 8 * shortest < _PRODUCT_SECONDS:  # some processors take minutes in fp16
+            factor = torch.randn(size, size, device=self.device).to(dtype)
+            shortest = min(self._seconds_of_product(factor) for _ in range(5))
+            best = max(best, 2 * size**3 / shortest)
+            size *= 2
         return best
+
+    def _seconds_of_product(self, factor: Tensor) -> float:
+        self._wait()
+        start = time.perf_counter()
+        _ = factor @ factor
+        self._wait()
+        return time.perf_counter() - start
 
     def _peak(self) -> int:
         if self.device.type == "cuda":

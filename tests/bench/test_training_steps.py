@@ -51,6 +51,7 @@ def test_a_loader_feeds_the_steps(corpus: dict[str, Path], tmp_path: Path) -> No
     assert 4 * 4 * 1.2 <= fed["audio_seconds"] <= 4 * 4 * 1.6
 
 
+@pytest.mark.slow
 def test_the_quantizer(corpus: dict[str, Path], tmp_path: Path) -> None:
     section = quantizer_section(context_of(corpus, tmp_path)).to_json()
     assert 0 < section["ours"]["min"] < 5

@@ -129,6 +129,7 @@ def stopped_run(corpus, folder, *words, signum, **options):
     return output, run.returncode
 
 
+@pytest.mark.slow
 def test_slurm_warns_and_the_job_is_queued_again(corpus: dict[str, Path], tmp_path: Path) -> None:
     words = ("trainer.max_steps=60", "trainer.val_check_interval=7", "model.train_ds.num_workers=1")
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "nest", **fake_scontrol(tmp_path / "bin", "exit 0")}

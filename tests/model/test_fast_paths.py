@@ -137,6 +137,7 @@ def test_compiled_layers_equal_plain_ones(draws: str) -> None:
     plain = encoder(f"model.encoder.dropout_draws={draws}")
     compiled = encoder(f"model.encoder.dropout_draws={draws}", "model.encoder.compile=true")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for training in (True, False):
         for batch, frames in ((2, 40), (3, 57), (5, 33), (2, 200)):
             x, lengths = torch.randn(batch, frames, 32, requires_grad=True), torch.randint(1, frames + 1, (batch,))

@@ -46,9 +46,10 @@ def largest_difference(ours, theirs, but=()):
     return max(abs(one - two) / max(abs(one), abs(two), 1e-9) for one, two in pairs)
 
 
-def weights_difference(one, two):
+def weights_difference(one, two, but=()):
     ours, theirs = (load_lightning_checkpoint(checkpoint(each))["state_dict"] for each in (one, two))
     learned = [name for name in theirs if theirs[name].is_floating_point() and "running" not in name]
+    learned = [name for name in learned if not name.endswith(but)]
     return max(float((ours[name] - theirs[name]).abs().max()) for name in learned)
 
 
@@ -175,7 +176,9 @@ def test_torchrun_starts_the_processes_too(corpus: dict[str, Path], tmp_path: Pa
 
 @pytest.mark.slow
 def test_sharded_weights_learn_the_same_and_checkpoints_are_the_same(corpus: dict[str, Path], tmp_path: Path) -> None:
-    words = (*TWO, *DROPOUT, "trainer.val_check_interval=2", "model.encoder.n_layers=2")
+    # Some weights have gradients of rounding alone, of which Adam makes whole steps (docs/decisions/0006).
+    decided_by_rounding = ("self_attn.linear_k.bias", "self_attn.linear_pos.weight")
+    words = (*TWO, *DROPOUT, *LAYER_NORM, "trainer.val_check_interval=2", "model.encoder.n_layers=2")
     sharded, whole = tmp_path / "sharded", tmp_path / "whole"
     done(command(corpus, whole, *words, "trainer.max_steps=8"))
     done(command(corpus, sharded, *words, "trainer.max_steps=3", "trainer.strategy=fsdp2"))
@@ -183,7 +186,7 @@ def test_sharded_weights_learn_the_same_and_checkpoints_are_the_same(corpus: dic
     done(command(corpus, sharded, *words, "trainer.max_steps=6"))  # DDP goes on with it, and the other way round
     done(command(corpus, sharded, *words, "trainer.max_steps=8", "trainer.strategy=fsdp2"))
     assert largest_difference(rows(sharded), rows(whole)) < 1e-5
-    assert weights_difference(sharded, whole) < 1e-6
+    assert weights_difference(sharded, whole, but=decided_by_rounding) < 1e-6
     ours, theirs = (load_lightning_checkpoint(checkpoint(each)) for each in (sharded, whole))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for state in (ours, theirs):

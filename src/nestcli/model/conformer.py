@@ -173,7 +173,8 @@ class Convolution(nn.Module):
         if left != right:
             x_BSM = F.pad(x_BSM, (0, 0, left - both, right - both))
         x_BM1S = x_BSM.transpose(1, 2)[:, :, None]  # an image of one row in channels-last order
-        x_BM1S = F.conv2d(x_BM1S, conv.weight[:, :, None], conv.bias, padding=(0, both), groups=conv.groups)
+        weight_M11K = conv.weight.flatten(1)[:, None, None]  # whose gradient comes back in the weight's own strides
+        x_BM1S = F.conv2d(x_BM1S, weight_M11K, conv.bias, padding=(0, both), groups=conv.groups)
         return x_BM1S.squeeze(2).transpose(1, 2)
 
     def _norm(self, x_BSM: Tensor, padding_BS: Tensor) -> Tensor:

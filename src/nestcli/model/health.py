@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 _FLOOR = 1e-10  # variance that is rounding noise, as a share of the frames' mean square
 
@@ -50,7 +51,9 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     """The Euclidean norm of all tensors together, in fp32. 0 without any."""
     if not tensors:
         return torch.zeros(())
-    return torch.stack(torch._foreach_norm(tensors, 2.0, torch.float32)).norm()
+    norm = torch.stack(torch._foreach_norm(tensors, 2.0, torch.float32)).norm()
+    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of what is shared out over processes
+    return whole
 
 
 @torch.no_grad()

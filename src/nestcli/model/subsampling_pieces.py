@@ -85,6 +85,7 @@ def _applied(layer: nn.Module, x_TDC: Tensor) -> Tensor:
 
 def _depthwise(x_TDC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     channels = x_TDC.size(-1)
+    weight = weight.flatten(1).view_as(weight)  # whose gradient comes back in the weight's own strides
     return F.conv2d(_image(x_TDC), weight, bias, stride=2, padding=(0, 1), groups=channels)[0].permute(1, 2, 0)
 
 
@@ -132,8 +133,9 @@ class _FirstTwo(torch.autograd.Function):
         )  # fmt: skip
         _aten.threshold_backward(grad_between, _image(between_TDC), 0, grad_input=grad_between)
         grad_NC = grad_between.permute(0, 2, 3, 1).flatten(0, 2)
-        grad_KC = windows_NK.t() @ grad_NC
-        return None, None, grad_KC[:-1].t().view_as(weight1), grad_KC[-1], grad_weight2, grad_bias2
+        grad_CK = (windows_NK.t() @ grad_NC).t().contiguous()
+        grad_weights = grad_CK[:, :-1].reshape(weight1.shape), grad_weight2.flatten(1).view(weight2.shape)
+        return None, None, grad_weights[0], grad_CK[:, -1], grad_weights[1], grad_bias2
 
 
 def _between(x_TD1: Tensor, weight: Tensor, bias: Tensor, outside: tuple[int, int]) -> tuple[Tensor, Tensor]:

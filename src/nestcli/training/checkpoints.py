@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.model.module import NestModule
@@ -141,4 +142,8 @@ def _outdated(newest: Path) -> list[Path]:
 def _is_finite(trainer: Trainer) -> bool:
     """Whether all weights are; running statistics, too."""
     state = trainer.lightning_module.state_dict().values()
-    return bool(torch.stack([value.isfinite().all() for value in state]).all())
+    own = [value.to_local() if isinstance(value, DTensor) else value for value in state]
+    finite = bool(torch.stack([value.isfinite().all() for value in own]).all())
+    if any(isinstance(value, DTensor) for value in state):  # each process has its share
+        return bool(trainer.strategy.reduce_boolean_decision(finite, all=True))
+    return finite

@@ -175,17 +175,26 @@ def test_torchrun_starts_the_processes_too(corpus: dict[str, Path], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_sharded_weights_learn_the_same_and_checkpoints_are_the_same(corpus: dict[str, Path], tmp_path: Path) -> None:
-    # Some weights have gradients of rounding alone, of which Adam makes whole steps (docs/decisions/0006).
+@pytest.mark.parametrize("norm", [LAYER_NORM, ()], ids=["layer norm", "batch norm"])
+def test_sharded_weights_learn_the_same_and_checkpoints_are_the_same(
+    corpus: dict[str, Path], tmp_path: Path, norm: tuple[str, ...]
+) -> None:
+    # Some weights have gradients of rounding alone, of which Adam makes whole steps (docs/decisions/0006). Those of
+    # biases before batch norm move the running means, and so validation, in the last digits.
     decided_by_rounding = ("self_attn.linear_k.bias", "self_attn.linear_pos.weight")
-    words = (*TWO, *DROPOUT, *LAYER_NORM, "trainer.val_check_interval=2", "model.encoder.n_layers=2")
+    moved_by_them: tuple[str, ...] = ()
+    if not norm:
+        decided_by_rounding += ("conv.depthwise_conv.bias",)
+        moved_by_them = ("parameter_norm", "val_loss")
+    words = (*TWO, *DROPOUT, *norm, "trainer.val_check_interval=2", "model.encoder.n_layers=2")
     sharded, whole = tmp_path / "sharded", tmp_path / "whole"
     done(command(corpus, whole, *words, "trainer.max_steps=8"))
     done(command(corpus, sharded, *words, "trainer.max_steps=3", "trainer.strategy=fsdp2"))
     done(command(corpus, sharded, *words, "trainer.max_steps=5", "trainer.strategy=fsdp2"))
     done(command(corpus, sharded, *words, "trainer.max_steps=6"))  # DDP goes on with it, and the other way round
     done(command(corpus, sharded, *words, "trainer.max_steps=8", "trainer.strategy=fsdp2"))
-    assert largest_difference(rows(sharded), rows(whole)) < 1e-5
+    assert largest_difference(rows(sharded), rows(whole), but=moved_by_them) < 1e-5
+    assert largest_difference(rows(sharded), rows(whole)) < 2e-4
     assert weights_difference(sharded, whole, but=decided_by_rounding) < 1e-6
     ours, theirs = (load_lightning_checkpoint(checkpoint(each)) for each in (sharded, whole))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()

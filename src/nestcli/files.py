@@ -1,13 +1,19 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and none outside of the folder that they are for.
+
+A folder for results may come from somebody else, with links planted in it: nothing is written through one.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from nestcli.errors import NestError
 
@@ -27,7 +33,8 @@ def atomic_file(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w+b") as file:
+        temporary.unlink(missing_ok=True)  # of a killed process, or a planted link
+        with temporary.open("x+b") as file:
             yield file
             file.flush()
             if sync:
@@ -42,12 +49,106 @@ def atomic_file(
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(
+    path: str | os.PathLike[str], error: type[NestError] = NestError, *, force: bool = False
+) -> Iterator[Path]:
+    """A temporary folder beside `path`, given that name when the block ends without an exception.
+
+    A folder that is there already and not empty stays as it is, unless `force` replaces it. An OSError becomes `error`.
+    """
+    target = Path(path)
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        if target.exists() and not force and (not target.is_dir() or any(target.iterdir())):
+            raise error(f"{target} is there already. Name a new folder, or add --force to replace it.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+    except OSError as problem:
+        raise error(f"{target} cannot be written: {problem.strerror or problem}.") from None
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def expand_home(path: str) -> str:
+    """A path with its `~` or `~USER` replaced; as it stands where there is no such user.
+
+    pathlib's raises for that, and os.path's for a user whose name has a zero byte or is not UTF-8.
+    """
+    try:
+        return os.path.expanduser(path)  # noqa: PTH111
+    except ValueError:
+        return path
+
+
 def write_text(
     path: str | os.PathLike[str], pieces: Iterable[str], error: type[NestError] = NestError, remedy: str = ""
 ) -> None:
     """Write pieces of text in UTF-8, whole or not at all."""
     with atomic_file(path, error, remedy) as file:
         file.writelines(piece.encode() for piece in pieces)
+
+
+def open_kept(path: str | os.PathLike[str], mode: str, error: type[NestError] = NestError, **options: Any) -> IO[Any]:
+    """Open a file that is added to, such as a journal, never through a link or a second name.
+
+    Raises `error` for those and for what is no file, OSError where the disk fails.
+    """
+    try:
+        file = open(path, mode, opener=_own_file, **options)  # noqa: SIM115  # the caller closes it
+    except OSError as problem:
+        why = _NOT_OURS.get(problem.errno or 0)
+        if why is None:
+            raise
+        raise error(f"{path} cannot be written: {why}. Move it away, or choose another folder.") from None
+    return file
+
+
+_NOT_OURS = {errno.ELOOP: "it is a link", errno.EMLINK: "it is a link, or has a second name elsewhere",
+             **dict.fromkeys((errno.EINVAL, errno.ENXIO, errno.EISDIR), "it is no file")}  # fmt: skip
+
+
+def _own_file(path: str, flags: int) -> int:
+    """A descriptor of a regular file with one name; nothing waits for the other end of a pipe."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    status = os.fstat(descriptor)
+    wrong = errno.EINVAL if not stat.S_ISREG(status.st_mode) else errno.EMLINK if status.st_nlink > 1 else 0
+    if wrong:
+        os.close(descriptor)
+        raise OSError(wrong, os.strerror(wrong))
+    return descriptor
+
+
+def refuse_links(folder: Path, error: type[NestError] = NestError, *, itself: bool = True) -> None:
+    """Raise `error` if a folder for results, or one below it, is a link: what goes there would land elsewhere.
+
+    With `itself` False the folder is one that the user named, which may be a link.
+    """
+    if itself and folder.is_symlink():
+        raise error(f"{folder} is a link, and nothing is written through one. Remove it, or choose another folder.")
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_symlink() and entry.is_dir():
+                        raise error(
+                            f"{entry.path} is a link, and nothing is written through one. Remove it, or choose another "
+                            "folder."
+                        )
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+        except OSError as problem:
+            raise error(f"{folder} cannot be looked through: {problem.strerror}.") from None
 
 
 def remove_leftovers(folder: Path) -> None:

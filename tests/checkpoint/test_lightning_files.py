@@ -145,7 +145,7 @@ def faulty_disk(faults: Faults) -> Iterator[None]:
         really = Path.open
 
         def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-            if "w" not in mode:
+            if not {"w", "x"} & set(mode):
                 return really(path, mode, *args, **options)
             faults.call("open")
             return FaultyFile(really(path, mode, *args, **options), faults)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from conftest import skip_without_parakeets_extractor
+from nestcli.checkpoint import export
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.cli.app import main
 from nestcli.config import load_config, resolved
@@ -59,6 +61,7 @@ def test_a_checkpoint_becomes_a_nemo_file(nest: Nest, folder: Path) -> None:
     size = (folder / "out" / "a.nemo").stat().st_size
     assert json.loads(done.stdout) == {
         "checkpoint": name, "format": "nemo", "path": "out/a.nemo", "bytes": size, "tensors": 59,
+        "verified": "read again, all weights the same", "difference": 0.0,
     }  # fmt: skip
     ours, theirs = load_checkpoint(folder / name), load_checkpoint(folder / "out" / "a.nemo")
     assert all(torch.equal(ours.state_dict[key], theirs.state_dict[key]) for key in ours.state_dict)
@@ -69,7 +72,7 @@ def test_a_checkpoint_becomes_a_nemo_file(nest: Nest, folder: Path) -> None:
     assert "out/a.nemo is there already. Add --force" in again.stderr
     before = (folder / "out" / "a.nemo").read_bytes()
     forced = nest("export", "out/a.nemo", "--to", "nemo", "--out", "out/a.nemo", "--force", cwd=folder)
-    assert forced.stdout == f"out/a.nemo: 59 tensors, {size:,} bytes\n"
+    assert forced.stdout.startswith(f"out/a.nemo: 59 tensors, {size:,} bytes\n")
     assert (folder / "out" / "a.nemo").read_bytes() == before
 
     counted = nest("count-params", "out/a.nemo", "model.encoder.n_layers=2", "--json", cwd=folder)
@@ -79,9 +82,18 @@ def test_a_checkpoint_becomes_a_nemo_file(nest: Nest, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["x.ckpt", "--to", "onnx", "--out", "x"], "--to onnx is not there yet: only --to nemo is."),
-        (["x.ckpt", "--to", "docx", "--out", "x"], "--to docx: there is no such format. Known: nemo."),
-        (["x.ckpt", "--to", "nemo", "--out", "x.tar"], "the name of a .nemo file ends with .nemo"),
+        (["x.ckpt", "--to", "onnx", "--out", "x"], "the name of such a file ends with .onnx"),
+        (["x.ckpt", "--to", "onnx", "--out", "x.onnx", "--part", "half"], "only --to onnx has parts: all and encoder"),
+        (["x.ckpt", "--to", "nemo", "--out", "x.nemo", "--part", "encoder"], "only --to onnx has parts"),
+        (
+            ["x.ckpt", "--to", "transformers", "--out", "bad.nemo"],
+            "--out bad.nemo is a file. Transformers wants a folder",
+        ),
+        (
+            ["x.ckpt", "--to", "docx", "--out", "x"],
+            "--to docx: there is no such format. Known: nemo, safetensors, transformers, onnx.",
+        ),
+        (["x.ckpt", "--to", "nemo", "--out", "x.tar"], "the name of such a file ends with .nemo"),
         (["x.ckpt", "--to", "nemo", "--out", "x.nemo"], "x.ckpt: no such checkpoint."),
         (["small", "--to", "nemo", "--out", "x.nemo"], "small is not a checkpoint"),
         (["bad.nemo", "--to", "nemo", "--out", "x.nemo"], "bad.nemo is no tar file"),
@@ -96,3 +108,78 @@ def test_calls_that_are_wrong(nest: Nest, words: list[str], message: str, tmp_pa
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert [entry.name for entry in tmp_path.iterdir()] == ["bad.nemo"]
+
+
+@pytest.mark.parametrize(
+    ("to", "out", "verified"),
+    [
+        ("safetensors", "a.safetensors", "read again, all weights the same"),
+        ("transformers", "a", "loaded by transformers, features and output compared"),
+        pytest.param("onnx", "a.onnx", "run by onnxruntime with other batch sizes and lengths", marks=pytest.mark.slow),
+    ],
+)
+def test_every_format_is_verified(
+    nest: Nest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, out: str, verified: str
+) -> None:
+    if to == "transformers":
+        skip_without_parakeets_extractor()
+    checkpoint = str(folder / "NAME--val_loss=3.4-step=7.ckpt")
+    done = nest("export", checkpoint, "--to", to, "--out", out, "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["verified"] == verified
+    assert document["difference"] <= 1e-4
+    assert document["bytes"] > 1000
+
+    if to == "onnx":
+        monkeypatch.setattr(export, "onnx_difference", lambda *_: 0.5)
+    else:
+        monkeypatch.setattr(export, f"write_{to}", _writing_others(getattr(export, f"write_{to}")))
+    failed = nest("export", checkpoint, "--to", to, "--out", out, "--force", cwd=tmp_path)
+    assert failed.code == 1
+    assert f"{out}: what was written differs from" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_transformers_that_lacks_something_is_no_bug_of_ours(
+    nest: Nest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object) -> float:
+        raise ImportError("\nParakeetFeatureExtractor requires the librosa library. But that was not found.")
+
+    monkeypatch.setattr(export, "_difference_in_transformers", lacking)
+    checkpoint = str(folder / "NAME--val_loss=3.4-step=7.ckpt")
+    done = nest("export", checkpoint, "--to", "transformers", "--out", "a", "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    verified = json.loads(done.stdout)["verified"]
+    assert verified.endswith("no output was compared: ParakeetFeatureExtractor requires the librosa library")
+
+
+@pytest.mark.parametrize(("to", "out"), [("nemo", "a.nemo"), ("transformers", "a"), ("onnx", "a.onnx")])
+def test_what_cannot_be_read_again_is_removed(
+    nest: Nest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, out: str
+) -> None:
+    def writing_rubbish(path: Path, *_: object, **__: object) -> None:
+        if to == "transformers":
+            path.mkdir()
+            path = path / "config.json"
+        path.write_bytes(b"<html>")
+
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, f"write_{to}", writing_rubbish)
+    checkpoint = str(folder / "NAME--val_loss=3.4-step=7.ckpt")
+    done = nest("export", checkpoint, "--to", to, "--out", out, cwd=tmp_path)
+    assert done.code == 1
+    assert f"{out}: what was written cannot be used" in done.stderr
+    assert "It was removed." in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _writing_others(write: Callable[..., None]) -> Callable[..., None]:
+    """A writer that gets one bias wrong."""
+
+    def written(out: Path, config: object, state: dict[str, torch.Tensor], **options: object) -> None:
+        wrong = {key: value - 1 if key.endswith("norm_out.bias") else value for key, value in state.items()}
+        write(out, config, wrong, **options)
+
+    return written

@@ -39,8 +39,11 @@ def test_train_resume_finish_count(words: list[str], tmp_path: Path) -> None:
     second = nest(*words, "trainer.max_steps=4", "trainer.val_check_interval=2", cwd=tmp_path)
     assert "at step 3" in second.stderr
     assert "trained to step 4" in second.stderr
+    leftover = tmp_path / "nest_experiments" / "try" / "checkpoints" / ".try.nemo.77.tmp"
+    leftover.touch()  # of a kill in the very last write
     complete = nest(*words, "trainer.max_steps=4", "trainer.val_check_interval=2", cwd=tmp_path)
     assert "This run is complete: 4 of 4 steps" in complete.stderr
+    assert not leftover.exists()
 
     folder = tmp_path / "nest_experiments" / "try"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -18,7 +18,10 @@ def nest(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[st
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], *([name, "--help"] for name in ("prepare-data", "pretrain", "count-params", "export", "demo"))],
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("prepare-data", "pretrain", "count-params", "export", "doctor", "demo")),
+    ],
 )
 def test_help_loads_nothing_heavy(words: list[str]) -> None:
     code = (

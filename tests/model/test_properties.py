@@ -7,9 +7,10 @@ import torch
 
 from conftest import assert_close
 from nestcli.config import load_config
+from nestcli.errors import ConfigError
 from nestcli.model.attention import relative_shift, sinusoidal_table
 from nestcli.model.conformer import EncoderConfig, outside_context
-from nestcli.model.features import slaney_mel_filters
+from nestcli.model.features import preemphasised, slaney_mel_filters
 from nestcli.model.loss import LossConfig, MaskedTokenLoss
 from nestcli.model.masking import MaskingConfig, RandomBlockMasking, overlapping_blocks
 from nestcli.model.nest import NestConfig, NestModel
@@ -107,16 +108,43 @@ def test_post_conv_learns_through_the_subsampling_and_hides_masked_frames() -> N
     assert model.mask_processor.config.block_size == 4
 
 
-def test_digital_silence_gives_zeros() -> None:
-    model = tiny_model().eval()
+@pytest.mark.parametrize("normalize", ["per_feature", "all_features"])
+def test_digital_silence_gives_zeros(normalize: str) -> None:
+    model = tiny_model(f"model.preprocessor.normalize={normalize}").eval()
     features, _ = model.preprocessor(torch.zeros(1, 32000), torch.tensor([32000]))
     assert not features.any()
 
 
+ALL_FEATURES = "model.preprocessor.normalize=all_features"
+
+
+def test_all_features_share_a_mean_and_a_deviation() -> None:
+    audio, lengths = speech_like([1.3, 0.7])
+    audio[1] += 0.2 * torch.sin(torch.arange(audio.size(1)) / 5)
+    audio[1, lengths[1] :] = 0
+    with torch.no_grad():
+        model = tiny_model(ALL_FEATURES).eval()
+        features, frames = model.preprocessor(audio, lengths)
+        for item, count in enumerate(frames):
+            alone = audio[item : item + 1, : lengths[item]]
+            log_mel = model.preprocessor.featurizer(preemphasised(alone, lengths[item : item + 1]))[0, :, :count]
+            expected = (log_mel - log_mel.mean()) / (log_mel.std() + 1e-5)
+            assert_close(features[item, :, :count], expected, 1e-5, "features")
+            assert not features[item, :, count:].any()
+            assert features[item, :, :count].mean(1).abs().max() > 0.1  # of each bin: the spectrum is still there
+
+
+def test_other_normalisations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="normalize: 'NA' is not supported, use per_feature or all_features"):
+        tiny_model("model.preprocessor.normalize=NA")
+
+
+@pytest.mark.parametrize("normalize", ["per_feature", "all_features"])
 @pytest.mark.parametrize("lengths", [[0], [1], [159], [160], [320, 16000]])
-def test_very_short_audio_gives_finite_features(lengths: list[int]) -> None:
+def test_very_short_audio_gives_finite_features(lengths: list[int], normalize: str) -> None:
     audio = torch.randn(len(lengths), max(*lengths, 160))
-    features, frames = tiny_model().eval().preprocessor(audio, torch.tensor(lengths))
+    model = tiny_model(f"model.preprocessor.normalize={normalize}").eval()
+    features, frames = model.preprocessor(audio, torch.tensor(lengths))
     assert features.isfinite().all()
     assert frames.tolist() == [length // 160 for length in lengths]
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from conftest import tiny_config
+from conftest import tiny_config, write_archive
 from nestcli.checkpoint.nemo import write_nemo
+from nestcli.checkpoint.nemo_config import to_nemo
+from nestcli.cli.named import read_config
 from nestcli.config import load_config
 from nestcli.errors import ConfigError, NestError
 from nestcli.model.nest import NestConfig, NestModel
@@ -126,12 +128,85 @@ def test_weights_that_do_not_fit_are_named(words: str, message: str, other: tupl
     )
     model = NestModel(NestConfig.from_config(config))
     with pytest.raises(NestError) as raised:
-        start_from(model, starts_of(config))
+        start_from(model, starts_of(config), config)
     assert message in str(raised.value)
     assert "init_from_nemo" in str(raised.value)
 
 
 def test_tensors_that_the_model_lacks_are_named(other: tuple[Path, State], tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2)
+    model, config = torch.nn.Linear(2, 2), load_config("small", [f"init_from_nemo={other[0]}"])
     with pytest.raises(ConfigError, match=r"holds preprocessor\.featurizer\.window \(and 58 more\), which this model"):
-        start_from(model, starts_of(load_config("small", [f"init_from_nemo={other[0]}"])))
+        start_from(model, starts_of(config), config)
+
+
+# ---- an encoder alone, out of a model of another kind ----
+
+
+@pytest.fixture(scope="module")
+def recogniser(tmp_path_factory: pytest.TempPathFactory, other: tuple[Path, State]) -> Path:
+    """A recogniser's archive with the tiny model's encoder: other target, other decoder, no quantizer."""
+    path = tmp_path_factory.mktemp("asr") / "asr.nemo"
+    config = tiny_config({"train": Path("t"), "val": Path("v"), "noise": Path("n")})
+    blocks = {key: to_nemo(config)[key] for key in ("preprocessor", "encoder")}
+    state = {name: value for name, value in other[1].items() if name.startswith(("encoder.", "preprocessor."))}
+    return write_archive(path, {"target": "a.EncDecCTCModel", **blocks}, {**state, "decoder.weight": torch.ones(3)})
+
+
+def test_a_run_starts_from_the_encoder_of_a_recogniser(
+    corpus: dict[str, Path], other: tuple[Path, State], recogniser: Path, tmp_path: Path
+) -> None:
+    fresh = pretraining(corpus, tmp_path / "fresh").module.model.state_dict()
+    run = pretraining(corpus, tmp_path / "started", f"init_from_encoder={recogniser}")
+    for name, value in run.module.model.state_dict().items():
+        assert torch.equal(value, (other[1] if name.startswith("encoder.") else fresh)[name]), name
+    [line] = run.plan.starts_from
+    assert line == (
+        f"{recogniser}: the encoder of its EncDecCTCModel (52 tensors); left: decoder (1); "
+        "fresh: quantizer (2), mask_processor (1), decoder (2)"
+    )
+    assert run.fit().step == 1
+
+
+def test_nemos_form_takes_parts_of_a_recogniser(
+    corpus: dict[str, Path], other: tuple[Path, State], recogniser: Path, tmp_path: Path
+) -> None:
+    parts = f"init_from_nemo_model={{a: {{path: {recogniser}, include: [encoder]}}}}"
+    ours = pretraining(corpus, tmp_path, parts).module.model.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in other[1].items() if name.startswith("encoder."))
+    with pytest.raises(ConfigError, match=r"For its encoder alone: init_from_encoder=.*asr\.nemo"):
+        pretraining(corpus, tmp_path / "whole", f"init_from_nemo={recogniser}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init_from_encoder=gone.nemo"], "init_from_encoder: gone.nemo: no such checkpoint"),
+        (["init_from_encoder=[a, b]"], "init_from_encoder: ['a', 'b'] is no path"),
+        (["init_from_encoder={path}", "model.encoder.n_layers=2"], "lacks encoder.layers.1."),
+        (["init_from_encoder={path}", "model.encoder.conv_kernel_size=5"], "depthwise_conv.weight has the shape"),
+        (
+            ["init_from_encoder={path}", "model.encoder.xscaling=false"],
+            "trained with model.encoder.xscaling=True; here",
+        ),
+        (
+            ["init_from_encoder={path}", "model.encoder.att_context_size=[8,8]"],
+            "model.encoder.att_context_size=[-1, -1]",
+        ),
+    ],
+)
+def test_encoders_that_do_not_fit_are_named(recogniser: Path, words: list[str], message: str) -> None:
+    sizes = {"train": Path("t"), "val": Path("v"), "noise": Path("n")}
+    config = tiny_config(sizes, *(word.format(path=recogniser) for word in words))
+    model = NestModel(NestConfig.from_config(config))
+    with pytest.raises(NestError) as raised:
+        start_from(model, starts_of(config), config)
+    assert message in str(raised.value)
+    if "no such" not in message and "no path" not in message:
+        assert f"nest pretrain {recogniser} init_from_encoder={recogniser}" in str(raised.value)
+
+
+def test_the_archive_is_the_configuration_too(corpus: dict[str, Path], recogniser: Path) -> None:
+    config = read_config([str(recogniser), f"model.train_ds.manifest_filepath={corpus['train']}"], training=True).config
+    model = NestModel(NestConfig.from_config(config))
+    [line] = start_from(model, starts_of(OmegaConf.merge(config, {"init_from_encoder": str(recogniser)})), config)
+    assert "(52 tensors)" in line

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import re
 import tarfile
 import tempfile
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from nestcli.checkpoint.sizes import oversized
 from nestcli.errors import CheckpointError
 
 BLOCK = 512
@@ -72,6 +74,8 @@ def open_archive(path: Path) -> Iterator[Archive]:
     """The tar file at `path`, plain or compressed with gzip. Raises CheckpointError."""
     try:
         with path.open("rb") as raw:
+            if odd := oversized(os.fstat(raw.fileno())):
+                raise CheckpointError(f"{path} cannot be read: {odd}. Refused.")
             if raw.read(2) != b"\x1f\x8b":
                 yield Archive(raw, str(path))
                 return

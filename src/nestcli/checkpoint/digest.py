@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol, cast
 
 from nestcli.checkpoint.atomic import save_tensors
+from nestcli.checkpoint.sizes import oversized
 from nestcli.errors import CheckpointError
 
 _END = 22  # bytes of the record that ends a zip, its comment left out; the last two hold the comment's length
@@ -24,7 +25,7 @@ _MARK = b"nest sha256 "
 _DIGITS = 64
 _COMMENT = len(_MARK) + _DIGITS
 _BLOCK = 1 << 22  # bytes
-_UNREADABLE = (
+UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, OverflowError, NotImplementedError,
     zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
@@ -112,10 +113,12 @@ def verify(path: str | os.PathLike[str]) -> None:
     """
     try:
         with Path(path).open("rb") as file:
+            if odd := oversized(os.fstat(file.fileno())):
+                raise ValueError(odd)
             _verify(file, os.fstat(file.fileno()).st_size)
     except (FileNotFoundError, PermissionError):
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DamagedError(path, next(iter(text.splitlines()), type(error).__name__)[:200].rstrip(".")) from None
 

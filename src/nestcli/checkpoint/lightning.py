@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
 
 from nestcli.checkpoint.atomic import atomic_file
 from nestcli.checkpoint.digest import save_digested, verify
+from nestcli.checkpoint.nemo_lightning import PICKLED
+from nestcli.checkpoint.sizes import oversized
+from nestcli.checkpoint.weights import check_zip, loaded
 from nestcli.config import config_from_dict
 from nestcli.errors import CheckpointError
 from nestcli.model.module import CONFIG_KEY
@@ -45,25 +46,27 @@ def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = Fals
     try:
         if not mmap:
             verify(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        _check(path)
+        content = loaded(path, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint.") from None
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0][:200]}. "
+            f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:200]}. "
             "It is damaged, or holds more than tensors and plain data."
         ) from None
     if not isinstance(content, Mapping) or "state_dict" not in content:
         raise CheckpointError(f"{path} is not a checkpoint of `nest pretrain`: it has no state_dict.")
     return dict(content)
+
+
+def _check(path: str | os.PathLike[str]) -> None:
+    """Refuse what PyTorch would take a machine's memory for, or run for days on. Raises CheckpointError."""
+    with Path(path).open("rb") as file:
+        status = os.fstat(file.fileno())
+        if odd := oversized(status):
+            raise CheckpointError(f"{path} cannot be read as a checkpoint: {odd}. Refused.")
+        check_zip(file, status.st_size, str(path), also=PICKLED)
 
 
 def config_of_checkpoint(path: str | os.PathLike[str], overrides: list[str]) -> DictConfig:

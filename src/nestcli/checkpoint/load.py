@@ -13,14 +13,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nestcli.checkpoint.lightning import config_of_content, load_lightning_checkpoint
-from nestcli.checkpoint.nemo import read_nemo, read_nemo_config
+from nestcli.checkpoint.nemo import other_nemo, other_nemo_weights, read_nemo, read_nemo_config
 from nestcli.checkpoint.nemo_config import from_nemo
-from nestcli.checkpoint.nemo_lightning import PICKLED, STAND_INS, hyper_parameters
-from nestcli.checkpoint.weights import check_finite, check_zip, checked_state, checked_tensors
+from nestcli.checkpoint.nemo_lightning import STAND_INS, hyper_parameters
+from nestcli.checkpoint.safetensors_file import read_safetensors, safetensors_config, safetensors_weights
+from nestcli.checkpoint.weights import check_finite, checked_state, checked_tensors
 from nestcli.errors import CheckpointError
 from nestcli.model.module import CONFIG_KEY
 
-SUFFIXES = (".ckpt", ".nemo")
+SUFFIXES = (".ckpt", ".nemo", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class LoadedCheckpoint:
 
 
 def load_checkpoint(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedCheckpoint:
-    """Read a .ckpt or .nemo file and apply `key=value` words to its configuration. Raises CheckpointError, ConfigError.
+    """Read a .ckpt, .nemo or .safetensors file and apply `key=value` words to its configuration.
 
-    Nothing that the file holds is executed. Weights have NeMo's names, in NeMo's order.
+    Raises CheckpointError and ConfigError. Nothing that the file holds is executed. Weights have NeMo's
+    names, in NeMo's order.
     """
-    if _checked_path(path).suffix == ".nemo":
+    suffix = _checked_path(path).suffix
+    if suffix == ".nemo":
         return LoadedCheckpoint(*read_nemo(path, overrides))
+    if suffix == ".safetensors":
+        return LoadedCheckpoint(*read_safetensors(path, overrides))
     content = _content(path)
     config = _config_of(content, str(path), overrides)
     return LoadedCheckpoint(config, checked_state(_state_of(content, str(path)), config, str(path)))
@@ -45,24 +50,31 @@ def load_checkpoint(path: str | os.PathLike[str], overrides: Sequence[str] = ())
 
 def checkpoint_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration alone, which need not fit the weights once the overrides are applied."""
-    if _checked_path(path).suffix == ".nemo":
+    suffix = _checked_path(path).suffix
+    if suffix == ".nemo":
         return read_nemo_config(path, overrides)
+    if suffix == ".safetensors":
+        return safetensors_config(path, overrides)
     return _config_of(_content(path, mmap=True), str(path), overrides)
 
 
 def checkpoint_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The weights alone, whatever model they are of; a .ckpt then needs no configuration. Raises CheckpointError."""
-    if _checked_path(path).suffix == ".nemo":
+    suffix = _checked_path(path).suffix
+    if suffix == ".nemo" and other_nemo(path) is None:
         return read_nemo(path)[1]
-    state = _state_of(_content(path), str(path))
+    if suffix == ".nemo":
+        state = other_nemo_weights(path)
+    elif suffix == ".safetensors":
+        state = safetensors_weights(path)
+    else:
+        state = _state_of(_content(path), str(path))
     check_finite(state, str(path))
     return state
 
 
 def _content(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
     """What a .ckpt holds, of `nest pretrain` or of NeMo; its size and the names in it are checked before."""
-    with Path(path).open("rb") as file:
-        check_zip(file, Path(path).stat().st_size, str(path), also=PICKLED)
     with torch.serialization.safe_globals([*STAND_INS]):
         return load_lightning_checkpoint(path, mmap=mmap)
 

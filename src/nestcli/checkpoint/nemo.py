@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from nestcli.checkpoint.archive import BLOCK, RECORD, Archive, header_of, open_archive, padding
 from nestcli.checkpoint.atomic import atomic_file, save_tensors
-from nestcli.checkpoint.nemo_config import MAX_YAML, from_nemo, plain_yaml, to_nemo, yaml_of
+from nestcli.checkpoint.nemo_config import from_nemo, is_nest, plain_yaml, to_nemo, yaml_of
 from nestcli.checkpoint.weights import checked_state, fitted_state, load_weights, model_skeleton
 from nestcli.errors import CheckpointError
+from nestcli.untrusted import MAX_YAML
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 _LARGEST_ITEM = 8  # bytes of a number in fp64
@@ -73,11 +76,43 @@ def read_nemo_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()
         return _config_in(archive, overrides)
 
 
+@dataclass(frozen=True)
+class OtherModel:
+    """A model of another kind: its class, and the blocks of its configuration that describe an encoder."""
+
+    kind: str
+    preprocessor: Any
+    encoder: Any
+
+
+def other_nemo(path: str | os.PathLike[str]) -> OtherModel | None:
+    """What a .nemo file holds that is no NEST; None for a NEST and for other files. Raises CheckpointError."""
+    if Path(path).suffix != ".nemo" or not Path(path).is_file():
+        return None
+    with open_archive(Path(path)) as archive:
+        keys = ("target", "quantizer", "preprocessor", "encoder")
+        content = plain_yaml(_config_bytes(archive), archive.source, keys)
+    if is_nest(content) or not isinstance(content.get("encoder"), Mapping):
+        return None
+    kind = str(content.get("target")).rpartition(".")[2][:100]
+    return OtherModel(kind, content.get("preprocessor"), content["encoder"])
+
+
+def other_nemo_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a .nemo file, whatever model they are of. Raises CheckpointError."""
+    with open_archive(Path(path)) as archive:
+        return load_weights(*archive.open(WEIGHTS), str(path))
+
+
 def _config_in(archive: Archive, overrides: Sequence[str]) -> DictConfig:
+    return from_nemo(plain_yaml(_config_bytes(archive), archive.source), archive.source, overrides)
+
+
+def _config_bytes(archive: Archive) -> bytes:
     file, size = archive.open(CONFIG)
     if size > MAX_YAML:
         raise CheckpointError(f"{archive.source}: {CONFIG} has {size:,} bytes, more than {MAX_YAML:,}. Refused.")
-    return from_nemo(plain_yaml(file.read(), archive.source), archive.source, overrides)
+    return file.read()
 
 
 def _largest_size(model: torch.nn.Module) -> int:

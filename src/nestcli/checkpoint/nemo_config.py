@@ -16,8 +16,17 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nestcli.config import EXTRA_KEYS, check_plain, config_from_dict, leaves, load_config, nemo_target, resolved
+from nestcli.config import (
+    EXTRA_KEYS,
+    config_from_dict,
+    leaves,
+    load_config,
+    resolved,
+    with_overrides,
+)
 from nestcli.errors import CheckpointError
+from nestcli.targets import nemo_target
+from nestcli.untrusted import check_plain, odd_in_yaml
 
 OURS = "nestcli"  # the block of settings that NeMo has no word for; NeMo lets unknown blocks pass
 TARGET = "nemo.collections.asr.models.ssl_models.EncDecDenoiseMaskedTokenPredModel"
@@ -27,8 +36,6 @@ _TARGETS = frozenset(
     for package in ("nemo.collections.asr.models.ssl_models", "nemo.collections.asr.models", "nestcli")
     for name in _CLASS_NAMES
 )
-MAX_YAML = 1 << 18  # bytes; NeMo's is 4,000 long
-_DEEPEST, _MOST_EVENTS = 32, 40_000
 
 _REQUIRED: Any = object()  # NeMo's constructor has no default
 _ANY: Any = object()  # whatever the value, it changes nothing here
@@ -166,30 +173,24 @@ def yaml_of(content: Mapping[str, Any]) -> bytes:
 # ---- in --------------------------------------------------------------------------------------------------------
 
 
-def plain_yaml(text: bytes, source: str) -> dict[str, Any]:
+def plain_yaml(text: bytes, source: str, keys: Collection[str] | None = None) -> dict[str, Any]:
     """The YAML of a stranger as plain values: no tags, no anchors, no references, of a bounded size.
 
-    Raises CheckpointError and ConfigError.
+    With `keys` only those of its blocks are looked into and returned. Raises CheckpointError and ConfigError.
     """
-    depth = 0
     try:
-        for number, event in enumerate(yaml.parse(text.decode("utf-8"), Loader=yaml.SafeLoader)):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            odd = getattr(event, "anchor", None) or getattr(event, "tag", None)
-            if odd or depth > _DEEPEST or number > _MOST_EVENTS:
-                what = f"an anchor, alias or tag, {str(odd)[:60]!r}" if odd else "too many keys, or too deep ones"
-                raise CheckpointError(f"{source}: its configuration has {what}. Refused: NeMo writes none.")
-            if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
-                raise CheckpointError(
-                    f"{source}: its configuration calls a resolver or refers to another key: {event.value[:60]!r}. "
-                    "Refused: NeMo stores values."
-                )
+        if odd := odd_in_yaml(text.decode("utf-8")):
+            raise CheckpointError(f"{source}: its configuration has {odd}. Refused: NeMo writes none.")
         content = OmegaConf.to_container(OmegaConf.create(text.decode("utf-8")), resolve=False)
+    except AssertionError:  # OmegaConf's, for a number alone
+        raise CheckpointError(f"{source}: its configuration is no mapping of keys but a single value.") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
         message = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{source}: its configuration is no YAML that NeMo writes: {message}.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{source}: its configuration is no mapping of keys but a {type(content).__name__}.")
+    if keys is not None:
+        content = {key: value for key, value in content.items() if key in keys}
     check_plain(content, source)
     return {str(key): value for key, value in content.items()}
 
@@ -218,6 +219,27 @@ def from_nemo(content: Mapping[str, Any], source: str, overrides: Sequence[str] 
         if key not in _INERT and not _is_neutral(value):
             raise CheckpointError(f"{source}: {key}: {str(value)[:60]!r} has no counterpart here. {_REMEDY}")
     return config_from_dict(base, source, overrides)
+
+
+def is_nest(content: Mapping[str, Any]) -> bool:
+    """Whether this describes a NEST, of any version of NeMo's, and not another model of NeMo's."""
+    return content.get("target") in _TARGETS or "quantizer" in content
+
+
+def config_around(preprocessor: Any, encoder: Any, source: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A NEST of standard settings around the preprocessor and the encoder of another model of NeMo's.
+
+    What the blocks leave out is what NeMo's constructors put there. Raises CheckpointError and ConfigError.
+    """
+    config = load_config()
+    for name, block in (("preprocessor", preprocessor), ("encoder", encoder)):
+        ours = _base()["model"][name]
+        filled = _block_from_nemo(name, block, ours, source)
+        if name == "preprocessor":  # padding to whole tokens, which only pretraining needs, changes no valid frame
+            filled["pad_to"] = ours["pad_to"]
+        config.model[name] = OmegaConf.create(filled)
+    config.model.sample_rate = config.model.preprocessor.sample_rate  # here it is the preprocessor's that counts
+    return with_overrides(config, overrides, source)
 
 
 @functools.cache

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nestcli.config import check_plain
 from nestcli.errors import CheckpointError
+from nestcli.untrusted import CALLING, check_plain
 
 _DEEPEST, _MOST_VALUES = 32, 20_000
 
@@ -48,6 +48,8 @@ def hyper_parameters(content: Mapping[str, Any], source: str) -> dict[str, Any] 
     Raises CheckpointError and ConfigError for what no configuration holds.
     """
     plain = _Reader(source).plain(content.get("hyper_parameters"))
+    if isinstance(plain, dict) and (calling := sorted(CALLING & plain.keys())):
+        raise CheckpointError(f"{source}: its hyper_parameters name what is to be called, at {calling[0]}. Refused.")
     plain = plain.get("cfg", plain) if isinstance(plain, dict) else None
     if not isinstance(plain, dict) or "encoder" not in plain:
         return None

@@ -6,49 +6,29 @@ docs/decisions/0005 tells what is refused and why.
 from __future__ import annotations
 
 import pickle
-import pickletools
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import IO, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from nestcli.checkpoint.digest import stored_digest
+from nestcli.checkpoint.digest import UNREADABLE, stored_digest
+from nestcli.checkpoint.pickled import check_pickle
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.nest import NestConfig, NestModel
+from nestcli.untrusted import short
 
 MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
 MAX_PICKLE = 16 << 20  # bytes of the table of tensors; the largest preset's has 260,000, with optimiser 1,000,000
 _ENTRY = re.compile(
     r"[^/]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
 )
-# All that a state dict needs. What PyTorch allows beyond it (bytearray, sparse tensors) can ask for any memory.
-_GLOBALS = re.compile(
-    r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
-    r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
-)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
-_UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, zipfile.BadZipFile)
-
-# Far beyond any model, and small enough that looking at one costs little time and memory.
-_LARGEST = {
-    "model.encoder.n_layers": 512,
-    "model.encoder.d_model": 1 << 16,
-    "model.encoder.ff_expansion_factor": 64,
-    "model.encoder.conv_kernel_size": 1 << 12,
-    "model.encoder.subsampling_factor": 64,
-    "model.encoder.subsampling_conv_channels": 1 << 14,
-    "model.quantizer.num_classes": 1 << 24,
-    "model.quantizer.num_books": 1 << 12,
-    "model.preprocessor.features": 1 << 10,
-    "model.preprocessor.n_fft": 1 << 14,
-    "model.preprocessor.pad_to": 1 << 16,
-    "model.preprocessor.sample_rate": 1 << 20,
-}
 
 
 def model_skeleton(config: DictConfig, source: str) -> NestModel:
@@ -56,16 +36,12 @@ def model_skeleton(config: DictConfig, source: str) -> NestModel:
 
     Raises CheckpointError for sizes that no model has, and for blocks that do not fit each other.
     """
-    for key, largest in _LARGEST.items():
-        value = OmegaConf.select(config, key)
-        if isinstance(value, int) and abs(value) > largest:
-            raise CheckpointError(f"{source}: {key} is {value}, more than the {largest} that is allowed. Refused.")
     try:
         with torch.device("meta"):
             return NestModel(NestConfig.from_config(config))
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from None
-    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{source}: its configuration describes no model: {_first_line(error)}") from None
 
 
@@ -120,12 +96,24 @@ def load_weights(file: IO[bytes], size: int, source: str) -> dict[str, Tensor]:
     check_zip(file, size, source)
     try:
         file.seek(0)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+        content = loaded(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: the weights cannot be read: {_first_line(error)}. Refused.") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{source}: the weights are not a table of tensors but a {type(content).__name__}.")
     return checked_tensors(content, source)
+
+
+def loaded(file: Any, *, mmap: bool = False) -> Any:
+    """Tensors and plain data that `torch.save` wrote. Raises OSError, and ValueError for all that damage leads to."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what the checks of the content refuse
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
+    except Exception as error:  # damaged opcodes call with any arguments: TypeError, AssertionError, ...
+        raise ValueError(_first_line(error)) from None
 
 
 def checked_tensors(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
@@ -133,9 +121,7 @@ def checked_tensors(content: Mapping[Any, Any], source: str) -> dict[str, Tensor
     for name, value in content.items():
         plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and value.device.type == "cpu"
         if not isinstance(name, str) or not plain or value.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{source}: {str(name)[:100]!r} among the weights is not an ordinary tensor. Refused."
-            )
+            raise CheckpointError(f"{source}: {short(name)} among the weights is not an ordinary tensor. Refused.")
     return dict(content)
 
 
@@ -156,11 +142,14 @@ def check_zip(file: IO[bytes], size: int, source: str, also: Collection[str] = (
             f"{source}: the weights cannot be read: they are cut off, or go on behind their end."
         ) from None
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(file) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in a damaged pickle
             _check_entries(archive.infolist(), size, source)
             [table] = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
-            _check_pickle(archive.read(table), source, also)
-    except _UNREADABLE as error:
+            if table.CRC == 0:  # PyTorch can be told not to compute it
+                del table.CRC
+            check_pickle(archive.read(table), source, also)
+    except UNREADABLE as error:
         raise CheckpointError(f"{source}: the weights cannot be read: {_first_line(error)}. Refused.") from None
 
 
@@ -177,15 +166,7 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int, source: str) -> No
         raise CheckpointError(f"{source}: the weights have no table of tensors of an ordinary size. Refused.")
 
 
-def _check_pickle(table: bytes, source: str, also: Collection[str]) -> None:
-    """Refuse names of anything but tensors and ordered dictionaries; the opcodes are read, not run."""
-    for opcode, argument, _ in pickletools.genops(table):
-        if opcode.name == "GLOBAL" and (_GLOBALS.fullmatch(str(argument)) or argument in also):
-            continue
-        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-            named = f" ({str(argument)[:100]!r})" if argument is not None else ""
-            raise CheckpointError(f"{source}: the weights name something to be called{named}. Refused.")
-
-
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's words tell how to have it run
+        return "they hold more than tensors and plain data"
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]

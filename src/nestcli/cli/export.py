@@ -1,50 +1,76 @@
-"""`nest export`: a checkpoint in another format."""
+"""`nest export`: a checkpoint in another tool's format."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from nestcli.cli import console
 from nestcli.errors import ConfigError
 
-_LATER = ("safetensors", "transformers", "onnx")
+if TYPE_CHECKING:
+    from nestcli.checkpoint.export import Format
+    from nestcli.checkpoint.onnx import Part
+
+_SUFFIXES = {"nemo": ".nemo", "safetensors": ".safetensors", "transformers": "", "onnx": ".onnx"}
+_PARTS = ("all", "encoder")
 
 
 def export(
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CHECKPOINT", help="A .ckpt of `nest pretrain`, or a .nemo file.", show_default=False),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A .ckpt of `nest pretrain`, a .nemo or .safetensors file; for transformers and onnx also another "
+            "model with a FastConformer encoder (.nemo, or a folder of transformers).",
+            show_default=False,
+        ),
     ],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="nemo: a .nemo file, for NeMo.")],
-    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The file to write.")],
-    force: Annotated[bool, typer.Option("--force", help="Overwrite PATH if it is there.")] = False,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="nemo: the whole model, for NeMo. safetensors: the whole model without pickle. transformers: a folder "
+            "for ParakeetEncoder. onnx: the encoder as a graph.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The file, or for transformers the folder.")],
+    part: Annotated[
+        str, typer.Option("--part", help="Of onnx. all: from audio on; encoder: from log-mel features on.")
+    ] = "all",
+    force: Annotated[bool, typer.Option("--force", help="Replace PATH if it is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Hand a model on: its configuration and weights, in the format of another tool."""
-    _check(to, out, force)
-    from nestcli.checkpoint.load import load_checkpoint
-    from nestcli.checkpoint.nemo import write_nemo
+    """Hand a model on in the format of another tool; what was written is read again and compared."""
+    _check(to, out, part, force)
+    console.note("loading ...")
+    from nestcli.checkpoint import export as formats
 
-    loaded = load_checkpoint(checkpoint)
-    write_nemo(out, loaded.config, loaded.state_dict)
-    size, tensors = out.stat().st_size, len(loaded.state_dict)
+    done = formats.export(checkpoint, cast("Format", to), out, part=cast("Part", part), force=force)
     if as_json:
-        console.emit_json({"checkpoint": checkpoint, "format": to, "path": str(out), "bytes": size, "tensors": tensors})
-    else:
-        console.line(f"{out}: {tensors} tensors, {size:,} bytes")
+        document = {"checkpoint": checkpoint, "format": to, "path": str(out), "bytes": done.n_bytes}
+        verified = {"verified": done.verified, "difference": done.difference}
+        console.emit_json({**document, "tensors": done.tensors, **verified})
+        return
+    console.line(f"{out}: {done.tensors} tensors, {done.n_bytes:,} bytes")
+    difference = "" if done.difference is None else f" (largest difference {done.difference:.2g})"
+    console.line(f"{done.verified}{difference}")
 
 
-def _check(to: str, out: Path, force: bool) -> None:
-    if to in _LATER:
-        raise ConfigError(f"--to {to} is not there yet: only --to nemo is.")
-    if to != "nemo":
-        raise ConfigError(f"--to {to}: there is no such format. Known: nemo.")
-    if out.suffix != ".nemo":
-        raise ConfigError(f"--out {out}: the name of a .nemo file ends with .nemo.")
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder. Name a file in it: {out / 'model.nemo'}")
-    if out.exists() and not force:
+def _check(to: str, out: Path, part: str, force: bool) -> None:
+    if to not in _SUFFIXES:
+        raise ConfigError(f"--to {to}: there is no such format. Known: {', '.join(_SUFFIXES)}.")
+    if part not in _PARTS or (part != "all" and to != "onnx"):
+        raise ConfigError(f"--part {part}: only --to onnx has parts: {' and '.join(_PARTS)}.")
+    suffix = _SUFFIXES[to]
+    if suffix and out.suffix != suffix:
+        raise ConfigError(f"--out {out}: the name of such a file ends with {suffix}.")
+    if suffix and out.is_dir():
+        raise ConfigError(f"--out {out} is a folder. Name a file in it: {out / f'model{suffix}'}")
+    if not suffix and out.is_file():
+        raise ConfigError(f"--out {out} is a file. Transformers wants a folder: name one that is not there yet.")
+    if out.exists() and not force and (suffix or any(out.iterdir())):
         raise ConfigError(f"--out {out} is there already. Add --force to overwrite it.")

@@ -35,6 +35,9 @@ class RelativePositions(nn.Module):
     def forward(self, frames_BSM: Tensor) -> tuple[Tensor, Tensor]:
         """The frames, scaled and with dropout, and the rows of the table for their length (R, M)."""
         n_frames = frames_BSM.size(1)
+        if torch.compiler.is_exporting():  # a table that is kept would bound the lengths of a graph
+            rows_RM = sinusoidal_table(n_frames, self.d_model, frames_BSM.device).to(frames_BSM.dtype)
+            return frames_BSM * self.scale, rows_RM
         if self.table_RM.size(0) < 2 * n_frames - 1 or self.table_RM.device != frames_BSM.device:
             self.table_RM = sinusoidal_table(n_frames, self.d_model, frames_BSM.device)
         centre = self.table_RM.size(0) // 2
@@ -114,7 +117,16 @@ def relative_shift(scores_BHSR: Tensor) -> Tensor:
     the one before. No copy is made.
     """
     S = scores_BHSR.size(-2)
+    if torch.compiler.is_exporting():
+        return _relative_shift_by_reshaping(scores_BHSR)
     if S == 1:
         return scores_BHSR
     flat = scores_BHSR.flatten(-2)
     return flat.narrow(-1, S - 1, S * (2 * S - 2)).unflatten(-1, (S, 2 * S - 2))[..., :S]
+
+
+def _relative_shift_by_reshaping(scores_BHSR: Tensor) -> Tensor:
+    """The same for graphs of any length, one frame included: a column of padding makes rows start one further on."""
+    S, R = scores_BHSR.shape[-2:]
+    padded = F.pad(scores_BHSR, (1, 0)).flatten(-2)
+    return padded[..., S:].unflatten(-1, (S, R))[..., :S]

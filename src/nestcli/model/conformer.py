@@ -302,9 +302,16 @@ class ConformerEncoder(nn.Module):
         """Encoded frames (B, S, M) and their valid lengths (B,)."""
         return self.encode(*self.pre_encode(features_BDT.transpose(1, 2), lengths_B))
 
-    def encode(self, frames_BSM: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """What follows the sub-sampling: frames (B, S, M) to encoded frames (B, S, M) and lengths (B,)."""
+    def encode(
+        self, frames_BSM: Tensor, lengths_B: Tensor, by_layer: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What follows the sub-sampling: frames (B, S, M) to encoded frames (B, S, M) and lengths (B,).
+
+        What goes into the first layer and what comes out of each one is appended to `by_layer`.
+        """
         x_BSM, positions_RM = self.pos_enc(frames_BSM)
+        if by_layer is not None:
+            by_layer.append(x_BSM)
         padding_BS = torch.arange(x_BSM.size(1), device=x_BSM.device) >= lengths_B[:, None]
         hidden_BSS = self._hidden(padding_BS)
         if self.config.compile:
@@ -315,6 +322,8 @@ class ConformerEncoder(nn.Module):
                 before_BSM = x_BSM
                 x_BSM = layer(x_BSM, positions_RM, hidden_BSS, padding_BS, key)
                 x_BSM = self._maybe_dropped(number, before_BSM, x_BSM)
+                if by_layer is not None:
+                    by_layer.append(x_BSM)
         return (x_BSM if self.out_proj is None else self.out_proj(x_BSM)), lengths_B
 
     def _dropout_keys(self, device: torch.device) -> Sequence[Tensor | None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 PREEMPHASIS = 0.97
 LOG_GUARD = 2.0**-24  # added to mel energies before the logarithm
 STD_GUARD = 1e-5  # added to standard deviations before the division
+PER_FEATURE, ALL_FEATURES = "per_feature", "all_features"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class PreprocessorConfig:
     nemo_exact: bool = False
 
     def __post_init__(self) -> None:
-        fixed = {"normalize": "per_feature", "window": "hann", "log": True, "frame_splicing": 1}
+        if self.normalize not in (PER_FEATURE, ALL_FEATURES):
+            raise ValueError(f"normalize: {self.normalize!r} is not supported, use {PER_FEATURE} or {ALL_FEATURES}.")
+        fixed = {"window": "hann", "log": True, "frame_splicing": 1}
         for key, only in fixed.items():
             if getattr(self, key) != only:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
@@ -69,7 +72,7 @@ class LogMelPreprocessor(nn.Module):
         """Features (B, D, T) with T padded to a multiple of `pad_to`, and the number of valid frames (B,)."""
         with torch.autocast(audio_BN.device.type, enabled=False):
             audio_BN = self._dithered(audio_BN.float())
-            log_mel_BDT = self.featurizer(_preemphasised(audio_BN, audio_len_B))
+            log_mel_BDT = self.featurizer(preemphasised(audio_BN, audio_len_B))
             frames_B = audio_len_B // self.config.hop_length
             features_BDT = self._normalised(log_mel_BDT, frames_B)
         return self._padded(features_BDT), frames_B
@@ -81,7 +84,18 @@ class LogMelPreprocessor(nn.Module):
         return audio_BN.copy_(dithered_BN) if self.config.nemo_exact else dithered_BN
 
     def _normalised(self, x_BDT: Tensor, frames_B: Tensor) -> Tensor:
-        """Zero mean and unit (unbiased) deviation of each mel bin over the valid frames; zeros elsewhere."""
+        """Zero mean and unit (unbiased) deviation over the valid frames; zeros elsewhere.
+
+        Of each mel bin by itself, or of all of them together, which keeps the shape of the mean spectrum.
+        """
+        if self.config.normalize == PER_FEATURE:
+            return self._normalised_by_row(x_BDT, frames_B)
+        B, D, T = x_BDT.shape
+        flat_B1N = x_BDT.transpose(1, 2).reshape(B, 1, T * D)
+        return self._normalised_by_row(flat_B1N, frames_B * D).view(B, T, D).transpose(1, 2)
+
+    def _normalised_by_row(self, x_BDT: Tensor, frames_B: Tensor) -> Tensor:
+        """Each row over its first `frames_B` numbers."""
         valid_B1T = torch.arange(x_BDT.size(2), device=x_BDT.device) < frames_B[:, None, None]
         count_B11 = frames_B[:, None, None]
         x_BDT = x_BDT.masked_fill(~valid_B1T, 0.0)
@@ -130,7 +144,7 @@ class LogMelFilterbank(nn.Module):
         return (self.fb @ magnitude_BFT.square() + LOG_GUARD).log()
 
 
-def _preemphasised(audio_BN: Tensor, audio_len_B: Tensor) -> Tensor:
+def preemphasised(audio_BN: Tensor, audio_len_B: Tensor) -> Tensor:
     """y[0] = x[0], y[t] = x[t] - 0.97 x[t-1]; zero beyond each item's length."""
     emphasised_BN = torch.cat((audio_BN[:, :1], audio_BN[:, 1:] - PREEMPHASIS * audio_BN[:, :-1]), dim=1)
     valid_BN = torch.arange(audio_BN.size(1), device=audio_BN.device) < audio_len_B[:, None]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nestcli.config import resolved, seed_of
 from nestcli.model.conformer import ConformerEncoder, EncoderConfig
+from nestcli.model.limits import check_memory
 from nestcli.model.nemo_encoder import NemoEncoder
 from nestcli.model.nest import NestConfig, NestModel, NestOutput
 from nestcli.model.optim import build_optimizer, build_schedule
@@ -46,6 +47,7 @@ class NestModule(LightningModule):
         self.seed = seed_of(config)
         torch.manual_seed(self.seed)
         nest = NestConfig.from_config(config)
+        check_memory(nest)
         self.model = NestModel(nest, _ENCODERS[nest.encoder.backend])
         if str(config.trainer.precision) == "bf16-true":
             self.model.use_half(torch.bfloat16)

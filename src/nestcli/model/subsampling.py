@@ -43,6 +43,7 @@ class DepthwiseStridingSubsampling(nn.Module):
     def forward(self, features_BTD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (B, S, M) and their valid lengths (B,)."""
         by_pieces = features_BTD.device.type == "cpu" and not features_BTD.requires_grad
+        by_pieces = by_pieces and not torch.compiler.is_exporting()  # a graph has no stretches
         x_BSW, lengths_B = (self.convolve_by_pieces if by_pieces else self.convolve)(features_BTD, lengths_B)
         return self.out(x_BSW), lengths_B
 

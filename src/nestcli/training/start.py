@@ -1,18 +1,27 @@
-"""The weights that a run starts from in place of random ones: NeMo's `init_from_...` keys."""
+"""The weights that a run starts from in place of random ones: NeMo's `init_from_...` keys, and `init_from_encoder`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from nestcli.checkpoint.encoder import read_encoder
 from nestcli.checkpoint.load import checkpoint_weights
 from nestcli.checkpoint.weights import fitted_tensor
 from nestcli.config import START_KEYS, resolved
 from nestcli.errors import CheckpointError, ConfigError
+
+ENCODER_KEY = "init_from_encoder"
+# What changes an encoder's function and none of its shapes.
+_FUNCTION = (
+    *(f"model.preprocessor.{key}" for key in ("sample_rate", "window_size", "window_stride", "n_fft")),
+    *(f"model.encoder.{key}" for key in ("xscaling", "att_context_size", "att_context_style", "conv_context_size")),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ def starts_of(config: DictConfig) -> list[Start]:
 def _starts(key: str, value: Any) -> list[Start]:
     if isinstance(value, str):
         return [Start(key, value)]
+    if key == ENCODER_KEY:
+        raise ConfigError(f"{key}: {value!r} is no path. Name a checkpoint, or a folder of transformers.")
     if not isinstance(value, Mapping) or not value or not all(isinstance(part, Mapping) for part in value.values()):
         raise ConfigError(f"{key}: {value!r}: give a path, or {{name: {{path: ..., include: [...], exclude: [...]}}}}.")
     return [_part(f"{key}.{name}", part) for name, part in value.items()]
@@ -67,14 +78,55 @@ def _texts(key: str, name: str, value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def start_from(model: nn.Module, starts: Sequence[Start]) -> list[str]:
+def start_from(model: nn.Module, starts: Sequence[Start], config: DictConfig) -> list[str]:
     """Put the weights into the model; a line for a person on each checkpoint. Raises CheckpointError, ConfigError."""
     lines = []
     for start in starts:
-        chosen = _chosen(start, model.state_dict())
+        ours = model.state_dict()
+        if start.key == ENCODER_KEY:
+            chosen, line = _encoder(start, ours, config)
+        else:
+            chosen = _chosen(start, ours)
+            line = f"{start.path} ({len(chosen)} of {len(ours)} tensors)"
         model.load_state_dict(chosen, strict=False)
-        lines.append(f"{start.path} ({len(chosen)} of {len(model.state_dict())} tensors)")
+        lines.append(line)
     return lines
+
+
+def _encoder(start: Start, ours: Mapping[str, Tensor], config: DictConfig) -> tuple[dict[str, Tensor], str]:
+    """The encoder's weights out of any model that has such an encoder, and what was taken and left, in words."""
+    try:
+        stored = read_encoder(start.path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{start.key}: {error}") from None
+    source = f"{start.key}={start.path}"
+    wanted = {name: value for name, value in ours.items() if name.startswith("encoder.")}
+    remedy = f"For a model that fits it, name it as the configuration too: nest pretrain {start.path} {source}"
+    for key in _FUNCTION:
+        there, here = (OmegaConf.select(each, key) for each in (stored.config, config))
+        if there != here:
+            raise ConfigError(f"{source} was trained with {key}={there}; here it is {here}. {remedy}")
+    lacking = [name for name in wanted if name not in stored.state_dict]
+    surplus = [name for name in stored.state_dict if name.startswith("encoder.") and name not in wanted]
+    for names, text in ((lacking, "lacks {} of this encoder"), (surplus, "holds {}, which this encoder lacks")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ConfigError(f"{source} {text.format(names[0] + more)}. {remedy}")
+    try:
+        chosen = {name: fitted_tensor(name, stored.state_dict[name], like, source) for name, like in wanted.items()}
+    except CheckpointError as error:
+        raise ConfigError(f"{error} {remedy}") from None
+    left, fresh = _counted(stored.left), _counted(Counter(n.partition(".")[0] for n in ours if n not in wanted))
+    return (
+        chosen,
+        f"{start.path}: the encoder of its {stored.kind} ({len(chosen)} tensors); left: {left}; fresh: {fresh}",
+    )
+
+
+def _counted(parts: Mapping[str, int]) -> str:
+    """Parts of a model by name with their number of tensors; the preprocessor has nothing to learn."""
+    named = [f"{name} ({count})" for name, count in parts.items() if name != "preprocessor"]
+    return ", ".join(named) or "nothing"
 
 
 def _chosen(start: Start, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,4 +153,5 @@ def _chosen(start: Start, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _remedy(start: Start) -> str:
     key = start.key.split(".")[0]
-    return f"To take a part of it: {key}={{a: {{path: {start.path}, include: [encoder], exclude: [...]}}}}"
+    part = f"{key}={{a: {{path: {start.path}, include: [encoder], exclude: [...]}}}}"
+    return f"For its encoder alone: {ENCODER_KEY}={start.path}. To take any part of it: {part}"

@@ -1,0 +1,147 @@
+"""A checkpoint written in the format of another tool, and read again before it is called done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nestcli.checkpoint.encoder import StoredEncoder, read_encoder
+from nestcli.checkpoint.load import LoadedCheckpoint, load_checkpoint
+from nestcli.checkpoint.nemo import write_nemo
+from nestcli.checkpoint.onnx import Part, onnx_difference, write_onnx
+from nestcli.checkpoint.safetensors_file import write_safetensors
+from nestcli.checkpoint.transformers import write_transformers
+from nestcli.errors import RunFailedError
+from nestcli.model.speech_encoder import SpeechEncoder
+
+Format: TypeAlias = Literal["nemo", "safetensors", "transformers", "onnx"]
+TOLERANCE = 1e-4  # of outputs on valid frames
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it was looked at: `difference` is None where nothing could be computed with it."""
+
+    path: Path
+    tensors: int
+    n_bytes: int
+    verified: str
+    difference: float | None
+
+
+def export(
+    checkpoint: str | os.PathLike[str], to: Format, out: Path, *, part: Part = "all", force: bool = False
+) -> Exported:
+    """Write a checkpoint as `to` at `out`, which is new unless `force` is set, and verify it.
+
+    Raises CheckpointError, ConfigError, MissingDependencyError; RunFailedError, with nothing left behind, if what was
+    written differs from the checkpoint or cannot be read.
+    """
+    if to in ("nemo", "safetensors"):
+        loaded = load_checkpoint(checkpoint)
+        {"nemo": write_nemo, "safetensors": write_safetensors}[to](out, loaded.config, loaded.state_dict)
+        tensors, look = len(loaded.state_dict), partial(_whole, loaded, out)
+    else:
+        stored = read_encoder(checkpoint)
+        tensors = sum(name.startswith("encoder.") for name in stored.state_dict)
+        if to == "onnx":
+            encoder = stored.build()
+            write_onnx(out, encoder, part)
+            look = partial(_onnx, encoder, out, part)
+        else:
+            write_transformers(out, stored.config, stored.state_dict, force=force)
+            look = partial(_transformers, stored, out)
+    verified, difference = _verified(out, checkpoint, look)
+    files = [out] if out.is_file() else list(out.iterdir())
+    return Exported(out, tensors, sum(file.stat().st_size for file in files), verified, difference)
+
+
+def _verified(
+    out: Path, checkpoint: str | os.PathLike[str], look: Callable[[], tuple[str, float | None]]
+) -> tuple[str, float | None]:
+    """What `look` found in `out`, which is removed if it cannot be read or differs. Raises RunFailedError."""
+    bug = "It was removed. This is a bug in nest, or of a version of the other library: please report both versions."
+    try:
+        verified, difference = look()
+        if difference is not None and not difference <= TOLERANCE:
+            raise RunFailedError(
+                f"{out}: what was written differs from {checkpoint} by {difference:.3g}, more than {TOLERANCE:g}. {bug}"
+            )
+    except RunFailedError:
+        _remove(out)
+        raise
+    except Exception as error:  # whatever the other library raises
+        _remove(out)
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RunFailedError(f"{out}: what was written cannot be used: {problem}. {bug}") from error
+    except BaseException:
+        _remove(out)
+        raise
+    return verified, difference
+
+
+def _whole(loaded: LoadedCheckpoint, out: Path) -> tuple[str, float | None]:
+    again = load_checkpoint(out)
+    return "read again, all weights the same", _largest(loaded.state_dict, again.state_dict)
+
+
+def _transformers(stored: StoredEncoder, out: Path) -> tuple[str, float | None]:
+    encoder = {name: value for name, value in stored.state_dict.items() if name.startswith("encoder.")}
+    weights = _largest(encoder, read_encoder(out).state_dict)
+    try:
+        output = _difference_in_transformers(out, stored)
+    except ImportError as error:  # it is not installed, or lacks what its extractor needs: librosa, up to 5.20
+        why = str(error).strip().partition(". ")[0]
+        return f"read again, all weights the same; no output was compared: {why}", weights
+    return "loaded by transformers, features and output compared", max(weights, output)
+
+
+def _difference_in_transformers(folder: Path, stored: StoredEncoder) -> float:
+    """The largest difference on valid frames of two utterances of noise in a padded batch, from audio on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import ParakeetEncoder, ParakeetFeatureExtractor
+        from transformers.utils import logging
+    encoder, drawn = stored.build(), torch.Generator().manual_seed(1)
+    audio = [0.1 * torch.randn(count, generator=drawn) for count in (encoder.sample_rate, 7 * encoder.sample_rate // 3)]
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        extractor = ParakeetFeatureExtractor.from_pretrained(folder)
+        inputs = extractor([each.numpy() for each in audio], sampling_rate=encoder.sample_rate, return_tensors="pt")
+        with torch.no_grad():
+            theirs_BSM = ParakeetEncoder.from_pretrained(folder).eval()(**inputs).last_hidden_state
+            ours = [encoder(each).features[0] for each in audio]
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return max(float((theirs_BSM[i, : len(each)] - each).abs().max()) for i, each in enumerate(ours))
+
+
+def _onnx(encoder: SpeechEncoder, out: Path, part: Part) -> tuple[str, float | None]:
+    difference = onnx_difference(out, encoder, part)
+    if difference is None:
+        return "not verified: onnxruntime is not installed", None
+    return "run by onnxruntime with other batch sizes and lengths", difference
+
+
+def _largest(ours: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> float:
+    """The largest difference of any weight; infinite for one that is lacking."""
+    if any(name not in again for name in ours):
+        return float("inf")
+    return max(float((value.double() - again[name].double()).abs().max()) for name, value in ours.items())
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

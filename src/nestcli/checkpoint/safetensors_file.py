@@ -1,0 +1,82 @@
+"""NEST in one safetensors file: weights under NeMo's names, the configuration as JSON in its metadata, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from nestcli.checkpoint.atomic import atomic_file
+from nestcli.checkpoint.sizes import oversized
+from nestcli.checkpoint.weights import checked_state, fitted_state, model_skeleton
+from nestcli.config import config_from_dict, resolved
+from nestcli.errors import CheckpointError
+
+CONFIG_KEY = "nest_config"
+_MAX_CONFIG = 1 << 18  # bytes
+_MAX_HEADER = 8 << 20  # bytes; the largest preset's has 200,000
+
+
+def write_safetensors(path: str | os.PathLike[str], config: DictConfig, state_dict: Mapping[str, Tensor]) -> None:
+    """Write weights and configuration, whole or not at all. Raises CheckpointError."""
+    state = fitted_state(state_dict, config, f"the model for {path}")
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(resolved(config))}
+    with atomic_file(path) as file:
+        file.write(save({name: value.contiguous().clone() for name, value in state.items()}, metadata))
+
+
+def read_safetensors(
+    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[DictConfig, dict[str, Tensor]]:
+    """The complete configuration, overrides applied, and the checked weights. Raises CheckpointError, ConfigError."""
+    config = safetensors_config(path, overrides)
+    model_skeleton(config, str(path))
+    return config, checked_state(safetensors_weights(path), config, str(path))
+
+
+def safetensors_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration alone. Raises CheckpointError and ConfigError."""
+    with _opened(path) as file:
+        text = (file.metadata() or {}).get(CONFIG_KEY)
+    if text is None or len(text) > _MAX_CONFIG:
+        raise CheckpointError(
+            f"{path} carries no configuration of a NEST: `nest export --to safetensors` did not write it."
+            if text is None
+            else f"{path}: its configuration has {len(text):,} bytes, more than {_MAX_CONFIG:,}. Refused."
+        )
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its configuration is no JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: its configuration is no mapping of keys but a {type(content).__name__}.")
+    return config_from_dict(content, str(path), overrides)
+
+
+def safetensors_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, whatever model they are of. Raises CheckpointError."""
+    with _opened(path) as file:
+        try:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}.") from None
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such checkpoint.")
+    try:
+        with Path(path).open("rb") as file:
+            odd, length = oversized(os.fstat(file.fileno())), int.from_bytes(file.read(8), "little")
+        if odd or _MAX_HEADER < length <= Path(path).stat().st_size:
+            raise CheckpointError(f"{path} cannot be read: {odd or f'its table has {length:,} bytes'}. Refused.")
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}.") from None

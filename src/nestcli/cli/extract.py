@@ -1,0 +1,71 @@
+"""`nest extract`: features of chosen layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nestcli.cli import console
+
+
+def extract(
+    given: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT", help="A manifest, Lhotse cuts, a folder of audio, or one file.", show_default=False
+        ),
+    ],
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint", metavar="FILE", help="A .nemo, .ckpt or .safetensors file, or a folder of transformers."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder for features and manifest.")],
+    layers: Annotated[
+        str,
+        typer.Option("--layers", help="all, last, or a list: 0,5,11; -1 is the last, input what goes into layer 0."),
+    ] = "all",
+    format: Annotated[str, typer.Option("--format", help="npy, safetensors, hdf5 or lhotse.")] = "npy",
+    store: Annotated[str, typer.Option("--store", help="float32 or float16.")] = "float32",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16, of the computation.")] = "fp32",
+    batch_duration: Annotated[
+        float, typer.Option("--batch-duration", help="Seconds of audio in a batch, padding included.")
+    ] = 120.0,
+    max_duration: Annotated[
+        float, typer.Option("--max-duration", help="Longer utterances, in seconds, are rejected.")
+    ] = 240.0,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 if anything was rejected.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Features of chosen layers, one array of (layers, dim, frames) an utterance; goes on where it was broken off."""
+    from nestcli.evaluation.extract import ExtractOptions
+    from nestcli.evaluation.extract import extract as run
+
+    options = ExtractOptions(layers, format, store, device, precision, batch_duration, max_duration)
+    with console.progress("extracting") as advance:
+        done = run(given, checkpoint, out, options, advance)
+    if done.was_done:
+        console.note(f"{out} was complete already: nothing was done.")
+    if as_json:
+        document = {
+            **dataclasses.asdict(done),
+            "path": str(done.path),
+            "manifest": str(done.manifest),
+            "format": format,
+        }
+        console.emit_json(document)
+    else:
+        numbers = ", ".join(map(str, done.layers))
+        counted = f"{done.utterances:,} utterance{'s' if done.utterances != 1 else ''}"
+        console.line(f"{counted}, {console.clock(done.seconds)} of audio; layers {numbers} of {done.dim}")
+        console.line(f"features  {done.path}")
+        console.line(f"manifest  {done.manifest}")
+        if done.rejected:
+            console.line(f"rejected  {done.rejected:,}, with reasons in {out / 'rejected.jsonl'}")
+    if strict and done.rejected:
+        raise typer.Exit(1)

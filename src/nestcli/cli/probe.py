@@ -1,0 +1,135 @@
+"""`nest probe`: how much frozen features know."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nestcli.cli import console
+
+if TYPE_CHECKING:
+    from nestcli.evaluation.probe import ProbeResult
+
+
+def probe(
+    manifest: Annotated[
+        str,
+        typer.Argument(metavar="MANIFEST", help="JSON lines or Lhotse cuts that carry the label.", show_default=False),
+    ],
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint", metavar="FILE", help="A .nemo, .ckpt or .safetensors file, or a folder of transformers."
+        ),
+    ],
+    label: Annotated[
+        str, typer.Option("--label", metavar="FIELD", help="What is to be told: speaker, text, lang, ...")
+    ],
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split",
+            help="auto: no speaker on both sides, unless speakers are asked for. utterance: any. Or a field, each of "
+            "whose values stays on one side.",
+        ),
+    ] = "auto",
+    seeds: Annotated[int, typer.Option("--seeds", help="Splits, and untrained encoders.")] = 5,
+    min_count: Annotated[int, typer.Option("--min-count", help="Classes with fewer utterances are left out.")] = 2,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write probe.json, confusion.png and layers.png there.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16, of the encoder.")] = "fp32",
+    batch_duration: Annotated[
+        float, typer.Option("--batch-duration", help="Seconds of audio in a batch, padding included.")
+    ] = 120.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """A linear probe on frozen features, beside the same on an untrained encoder and on log-mel statistics."""
+    from nestcli.evaluation.probe import ProbeOptions
+    from nestcli.evaluation.probe import probe as run
+
+    options = ProbeOptions(label, split, seeds, min_count, device, precision, batch_duration)
+    with tempfile.TemporaryDirectory() as scratch, console.progress("encoding") as advance:
+        result = run(manifest, checkpoint, Path(scratch), options, advance)
+    document = _document(manifest, checkpoint, result)
+    if out is not None:
+        _write(out, result, document)
+    for note in result.notes:
+        console.note(note)
+    if as_json:
+        console.emit_json(document)
+    else:
+        _show(result, out)
+
+
+def _document(manifest: str, checkpoint: str, result: ProbeResult) -> dict[str, Any]:
+    systems = [
+        {
+            "name": each.name,
+            "pool": each.pool,
+            "accuracy": {"mean": each.mean, "std": each.deviation, "values": list(each.accuracies)},
+            "layers": list(each.layers),
+            "layer_weights": [sum(column) / len(column) for column in zip(*each.layer_weights, strict=True)],
+        }
+        for each in result.outcomes
+    ]
+    margins = {
+        name: {"mean": mean, "std": deviation, "clear": clear}
+        for name, (mean, deviation, clear) in result.margins.items()
+    }
+    return {
+        "manifest": manifest,
+        "checkpoint": checkpoint,
+        "label": result.label,
+        "split": result.split,
+        "utterances": result.utterances,
+        "rejected": result.rejected,
+        "classes": list(result.classes),
+        "chance": result.chance,
+        "systems": systems,
+        "margins": margins,
+        "confusion": [list(row) for row in result.confusion],
+        "notes": list(result.notes),
+    }
+
+
+def _write(out: Path, result: ProbeResult, document: dict[str, Any]) -> None:
+    import json
+
+    from nestcli.evaluation.probe_pictures import draw_confusion, draw_layers
+    from nestcli.files import write_text
+
+    write_text(out / "probe.json", [json.dumps(document, ensure_ascii=False, indent=2) + "\n"])
+    draw_confusion(out / "confusion.png", result)
+    draw_layers(out / "layers.png", result)
+
+
+def _show(result: ProbeResult, out: Path | None) -> None:
+    splits = len(result.outcomes[0].accuracies)
+    rows = [
+        (each.name, each.pool, f"{each.mean:.1%}", f"{each.deviation:.1%}", _most(each)) for each in result.outcomes
+    ]
+    rows.append(("most frequent class", "", f"{result.chance:.1%}", "", ""))
+    size = f"{result.utterances:,} utterances of {len(result.classes):,} classes"
+    title = f"{result.label}: {size}; {result.split}; {splits} splits"
+    console.table(title, ("system", "pooling", ">accuracy", ">deviation", "most weight on"), rows)
+    for name, (mean, deviation, clear) in result.margins.items():
+        verdict = "clearly better than" if clear else "not clearly better than" if mean > 0 else "no better than"
+        console.line(
+            f"pretrained is {verdict} {name}: {100 * mean:+.1f} points, {100 * deviation:.1f} from split to split"
+        )
+    if out is not None:
+        console.line(f"written    {out}")
+
+
+def _most(outcome: Any) -> str:
+    """The layer that the probes listen to most."""
+    if len(outcome.layers) == 1:
+        return ""
+    mean = [sum(column) / len(column) for column in zip(*outcome.layer_weights, strict=True)]
+    best = max(range(len(mean)), key=mean.__getitem__)
+    return f"{outcome.layers[best]} ({mean[best]:.0%})"

@@ -1,0 +1,65 @@
+"""What is to be embedded, as a manifest: a manifest itself, a folder of audio, or one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestcli.data.audio import audio_duration
+from nestcli.data.collect import MANIFEST_SUFFIXES, collect
+from nestcli.data.manifest import Manifest, read_manifests, write_manifest
+from nestcli.errors import DataError
+
+LISTING = "input.json"  # of a folder or a file, in the folder of results
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The lines to go through, all with a duration, and the rows that were refused before they became lines."""
+
+    manifest: Manifest
+    refused: tuple[Mapping[str, Any], ...] = ()
+
+
+def read_inputs(given: str | os.PathLike[str], out: Path) -> Inputs:
+    """Open a manifest or Lhotse cuts, or list a folder or file into `out`. Raises DataError.
+
+    Durations that a manifest does not state are read from the files' headers.
+    """
+    path = Path(given)
+    if path.is_file() and path.name.lower().endswith(MANIFEST_SUFFIXES):
+        manifest = read_manifests([os.fspath(given)], require_duration=False)
+        if not len(manifest):
+            raise DataError(f"{given} has no lines.")
+        return Inputs(_with_durations(manifest))
+    rows, refused = [], []
+    for item in collect([given], out).items:
+        duration, why = audio_duration(item.path)
+        if item.refused or duration is None:
+            refused.append({"audio_filepath": item.path, "reason": "unreadable", "detail": item.refused or why})
+        else:
+            known = {key: value for key, value in item.known().items() if key not in ("duration", "offset")}
+            stated = duration - item.offset if np.isnan(item.duration) else item.duration
+            offset = {"offset": item.offset} if item.offset else {}
+            rows.append({**known, "audio_filepath": item.path, "duration": round(stated, 6), **offset})
+    if not rows:
+        raise DataError(f"{given}: there is no audio in it that can be read.")
+    write_manifest(out / LISTING, rows)
+    return Inputs(read_manifests([os.fspath(out / LISTING)]), tuple(refused))
+
+
+def _with_durations(manifest: Manifest) -> Manifest:
+    """Lines without a duration get what their file has from their offset on; 0 where that cannot be told."""
+    missing = np.flatnonzero(np.isnan(manifest.durations))
+    if not len(missing):
+        return manifest
+    durations = manifest.durations.copy()
+    for index in missing:
+        whole, _ = audio_duration(manifest.entry(int(index)).audio_filepath)
+        durations[index] = max(0.0, (whole or 0.0) - manifest.offsets[index])
+    return replace(manifest, durations=durations)

@@ -1,0 +1,32 @@
+"""What a notebook needs: an encoder out of a file, and audio to give it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from nestcli.checkpoint.encoder import read_encoder
+from nestcli.data.audio import load_audio as read_samples
+from nestcli.model.speech_encoder import SpeechEncoder
+
+
+def load_encoder(checkpoint: str | os.PathLike[str], device: str | torch.device = "cpu") -> SpeechEncoder:
+    """The encoder in a checkpoint, ready for features: in evaluation mode, on `device`.
+
+    `checkpoint` is a .nemo (of NEST, or of an ASR model with a FastConformer encoder), .ckpt or .safetensors file, or a
+    folder that transformers' Parakeet encoder loads. Call `train()` on it, or on the module that it is put into, to
+    fine-tune it. Nothing in the file is executed. Raises CheckpointError, ConfigError.
+    """
+    return read_encoder(checkpoint).build().to(device)
+
+
+def load_audio(
+    path: str | os.PathLike[str], sample_rate: int = 16_000, *, offset: float = 0.0, duration: float | None = None
+) -> Tensor:
+    """A file, or `duration` s of it from `offset` s on, as mono float32 samples (N,) at `sample_rate` Hz.
+
+    Raises DataError.
+    """
+    return torch.from_numpy(read_samples(path, sample_rate=sample_rate, offset=offset, duration=duration))

@@ -1,0 +1,117 @@
+"""The probe: softmax weights over layers and a linear classifier on pooled features, trained together.
+
+Axes: U utterances, L layers, P pooled numbers of a layer, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5)  # of the square of the classifier's weights, beside the mean cross-entropy
+_EVEN = 1e-2  # of the squares of the layers' scores: without it the first steps settle on one layer
+_ITERATIONS = 60
+_FOLDS = 3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A trained probe; features are standardised by the mean and deviation of those that it was trained on."""
+
+    mean_LP: Tensor
+    deviation_LP: Tensor
+    layers_L: Tensor  # their weights, which add up to 1
+    weight_CP: Tensor
+    bias_C: Tensor
+    strength: float
+
+    def predict(self, features_ULP: Tensor) -> Tensor:
+        """The most likely class of each utterance (U,)."""
+        logits_UC = _mixed(self._standard(features_ULP), self.layers_L) @ self.weight_CP.T + self.bias_C
+        return logits_UC.argmax(1)
+
+    def _standard(self, features_ULP: Tensor) -> Tensor:
+        return _standardised(features_ULP, self.mean_LP, self.deviation_LP)
+
+
+def fit(
+    features_ULP: Tensor, classes_U: Tensor, n_classes: int, seed: int, groups: Sequence[str] | None = None
+) -> Probe:
+    """Train a probe; how strongly its weights are held back is chosen on parts of the same utterances.
+
+    With `groups`, two or more, no group is in several parts: a probe that will be asked about strangers is chosen by
+    how it does with strangers.
+    """
+    alone = groups is None or len(set(groups)) < 2
+    folds = _folds(classes_U.numpy(), seed) if alone else _folds_of_groups(groups or (), seed)
+    fold_of = torch.from_numpy(folds)
+    strength = max(STRENGTHS, key=lambda each: _score(features_ULP, classes_U, n_classes, each, fold_of))
+    return fit_with(features_ULP, classes_U, n_classes, strength)
+
+
+def _score(features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: float, fold_of: Tensor) -> float:
+    """The share of utterances told rightly by probes that were trained without them."""
+    right = 0
+    for fold in range(_FOLDS):
+        kept, asked = fold_of != fold, fold_of == fold
+        if kept.any() and asked.any():
+            probe = fit_with(features_ULP[kept], classes_U[kept], n_classes, strength)
+            right += int((probe.predict(features_ULP[asked]) == classes_U[asked]).sum())
+    return right / len(classes_U)
+
+
+def _folds(classes_U: np.ndarray, seed: int) -> np.ndarray:
+    """A fold for each utterance; the utterances of a class are dealt out in turn."""
+    rng = np.random.default_rng(seed)
+    folds = np.zeros(len(classes_U), np.int64)
+    start = 0
+    for label in np.unique(classes_U):
+        places = rng.permutation(np.flatnonzero(classes_U == label))
+        folds[places] = (start + np.arange(len(places))) % _FOLDS
+        start += len(places)
+    return folds
+
+
+def _folds_of_groups(groups: Sequence[str], seed: int) -> np.ndarray:
+    """A fold for each utterance, the same for all of a group; the groups are dealt out in turn."""
+    names, place_U = np.unique(np.asarray(groups), return_inverse=True)
+    fold_of_name = np.random.default_rng(seed).permutation(len(names)) % _FOLDS
+    return fold_of_name[place_U]
+
+
+def fit_with(features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: float) -> Probe:
+    """The minimum of cross-entropy + strength x squared weights, by L-BFGS from zero on all utterances at once."""
+    mean_LP, deviation_LP = features_ULP.mean(0), features_ULP.std(0, correction=0) + 1e-5
+    standard_ULP = _standardised(features_ULP, mean_LP, deviation_LP)
+    n_layers, width = standard_ULP.shape[1:]
+    scores_L = torch.zeros(n_layers, requires_grad=True)
+    weight_CP = torch.zeros(n_classes, width, requires_grad=True)
+    bias_C = torch.zeros(n_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scores_L, weight_CP, bias_C], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        logits_UC = _mixed(standard_ULP, scores_L.softmax(0)) @ weight_CP.T + bias_C
+        loss = F.cross_entropy(logits_UC, classes_U) + strength * weight_CP.square().sum()
+        loss = loss + _EVEN * scores_L.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return Probe(mean_LP, deviation_LP, scores_L.detach().softmax(0), weight_CP.detach(), bias_C.detach(), strength)
+
+
+def _standardised(features_ULP: Tensor, mean_LP: Tensor, deviation_LP: Tensor) -> Tensor:
+    """Zero mean and unit deviation of each number; utterances then have a squared length of about 1."""
+    return (features_ULP - mean_LP) / deviation_LP / math.sqrt(features_ULP.size(-1))
+
+
+def _mixed(features_ULP: Tensor, layers_L: Tensor) -> Tensor:
+    mixed_UP: Tensor = torch.tensordot(features_ULP, layers_L, dims=([1], [0]))
+    return mixed_UP

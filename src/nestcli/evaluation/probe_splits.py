@@ -1,0 +1,69 @@
+"""Which utterances a probe is trained on, and which it is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nestcli.errors import ConfigError
+
+Indices = npt.NDArray[np.intp]
+
+TEST_SHARE = 1 / 3
+MOST_FOLDS = 10  # groups that are left out one by one; of more, a third at a time
+
+
+@dataclass(frozen=True)
+class Split:
+    """Places of utterances to train on and to ask about; `left_out` is the group that is asked about, if it is one."""
+
+    train: Indices
+    test: Indices
+    left_out: str | None = None
+
+
+def splits(labels: Sequence[str], groups: Sequence[str] | None, seeds: int) -> list[Split]:
+    """One split a seed. With `groups`, no group is on both sides; without, every class is.
+
+    Up to ten groups are left out in turn, once each whatever the seeds; of more, a third is drawn for each seed. Raises
+    ConfigError if no class is left to train on and to ask about.
+    """
+    if groups is None:
+        return [_stratified(np.asarray(labels), seed) for seed in range(seeds)]
+    names = sorted(set(groups))
+    if len(names) < 2:
+        raise ConfigError(f"all utterances are of one group, {names[0]!r}: use --split utterance.")
+    where = np.asarray(groups)
+    if len(names) <= MOST_FOLDS:
+        chosen = [(name,) for name in names]
+    else:
+        drawn = [np.random.default_rng(seed).permutation(names) for seed in range(seeds)]
+        chosen = [tuple(order[: max(1, round(TEST_SHARE * len(names)))]) for order in drawn]
+    found = [_by_group(np.asarray(labels), where, each) for each in chosen]
+    if any(not len(each.test) for each in found):
+        raise ConfigError(
+            "no class has utterances of several groups, so that none can be asked about: use --split utterance."
+        )
+    return found
+
+
+def _stratified(labels: npt.NDArray[np.str_], seed: int) -> Split:
+    """A third of every class, and at least one utterance of it, on the test's side."""
+    rng = np.random.default_rng(seed)
+    test = []
+    for label in sorted(set(labels.tolist())):
+        places = rng.permutation(np.flatnonzero(labels == label))
+        test.append(places[: max(1, round(TEST_SHARE * len(places)))])
+    chosen = np.sort(np.concatenate(test))
+    return Split(np.setdiff1d(np.arange(len(labels)), chosen), chosen)
+
+
+def _by_group(labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_], left_out: Sequence[str]) -> Split:
+    """The utterances of some groups on the test's side, but for classes that nobody else has."""
+    there = np.isin(groups, left_out)
+    train = np.flatnonzero(~there)
+    test = np.flatnonzero(there & np.isin(labels, labels[train]))
+    return Split(train, test, left_out[0] if len(left_out) == 1 else None)

@@ -1,0 +1,100 @@
+"""The part of NEST that outlives pretraining: waveforms to the features of any layer of the encoder.
+
+Axes: B batch, N samples, L chosen layers, S frames, M model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nestcli.model.conformer import ConformerEncoder, EncoderConfig
+from nestcli.model.features import LogMelPreprocessor, PreprocessorConfig
+
+# The output of a layer, counted from 0, or from -1 backwards; `input` is what goes into layer 0.
+Layer: TypeAlias = int | Literal["input"]
+Layers: TypeAlias = Sequence[Layer] | Literal["all", "last"]
+
+
+class Encoded(NamedTuple):
+    """Features (B, S, M), or (B, L, S, M) of chosen layers, and the number of valid frames of each item (B,).
+
+    Frames beyond an item's length are padding and mean nothing.
+    """
+
+    features: Tensor
+    lengths: Tensor
+
+
+class SpeechEncoder(nn.Module):
+    """Log-mel preprocessor and FastConformer encoder; the weights have the names that they have in NEST and NeMo.
+
+    `load_encoder` makes one out of a checkpoint. An ordinary module: put it into another one to fine-tune it. In
+    training mode the preprocessor dithers and the encoder drops out, as in pretraining; `eval()` for features.
+    """
+
+    def __init__(self, preprocessor: PreprocessorConfig, encoder: EncoderConfig) -> None:
+        super().__init__()
+        self.preprocessor = LogMelPreprocessor(preprocessor)
+        self.encoder = ConformerEncoder(encoder)
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the audio that it takes, in Hz."""
+        return self.preprocessor.config.sample_rate
+
+    @property
+    def frame_seconds(self) -> float:
+        """From one frame to the next."""
+        return self.preprocessor.config.window_stride * self.encoder.config.subsampling_factor
+
+    @property
+    def width(self) -> int:
+        """M: numbers in a frame of a layer."""
+        return self.encoder.config.d_model
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.encoder.layers)
+
+    def chosen(self, layers: Layers) -> list[int]:
+        """Places of layers in the list of `input` and all layers. Raises ValueError for one that there is not."""
+        if layers == "all":
+            return list(range(1, self.n_layers + 1))
+        if layers == "last":
+            return [self.n_layers]
+        return [self._place(layer) for layer in layers]
+
+    def _place(self, layer: Layer | str) -> int:
+        if layer == "input":
+            return 0
+        if not isinstance(layer, int) or not -self.n_layers <= layer < self.n_layers:
+            raise ValueError(f"there is no layer {layer}: the {self.n_layers} layers are 0 to {self.n_layers - 1}.")
+        return layer % self.n_layers + 1
+
+    def forward(self, audio: Tensor, lengths: Tensor | None = None, *, layers: Layers | None = None) -> Encoded:
+        """Encode waveforms (B, N), or one of (N,), of `lengths` (B,) samples (all of them, by default).
+
+        Features are (B, S, M) of the whole encoder, or (B, L, S, M) after the named layers. Raises ValueError for a
+        layer that there is not, and for audio that is shorter than a frame of 10 ms.
+        """
+        audio_BN = audio[None] if audio.dim() == 1 else audio
+        if lengths is None:
+            lengths = torch.full(audio_BN.shape[:1], audio_BN.shape[1], device=audio_BN.device)
+        if audio_BN.size(1) < self.preprocessor.config.hop_length:
+            raise ValueError(f"{audio_BN.size(1)} samples are less than one frame.")
+        places = None if layers is None else self.chosen(layers)
+        n_frames = -(
+            -(audio_BN.size(1) // self.preprocessor.config.hop_length) // self.encoder.config.subsampling_factor
+        )
+        features_BDT, frames_B = self.preprocessor(audio_BN, lengths)  # padded to whole tokens
+        dtype = self.encoder.pre_encode.out.weight.dtype
+        subsampled_BSM, frames_B = self.encoder.pre_encode(features_BDT.transpose(1, 2).to(dtype), frames_B)
+        by_layer: list[Tensor] | None = None if places is None else []
+        encoded_BSM, frames_B = self.encoder.encode(subsampled_BSM, frames_B, by_layer)
+        if by_layer is None or places is None:
+            return Encoded(encoded_BSM[:, :n_frames], frames_B)
+        return Encoded(torch.stack([by_layer[place][:, :n_frames] for place in places], 1), frames_B)

@@ -1,0 +1,249 @@
+"""What a configuration that a stranger wrote may hold: plain values of a bounded size, and no way to call anything."""
+
+from __future__ import annotations
+
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nestcli.errors import ConfigError
+from nestcli.targets import TARGETS
+
+MAX_YAML = 1 << 18  # bytes; NeMo's own is 10,000 long with its comments, 4,000 in a .nemo
+MOST_EVENTS = 40_000  # of a YAML file: about two a value
+# Of configurations inside checkpoints: far beyond NeMo's own, which have 5 levels and 150 values.
+_DEEPEST, _MOST_VALUES = 32, 20_000
+CALLING = frozenset(("_instantiator", "_class_path", "class_path", "_recursive_", "_partial_", "_args_", "_convert_"))
+_MOST_LETTERS = 1 << 18  # of all values once references are resolved
+# Far beyond any model, and small enough that looking at one costs little time and memory.
+_LARGEST = {
+    "model.encoder.n_layers": 512,
+    "model.encoder.d_model": 1 << 16,
+    "model.encoder.feat_out": 1 << 16,
+    "model.encoder.ff_expansion_factor": 64,
+    "model.encoder.conv_kernel_size": 1 << 12,
+    "model.encoder.subsampling_factor": 64,
+    "model.encoder.subsampling_conv_channels": 1 << 14,
+    "model.encoder.pos_emb_max_len": 1 << 20,
+    "model.quantizer.num_classes": 1 << 24,
+    "model.quantizer.num_books": 1 << 12,
+    "model.quantizer.code_dim": 1 << 14,
+    "model.masking.block_size": 1 << 16,
+    "model.preprocessor.features": 1 << 10,
+    "model.preprocessor.n_fft": 1 << 14,
+    "model.preprocessor.pad_to": 1 << 16,
+    "model.preprocessor.sample_rate": 1 << 20,
+}
+_REFERENCE = re.compile(r"\$\{([^{}$]*)\}")
+# The parser in C, where PyYAML was built with it, is ten times as fast.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+
+
+def short(value: Any, longest: int = 60) -> str:
+    """A value for a message: in time, too, whatever a pickle made it refer to again and again."""
+    return _SHORT.repr(value)[:longest]
+
+
+def odd_in_yaml(text: str) -> str | None:
+    """What a configuration's YAML does not have, in words: anchors, aliases, tags, great size or depth.
+
+    Nothing is built of the text. Raises yaml.YAMLError.
+    """
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if odd := getattr(event, "anchor", None) or getattr(event, "tag", None):
+            return f"an anchor, alias or tag, {str(odd)[:60]!r}"
+        if depth > _DEEPEST or number > MOST_EVENTS:
+            return "too many keys, or too deep ones"
+    return None
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds: plain values, references unresolved. Raises ConfigError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not hang on a FIFO
+        with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ConfigError(f"{path} is a folder, a pipe or a device; name a file.")
+            content = file.read(MAX_YAML + 1)
+        if len(content) > MAX_YAML:
+            raise ConfigError(f"{path} has more than {MAX_YAML:,} bytes: no configuration is that long.")
+        text = content.decode("utf-8")
+        if odd := odd_in_yaml(text):
+            raise ConfigError(f"{path} has {odd}. Refused: write plain values, and ${{a.b}} to repeat another key's.")
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except AssertionError:  # OmegaConf's, for a number alone
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, this is a single value.") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration: {' '.join(str(error).split())}") from None
+
+
+def check_plain(content: Any, source: str) -> None:
+    """Refuse what no configuration inside a checkpoint holds: references, objects, nesting without end, classes.
+
+    Every key and list is looked at, a value as often as it is referred to. Raises ConfigError.
+    """
+    waiting, seen = [("", content)], 0
+    while waiting:
+        path, value = waiting.pop()
+        seen += 1
+        if seen > _MOST_VALUES or path.count(".") > _DEEPEST:
+            raise ConfigError(f"{source}: its configuration is too large or nested too deeply. Refused.")
+        if isinstance(value, Mapping):
+            _check_keys(value, path, source)
+            waiting += [(f"{path}.{key}" if path else key, inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{path}.{number}", inner) for number, inner in enumerate(value)]
+        elif isinstance(value, str) and "${" in value:
+            raise ConfigError(
+                f"{source}: its configuration calls a resolver at {path}, or refers to another key: "
+                f"{value[:60]!r}. Refused."
+            )
+        elif value is not None and not isinstance(value, str | int | float):
+            raise ConfigError(f"{source}: its configuration holds a {type(value).__name__} at {path}. Refused.")
+
+
+def _check_keys(block: Mapping[Any, Any], path: str, source: str) -> None:
+    for key, value in block.items():
+        if isinstance(key, str) and "${" in key:
+            raise ConfigError(f"{source}: its configuration calls a resolver in the key {key[:60]!r}. Refused.")
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{source}: its configuration has the key {short(key)} in {path!r}, which is no text. Refused."
+            )
+        if key in CALLING or (key == "_target_" and (not isinstance(value, str) or value not in TARGETS)):
+            what = f"{path}.{key}: {short(value, 100)}".lstrip(".")
+            raise ConfigError(f"{source}: its configuration names what is to be called, at {what}. Refused.")
+
+
+def check_sizes(config: Mapping[str, Any], source: str) -> None:
+    """Refuse the first size that is beyond any model's, whoever wrote it. Raises ConfigError."""
+    for key, largest in _LARGEST.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, int) and abs(value) > largest:
+            shown = f"{value:,}" if abs(value) < 1 << 64 else "a number of many digits"
+            raise ConfigError(f"{source}: {key} is {shown}, more than the {largest:,} that is allowed. Refused.")
+
+
+def check_references(content: Mapping[str, Any], source: str) -> None:
+    """Refuse references that call a resolver, go in circles, or grow beyond any configuration. Raises ConfigError.
+
+    `${a.b}` and `${.b}` may stand in a file; `${oc.env:HOME}` would read what the file has no business with.
+    """
+    references = _References(content, source)
+    if references.letters(()) > _MOST_LETTERS:
+        raise ConfigError(f"{source}: its references (${{...}}) grow beyond {_MOST_LETTERS:,} letters. Refused.")
+
+
+_Path = tuple[Any, ...]  # keys of mappings, which may be numbers, and places in lists
+
+
+class _References:
+    """How many letters each value has once its references are resolved, without resolving them."""
+
+    def __init__(self, content: Mapping[str, Any], source: str) -> None:
+        self._content, self._source = content, source
+        self._known: dict[_Path, int] = {}
+        self._open: list[_Path] = []
+
+    def letters(self, path: _Path) -> int:
+        path, value = self._at(path)
+        if path not in self._known:
+            if path in self._open or len(self._open) > 4 * _DEEPEST:
+                raise self._circle(path)
+            self._open.append(path)
+            self._known[path] = self._count(path, value)
+            self._open.pop()
+        return self._known[path]
+
+    def _count(self, path: _Path, value: Any) -> int:
+        if isinstance(value, Mapping):
+            return 1 + sum(self.letters((*path, key)) for key in value)
+        if isinstance(value, list):
+            return 1 + sum(self.letters((*path, number)) for number in range(len(value)))
+        text = str(value)
+        if "${" not in text:
+            return len(text)
+        targets = [self._target(path, inner) for inner in self._references(path, text)]
+        if not _REFERENCE.fullmatch(text) and any(self._is_block(target) for target in targets):
+            # written out, with a backslash before each of its own: that doubles from one such text to the next
+            raise ConfigError(
+                f"{self._source}: {_dotted(path)}: {text[:60]!r} refers to a block within a text. Refused."
+            )
+        return len(text) + sum(map(self.letters, targets))
+
+    def _is_block(self, path: _Path) -> bool:
+        for _ in range(_DEEPEST):
+            path, value = self._at(path)
+            if not isinstance(value, str) or not (whole := _REFERENCE.fullmatch(value)):
+                return isinstance(value, Mapping | list)
+            path = self._target(path, whole[1])
+        raise self._circle(path)
+
+    def _references(self, path: _Path, text: str) -> list[str]:
+        found = _REFERENCE.findall(text)
+        if len(found) != text.count("${") or any(":" in inner for inner in found):
+            raise ConfigError(
+                f"{self._source}: {_dotted(path)}: {text[:60]!r} calls a resolver, or builds the name of a key. "
+                "Refused: write the value, or give it on the command line, where resolvers such as ${oc.env:NAME} work."
+            )
+        return found
+
+    def _target(self, path: _Path, inner: str) -> _Path:
+        """The path that `a.b`, `a[b]` or `.b` (a sibling), `..b` stand for."""
+        name = inner.strip().replace("[", ".").replace("]", "")
+        up = len(name) - len(name.lstrip("."))
+        parts = tuple(part for part in name.split(".") if part)
+        return (*path[: max(0, len(path) - up)], *parts) if up else parts
+
+    def _at(self, path: _Path, hops: int = 0) -> tuple[_Path, Any]:
+        """Where a path ends, and the value there; as OmegaConf does, it goes on in what a reference on its way names.
+
+        None where it leads nowhere: OmegaConf has the message for that.
+        """
+        if hops > _DEEPEST:
+            raise self._circle(path)
+        place: _Path = ()
+        value: Any = self._content
+        for part in path:
+            while isinstance(value, str) and (whole := _REFERENCE.fullmatch(value)):
+                place, value = self._at(self._target(place, whole[1]), hops := hops + 1)
+            part, value = _inside(value, part)
+            place = (*place, part)
+        return place, value
+
+    def _circle(self, path: _Path) -> ConfigError:
+        return ConfigError(f"{self._source}: {_dotted(path)} refers to itself. Write its value instead.")
+
+
+def _inside(value: Any, part: Any) -> tuple[Any, Any]:
+    """The key or place that a part of a path stands for in a value, and what is there; None if there is nothing."""
+    if isinstance(value, Mapping):
+        return part, value.get(part)
+    if isinstance(value, list):
+        try:
+            place = range(len(value))[int(part)]  # counted from the end too, and in any digits, as OmegaConf does
+        except (ValueError, IndexError):
+            return part, None
+        return place, value[place]
+    return part, None
+
+
+def _dotted(path: _Path) -> str:
+    return ".".join(str(part) for part in path)[:200]

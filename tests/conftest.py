@@ -1,6 +1,9 @@
 """What the tests share: golden recordings of NeMo, the real audio beside the project, small models."""
 
+import io
 import json
+import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +46,14 @@ def shared_audio() -> Path:
     return SHARED_AUDIO
 
 
+def skip_without_parakeets_extractor() -> None:
+    """Transformers up to 5.20, the last for Python 3.10, want librosa for its mel filters."""
+    import transformers
+
+    if not find_spec("librosa") and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 21):
+        pytest.skip("the feature extractor of this transformers needs librosa")
+
+
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, what: str = "") -> None:
     """Equal to an absolute tolerance; a failure names the largest and the mean difference."""
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} against {tuple(theirs.shape)}"
@@ -60,6 +71,19 @@ def write_noise_wav(path: Path, seconds: float, seed: int, *, rate: int = 16000)
     samples = 0.1 * envelope * np.cumsum(rng.standard_normal(count)) / 30
     path.parent.mkdir(parents=True, exist_ok=True)
     sf.write(path, np.clip(samples - samples.mean(), -0.9, 0.9).astype(np.float32), rate, subtype="PCM_16")
+
+
+def write_archive(path: Path, config: dict, state: dict[str, torch.Tensor]) -> Path:
+    """A .nemo file of any model."""
+    weights = io.BytesIO()
+    torch.save(state, weights)
+    text = OmegaConf.to_yaml(OmegaConf.create(config)).encode()
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("./model_config.yaml", text), ("./model_weights.ckpt", weights.getvalue())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from omegaconf import OmegaConf
 from conftest import GOLDEN
 from nestcli.config import (
     PRESETS,
-    TARGETS,
     config_from_dict,
     load_config,
     require,
@@ -18,6 +17,7 @@ from nestcli.config import (
 from nestcli.errors import ConfigError
 from nestcli.model.count import count_parameters, nemo_count
 from nestcli.parity.nemo import FACTS
+from nestcli.targets import TARGETS
 
 STRUCTURE = json.loads((GOLDEN / "structure.json").read_text())
 

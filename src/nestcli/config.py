@@ -1,6 +1,6 @@
 """Configurations: presets and YAML files in, overrides applied, every key and `_target_` checked.
 
-Nothing that a file names is imported or called: `_target_` is looked up in `TARGETS`, a table of strings.
+Nothing that a file names is imported or called: `_target_` is looked up in `targets.TARGETS`, a table of strings.
 """
 
 from __future__ import annotations
@@ -20,42 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nestcli.errors import ConfigError
+from nestcli.targets import CLASSES, PLACES, TARGETS
+from nestcli.untrusted import check_plain, check_references, check_sizes, read_yaml
 
 BASE = "nest_fast-conformer"
 PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
-
-# NeMo's public names and ours, with what they stand for and the keys under which they may stand.
-_NEMO = "nemo.collections.asr"
-_SSL = f"{_NEMO}.modules.ssl_modules"
-_CLASSES = {
-    "preprocessor": (
-        "AudioToMelSpectrogramPreprocessor",
-        [f"{_NEMO}.modules", f"{_NEMO}.modules.audio_preprocessing"],
-    ),
-    "spec_augment": ("SpectrogramAugmentation", [f"{_NEMO}.modules", f"{_NEMO}.modules.audio_preprocessing"]),
-    "masking": ("RandomBlockMasking", [f"{_NEMO}.modules", _SSL, f"{_SSL}.masking"]),
-    "quantizer": ("RandomProjectionVectorQuantizer", [f"{_NEMO}.modules", _SSL, f"{_SSL}.quantizers"]),
-    "encoder": ("ConformerEncoder", [f"{_NEMO}.modules", f"{_NEMO}.modules.conformer_encoder"]),
-    "decoder": ("MultiSoftmaxDecoder", [f"{_NEMO}.modules", _SSL, f"{_SSL}.multi_softmax_decoder"]),
-    "loss": ("MultiMLMLoss", [f"{_NEMO}.losses", f"{_NEMO}.losses.ssl_losses.mlm"]),
-    "multi_speaker_noise": (
-        "MultiSpeakerNoiseAugmentation",
-        [_SSL, f"{_NEMO}.modules", f"{_SSL}.augmentation"],
-    ),
-    "speaker_noise": ("SpeakerNoiseAugmentation", [_SSL, f"{_NEMO}.modules", f"{_SSL}.augmentation"]),
-}
-TARGETS = {
-    f"{package}.{name}": kind for kind, (name, packages) in _CLASSES.items() for package in [*packages, "nestcli"]
-}
-_PLACES = {
-    **{f"model.{kind}": {kind} for kind in list(_CLASSES)[:7]},
-    "model.train_ds.batch_augmentor": {"multi_speaker_noise", "speaker_noise"},
-    "model.validation_ds.batch_augmentor": {"multi_speaker_noise", "speaker_noise"},
-}
-
-# Of configurations inside checkpoints: far beyond NeMo's own, which have 5 levels and 150 values.
-_DEEPEST, _MOST_VALUES = 32, 20_000
-_CALLING = frozenset(("_instantiator", "_class_path", "class_path", "_recursive_", "_partial_", "_args_", "_convert_"))
 
 # Keys that are understood although NeMo's file does not carry them. docs/configuration.md describes each.
 _DATASET_KEYS = (
@@ -75,7 +44,9 @@ _TRAINER_KEYS = (
 )  # fmt: skip
 _CHECKPOINT_KEYS = ("every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose")
 _SAFETY_KEYS = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines")
-START_KEYS = ("init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_pretrained_model")
+START_KEYS = (
+    "init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_encoder", "init_from_pretrained_model",
+)  # fmt: skip
 _START_PARTS = ("path", "include", "exclude")  # of NeMo's form init_from_...: {name: {path: ..., include: [...]}}
 EXTRA_KEYS = frozenset(
     (
@@ -130,10 +101,14 @@ def load_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> Dict
     Values of `???` stay as they are: they are asked for when they are used, by `require`.
     Raises ConfigError.
     """
-    config = _load_named(name_or_path)
+    return with_overrides(_load_named(name_or_path), overrides, name_or_path)
+
+
+def with_overrides(config: DictConfig, overrides: Iterable[str], source: str) -> DictConfig:
+    """The configuration changed by `key=value` words, and every interpolation and `_target_` checked."""
     for word in overrides:
         _apply_override(config, word)
-    _check(config, source=name_or_path)
+    _check(config, source)
     return config
 
 
@@ -162,63 +137,19 @@ def words_of_environment() -> list[str]:
 def config_from_dict(content: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> DictConfig:
     """A configuration that came inside a checkpoint: the same checks, and no resolvers such as `${oc.env:...}`."""
     check_plain(content, source)
-    config = OmegaConf.create(_without_backend(content))  # keys of its own (+key=value) are let pass: the run knew them
-    for word in overrides:
-        _apply_override(config, word)
-    _check(config, source)
-    return config
+    # Keys of its own (+key=value) are let pass: the run knew them.
+    return with_overrides(OmegaConf.create(_without_surroundings(content)), overrides, source)
 
 
-def _without_backend(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Which code trained a checkpoint's encoder binds nobody who opens it: NeMo may not be installed there."""
-    model = content.get("model")
+def _without_surroundings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Whose code trained a checkpoint, where, and what was sent to W&B binds nobody who opens it."""
+    kept, model, manager = dict(content), content.get("model"), content.get("exp_manager")
     encoder = model.get("encoder") if isinstance(model, Mapping) else None
-    if not isinstance(model, Mapping) or not isinstance(encoder, Mapping):
-        return dict(content)
-    kept = {key: value for key, value in encoder.items() if key != "backend"}
-    return {**content, "model": {**model, "encoder": kept}}
-
-
-def check_plain(content: Any, source: str) -> None:
-    """Refuse what no configuration inside a checkpoint holds: references, objects, nesting without end, classes.
-
-    Every key and list is looked at, a value as often as it is referred to. Raises ConfigError.
-    """
-    waiting, seen = [("", content)], 0
-    while waiting:
-        path, value = waiting.pop()
-        seen += 1
-        if seen > _MOST_VALUES or path.count(".") > _DEEPEST:
-            raise ConfigError(f"{source}: its configuration is too large or nested too deeply. Refused.")
-        if isinstance(value, Mapping):
-            _check_keys(value, path, source)
-            waiting += [(f"{path}.{key}" if path else key, inner) for key, inner in value.items()]
-        elif isinstance(value, list | tuple):
-            waiting += [(f"{path}.{number}", inner) for number, inner in enumerate(value)]
-        elif isinstance(value, str) and "${" in value:
-            raise ConfigError(
-                f"{source}: its configuration calls a resolver at {path}, or refers to another key: "
-                f"{value[:60]!r}. Refused."
-            )
-        elif value is not None and not isinstance(value, str | int | float):
-            raise ConfigError(f"{source}: its configuration holds a {type(value).__name__} at {path}. Refused.")
-
-
-def _check_keys(block: Mapping[Any, Any], path: str, source: str) -> None:
-    for key, value in block.items():
-        if not isinstance(key, str):
-            raise ConfigError(
-                f"{source}: its configuration has the key {key!r} in {path!r}, which is no text. Refused."
-            )
-        if key in _CALLING or (key == "_target_" and (not isinstance(value, str) or value not in TARGETS)):
-            what = f"{path}.{key}: {str(value)[:100]!r}".lstrip(".")
-            raise ConfigError(f"{source}: its configuration names what is to be called, at {what}. Refused.")
-
-
-def nemo_target(name: str) -> str:
-    """The name under which NeMo imports a class of `TARGETS`; a name of NeMo's stays as it is."""
-    class_name, packages = _CLASSES[TARGETS[name]]
-    return name if name.startswith(f"{_NEMO}.") else f"{packages[0]}.{class_name}"
+    if isinstance(model, Mapping) and isinstance(encoder, Mapping):
+        kept["model"] = {**model, "encoder": {key: value for key, value in encoder.items() if key != "backend"}}
+    if isinstance(manager, Mapping):
+        kept["exp_manager"] = {**manager, "exp_dir": None, "create_wandb_logger": False}
+    return kept
 
 
 def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -299,7 +230,12 @@ def _load_named(name_or_path: str) -> DictConfig:
 
 
 def _load_file(path: Path) -> DictConfig:
-    own = _read_yaml(path)
+    config = _laid_over_base(path, _read_yaml(path))
+    check_references(typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False)), str(path))
+    return config
+
+
+def _laid_over_base(path: Path, own: dict[str, Any]) -> DictConfig:
     base_name = own.pop("base", None)
     if path.resolve() == (config_dir() / f"{BASE}.yaml").resolve():
         return OmegaConf.create(own)
@@ -315,10 +251,7 @@ def _load_file(path: Path) -> DictConfig:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration: {_one_line(error)}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, this is a {type(content).__name__}.")
     for key in _own_keys(content):
@@ -398,14 +331,15 @@ def _check(config: DictConfig, source: str) -> None:
         content = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{source}: an interpolation cannot be resolved: {_one_line(error)}") from None
+    check_sizes(typing.cast("dict[str, Any]", content), source)
     for key, value in leaves(typing.cast("dict[str, Any]", content)):
         place, _, name = key.rpartition(".")
         if name != "_target_":
             continue
-        if place not in _PLACES:
+        if place not in PLACES:
             raise ConfigError(f"{source}: {key} names a class where none belongs. Remove it.")
-        if TARGETS.get(value) not in _PLACES[place]:
-            allowed = ", ".join(_CLASSES[kind][0] for kind in sorted(_PLACES[place]))
+        if not isinstance(value, str) or TARGETS.get(value) not in PLACES[place]:
+            allowed = ", ".join(CLASSES[kind][0] for kind in sorted(PLACES[place]))
             raise ConfigError(f"{source}: {key}: {value!r} is not a class that nest knows. Known here: {allowed}.")
 
 

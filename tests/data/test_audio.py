@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -203,13 +204,60 @@ def test_a_good_file_is_measured(write):
         ("a.ogg", {}),
         ("a.opus", {"format": "OGG", "subtype": "OPUS"}),
         ("a.mp3", {}),
+        ("a.au", {}),
+        ("a.au", {"endian": "LITTLE"}),
+        ("a.w64", {}),
+        ("a.rf64", {}),
+        ("a.caf", {"subtype": "PCM_16"}),
+        ("a.voc", {"subtype": "PCM_16"}),
     ],
 )
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.5])
 def test_half_a_file_is_noticed(write, name, how, share):
     rng = np.random.default_rng(0)
     path = write(name, 0.1 * rng.standard_normal(5 * RATE), **how)
-    assert inspect_audio(cut(path, share)).reason == (None if share == 1.0 else "truncated")
+    report = inspect_audio(cut(path, share))
+    # libsndfile itself finds out that much of a CAF is missing
+    assert report.reason == (None if share == 1.0 else "unreadable" if "malformed" in report.detail else "truncated")
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 3.0])
+def test_a_short_mp3_without_its_last_tenth_is_noticed(write, rate, seconds):
+    path = write("a.mp3", 0.1 * np.random.default_rng(0).standard_normal(int(seconds * rate)), rate)
+    content = path.read_bytes()
+    for behind in (b"", b"TAG" + bytes(125)):
+        path.write_bytes(content + behind)
+        assert inspect_audio(path).reason is None
+    assert inspect_audio(cut(path, 0.9 * len(content) / path.stat().st_size)).reason == "truncated"
+
+
+def test_a_flac_that_states_no_length_is_whole(write):
+    """Encoders that write into a pipe cannot go back and state it."""
+    path = write("a.flac", 0.1 * np.random.default_rng(0).standard_normal(3 * RATE))
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    report = inspect_audio(path)
+    assert (report.reason, report.frames) == (None, 3 * RATE)
+    assert audio.audio_duration(path) == (3.0, "")
+    assert len(load_audio(path, sample_rate=RATE)) == 3 * RATE
+    assert inspect_audio(cut(path)).reason == "truncated"
+
+
+def test_an_au_from_a_pipe_is_whole(write):
+    path = write("a.au")
+    content = bytearray(path.read_bytes())
+    content[8:12] = b"\xff" * 4
+    path.write_bytes(content)
+    assert inspect_audio(path).reason is None
+
+
+def test_a_socket_is_no_file(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "a.wav"))
+        assert inspect_audio(tmp_path / "a.wav").reason == "not_a_file"
 
 
 def test_a_wav_with_trailing_chunks_or_a_pipes_header_is_whole(write):

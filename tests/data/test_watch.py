@@ -274,10 +274,12 @@ def test_a_step_is_finished_before_a_lost_process_ends_the_run(
 
     finished = []
     original = NestModule.training_step
+    of_others = set(multiprocessing.active_children())
 
     def step(*arguments: Any) -> Any:
-        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-        time.sleep(0.5)
+        lost = next(child for child in multiprocessing.active_children() if child not in of_others)
+        lost.kill()
+        lost.join(10)
         finished.append(True)
         return original(*arguments)
 

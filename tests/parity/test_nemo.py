@@ -45,6 +45,15 @@ def test_an_environment_without_nemo() -> None:
         BridgedNemo(sys.executable)
 
 
+def test_an_environment_with_nothing_in_it(tmp_path: Path) -> None:
+    """Its answer is a line, and no traceback of ours: `-S` leaves out all that is installed."""
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    path.chmod(0o755)
+    with pytest.raises(MissingDependencyError, match=r"there: ModuleNotFoundError: No module named '\w+'\. Install it"):
+        BridgedNemo(str(path))
+
+
 def test_a_program_that_is_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEST_NEMO_PYTHON", "true")
     monkeypatch.setattr(nemo.importlib.util, "find_spec", lambda name: None)

@@ -21,7 +21,7 @@ from conftest import TINY_RUN
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.config import load_config
-from nestcli.training.checkpoints import step_in_name
+from nestcli.training.resume import newest_first
 from nestcli.training.run import Pretraining
 
 OTHER_DISK = Path("/dev/shm")
@@ -138,9 +138,8 @@ def assert_same_outcome(killed: Path, whole: Path) -> None:
 
 
 def last(run: Path) -> dict[str, Any]:
-    return load_lightning_checkpoint(
-        max((run / "checkpoints").glob("*-last.ckpt"), key=lambda path: step_in_name(path) or 0)
-    )
+    """What the run would go on from; after a kill between the two writes of its last step that is the best model's."""
+    return load_lightning_checkpoint(next(newest_first(run / "checkpoints")))
 
 
 def assert_identical(ours: Any, theirs: Any, where: str) -> None:

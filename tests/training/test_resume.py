@@ -337,6 +337,13 @@ def test_other_files_that_the_disk_refuses_do_not_destroy_the_run(
             raise OSError(28, "No space left on device", str(path))
         return really(path, mode, *args, **options)
 
+    def descriptor(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if str(path).endswith(name) and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(28, "No space left on device", str(path))
+        return opens(path, flags, *args, **options)
+
+    opens = os.open
+    monkeypatch.setattr("nestcli.files.os.open", descriptor)
     monkeypatch.setattr(Path, "open", opened)
     with pytest.raises((RunFailedError, ConfigError), match=rf"{name} cannot be written: No space left") as raised:
         train(corpus, tmp_path, "trainer.max_steps=9", "model.optim.lr=1.0")

@@ -16,8 +16,8 @@ from nestcli.bench.material import Material, read_material
 from nestcli.bench.peer import Peer, nemo_peer, our_peer
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.bench.stages import STAGES
-from nestcli.config import nemo_target
 from nestcli.data.manifest import Manifest
+from nestcli.targets import nemo_target
 
 ROUNDS, SECONDS = 5, 5.0
 _QUEUE = 3  # batches made before a round: two that wait for each loader process, and the one in its hands

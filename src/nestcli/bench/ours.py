@@ -1,4 +1,4 @@
-"""Our side of a measurement: `python -m nestcli.bench.ours` answers the requests of `peer.py`."""
+"""Our side of a measurement: a process that answers the requests of `peer.py`."""
 
 from __future__ import annotations
 
@@ -146,5 +146,6 @@ OPERATIONS = {
 }
 
 
-if __name__ == "__main__":
+def serve() -> None:
+    """What the process does: it answers until there are no more requests."""
     side.converse(OPERATIONS, (NestError,))

@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from nestcli import interpreter
 from nestcli.bench import side
 from nestcli.errors import DataError, MissingDependencyError, NestError, RunFailedError
 
@@ -33,7 +34,15 @@ class Peer:
     has the C library give memory back when it is freed.
     """
 
-    def __init__(self, command: list[str], name: str, *, one_thread: bool = True, returns_memory: bool = False) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        name: str,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        one_thread: bool = True,
+        returns_memory: bool = False,
+    ) -> None:
         self.name = name
         self._log: IO[bytes] = tempfile.TemporaryFile(prefix="nest-bench-")  # noqa: SIM115  # closed in close()
         self._process = subprocess.Popen(  # noqa: S603  # our own interpreter, or the one that the user names
@@ -43,7 +52,7 @@ class Peer:
             stderr=self._log,
             text=True,
             env={
-                **os.environ,
+                **environment,
                 "PYTHONWARNINGS": "ignore",
                 "TOKENIZERS_PARALLELISM": "false",
                 **(_ONE_THREAD if one_thread else {}),
@@ -105,8 +114,8 @@ class Peer:
 
 def our_peer(*, one_thread: bool = True, returns_memory: bool = False) -> Peer:
     """A fresh process of this environment."""
-    command = [sys.executable, "-m", "nestcli.bench.ours"]
-    return Peer(command, "the measuring process", one_thread=one_thread, returns_memory=returns_memory)
+    command, name = interpreter.command("from nestcli.bench.ours import serve; serve()"), "the measuring process"
+    return Peer(command, name, interpreter.environment(), one_thread=one_thread, returns_memory=returns_memory)
 
 
 def nemo_peer(python: str, *, one_thread: bool = True) -> Peer:

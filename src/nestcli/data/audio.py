@@ -7,6 +7,7 @@ ways in share the checks: `load_audio` raises what `inspect_audio` reports.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import stat
@@ -21,7 +22,8 @@ import numpy.typing as npt
 import soundfile as sf
 import soxr
 
-from nestcli.data.containers import missing_audio, undeclared_audio
+from nestcli.data import jail
+from nestcli.data.containers import missing_audio, states_length, undeclared_audio
 from nestcli.data.sox import UnreadableError, decoded_by_sox
 from nestcli.errors import DataError
 
@@ -29,6 +31,8 @@ Samples = npt.NDArray[np.float32]
 
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
+MAX_LOADED = 1 << 28  # frames of one utterance: 4 hours and 40 minutes at 16 kHz, a gigabyte of memory
+_ALWAYS_READ, _MOST_PER_BYTE, _MOST_OF_FLAC = 1 << 25, 500, 64  # samples: megabytes can hold months of silence
 SILENCE_DB = -100.0  # RMS in dBFS; one bit of 16 is -90
 _FULL_SCALE = {"PCM_U8": 127 / 128, "PCM_S8": 127 / 128, "ULAW": 32124 / 32768, "ALAW": 32256 / 32768}
 _OF_OTHERS = 0.999  # 16 bits end at 0.99997
@@ -148,11 +152,31 @@ def resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Sam
     yield np.pad(last, (0, length - made - len(last)))
 
 
+def audio_duration(path: str | os.PathLike[str]) -> tuple[float | None, str]:
+    """The seconds that a file's header states, or None and why there are none; decoded is what states none."""
+    try:
+        with _decoder(os.fspath(path)) as sound:
+            stated: int = sound.frames
+            frames = stated if states_length(sound) else sum(map(len, _blocks(sound, _INSPECT_BLOCK, stated)))
+            return frames / sound.samplerate, ""
+    except (_BadAudioError, OSError, sf.LibsndfileError) as error:
+        return None, str(error)
+
+
+def audio_header(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """Rate in Hz, channels, and frames, as a file's header states them. Raises DataError."""
+    try:
+        with _decoder(os.fspath(path)) as sound:
+            return sound.samplerate, sound.channels, sound.frames
+    except _BadAudioError as bad:
+        raise _data_error(path, bad.detail) from None
+
+
 def inspect_audio(path: str | os.PathLike[str]) -> AudioReport:
     """Decode a whole file in bounded memory and report the first thing that is wrong with it.
 
-    Reasons: missing, not_a_file, empty, unreadable, bad_rate, too_many_channels, not_finite, truncated,
-    silent. Raises nothing.
+    Reasons: outside_jail, missing, not_a_file, empty, unreadable, bad_rate, too_many_channels, not_finite,
+    truncated, silent. Raises nothing.
     """
     path = os.fspath(path)
     try:
@@ -179,11 +203,15 @@ def _words(error: sf.LibsndfileError) -> str:
 @contextmanager
 def _decoder(path: str) -> Iterator[_Sound]:
     """Open a regular file with libsndfile, else with SoX; raises _BadAudioError."""
+    if why := jail.outside(path):
+        raise _BadAudioError(jail.REASON, why)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not hang on a FIFO
     except (FileNotFoundError, NotADirectoryError):
         raise _BadAudioError("missing", "there is no such file") from None
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENXIO:  # what opening a socket gives
+            _check_regular(os.stat(path))  # noqa: PTH116
         raise _BadAudioError("unreadable", getattr(error, "strerror", None) or str(error)) from None
     try:
         _check_regular(os.fstat(descriptor))
@@ -207,7 +235,7 @@ def _decoder(path: str) -> Iterator[_Sound]:
 
 def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise _BadAudioError("not_a_file", "this is a folder, a pipe or a device, not a file")
+        raise _BadAudioError("not_a_file", "this is a folder, a pipe, a socket or a device, not a file")
     if status.st_size == 0:
         raise _BadAudioError("empty", "the file has no bytes")
 
@@ -227,6 +255,9 @@ def _checked(sound: _Sound) -> _Sound:
 def _read_mono(sound: _Sound, start: int, count: int | None) -> Samples:
     """Decode `count` frames from `start` on, or as many as there are."""
     count = _available(sound, start, count)
+    if count > MAX_LOADED and states_length(sound):
+        raise _too_long(sound)
+    count = min(count, MAX_LOADED + 1)
     if start:
         _seek(sound, start)
     limit = _LOAD_BLOCK // sound.channels
@@ -236,7 +267,14 @@ def _read_mono(sound: _Sound, start: int, count: int | None) -> Samples:
         samples = np.concatenate(list(_blocks(sound, limit, count)) or [np.zeros(0, np.float32)])
     if len(samples) == 0:
         raise _BadAudioError("empty", "no audio could be decoded")
+    if len(samples) > MAX_LOADED:
+        raise _too_long(sound)
     return samples
+
+
+def _too_long(sound: _Sound) -> _BadAudioError:
+    most = MAX_LOADED / sound.samplerate
+    return _BadAudioError("too_long", f"more than {most:,.0f} s are asked for in one piece; cut it with --segment")
 
 
 def _available(sound: _Sound, start: int, count: int | None) -> int:
@@ -308,10 +346,13 @@ def _inspect(path: str, sound: _Sound) -> AudioReport:
     """Decode all of an open file; the report of what was decoded carries the first thing that is wrong."""
     frames, peak, energy, clipped, failure = 0, 0.0, 0.0, 0, ""
     full_scale = _FULL_SCALE.get(sound.subtype, _OF_OTHERS)
+    most = max(_ALWAYS_READ, (_MOST_OF_FLAC if sound.format == "FLAC" else _MOST_PER_BYTE) * Path(path).stat().st_size)
     digest = sha256(str(sound.samplerate).encode())  # processors do it: blake2b takes four times as long here
     try:
         for block in _blocks(sound, _INSPECT_BLOCK // sound.channels, sound.frames):
             frames += len(block)
+            if frames * sound.channels > most:
+                raise _BadAudioError("too_long", "its bytes stand for far more audio than those of a recording")
             digest.update(block.data)
             highest = max(float(block.max()), -float(block.min()))
             peak = math.nan if math.isnan(highest) else max(peak, highest)

@@ -15,6 +15,7 @@ from nestcli.data.manifest import read_manifests, write_manifest
 from nestcli.data.noisy_copy import CopyOptions, write_copy
 from nestcli.data.pool import Died, local_pool
 from nestcli.errors import DataError, RunFailedError
+from nestcli.files import refuse_links
 
 _LINES = 16  # of a task
 
@@ -85,6 +86,8 @@ def augment(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise DataError(f"{folder} cannot be made: {problem.strerror}; give another --out") from None
+    for name in ("audio", "preview"):
+        refuse_links(folder / name, DataError)
     versions = tuple(file_version(path) for path in (speech, noise) if path is not None)
     tasks = [
         _Task(speech, noise, str(folder), copy, first, min(first + _LINES, n_lines), options.copy, versions)

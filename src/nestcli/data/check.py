@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from nestcli.data import jail
 from nestcli.data.audio import AudioReport, inspect_audio
 from nestcli.data.journal import Journal, file_version
 from nestcli.data.pool import Died, Pool
@@ -26,11 +27,14 @@ def check_files(
     reports: dict[str, AudioReport] = {}
     todo: list[str] = []
     for path in paths:
-        known = journal.get(file_version(path))
-        if known is None:
+        why = jail.outside(path)
+        known = None if why else _from_json(journal.get(file_version(path)))
+        if why:  # not in the journal: the next run may be in another jail
+            reports[path] = AudioReport(reason=jail.REASON, detail=why)
+        elif known is None:
             todo.append(path)
         else:
-            reports[path] = _from_json(known)
+            reports[path] = known
     for number, (path, version, report) in enumerate(_checked(todo, pool), 1):
         reports[path] = report
         if report.reason != _CRASHED:  # of which the file need not be the cause
@@ -104,8 +108,14 @@ def _as_json(report: AudioReport) -> dict[str, Any]:
     }
 
 
-def _from_json(known: dict[str, Any]) -> AudioReport:
-    numbers: dict[str, Any] = {
-        key: float(known[key]) for key in ("duration", "peak", "rms_db", "clipped") if key in known
-    }
-    return AudioReport(**{**known, **numbers})
+def _from_json(known: Any) -> AudioReport | None:
+    """The report that a journal holds; None for what is no report of ours."""
+    if not isinstance(known, dict):
+        return None
+    try:
+        numbers: dict[str, Any] = {
+            key: float(known[key]) for key in ("duration", "peak", "rms_db", "clipped") if key in known
+        }
+        return AudioReport(**{**known, **numbers})
+    except (TypeError, ValueError):
+        return None

@@ -114,7 +114,8 @@ def _wanted(pattern: str, found: Sequence[Path], out: Path, collection: Collecti
 
 def made_before(out: Path) -> list[Path]:
     """The folders of converted audio and of shards in `out`: a journal tells them from a user's of the same name."""
-    return [out / name for name in OUTPUT_FOLDERS if (out / name / JOURNAL).exists()]
+    folders = [out / name for name in OUTPUT_FOLDERS]
+    return [folder for folder in folders if not folder.is_symlink() and (folder / JOURNAL).is_file()]
 
 
 def _add_folder(root: Path, out: Path, collection: Collection) -> None:

@@ -6,7 +6,8 @@ NeMo has three ways to name data, and all are read here: manifests of loose file
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
 
 from nestcli.config import require, section
 from nestcli.data.manifest import Manifest, joined, read_manifests
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.shards import expand, read_shar, read_tarred
 from nestcli.errors import ConfigError, DataError
+from nestcli.files import expand_home
+from nestcli.untrusted import check_plain, read_yaml
+
+_DEEPEST_GROUP, _MOST_ENTRIES = 8, 10_000  # of an input_cfg
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def _lhotse_parts(block: DictConfig, settings: DatasetConfig) -> list[Part] | No
     temperatures = settings.reweight_temperature
     if (entries := _plain(block.get("input_cfg"))) is not None:
         levels = list(temperatures) if isinstance(temperatures, tuple) else temperatures
-        return _parts_of_input(entries, levels)
+        return _parts_of_input(entries, levels, itertools.count())
     if (path := _plain(block.get("shar_path"))) is not None:
         if found := _weighted(path):
             return [Part(read_shar(each), weight) for each, weight in found]
@@ -139,13 +143,22 @@ def _lhotse_parts(block: DictConfig, settings: DatasetConfig) -> list[Part] | No
     return None
 
 
-def _parts_of_input(entries: Any, temperatures: list[float] | float | None) -> list[Part]:
-    """The data sets of an `input_cfg`; groups in it multiply their weight to those inside. Source: NeMo."""
+def _parts_of_input(
+    entries: Any, temperatures: list[float] | float | None, count: Iterator[int], depth: int = 0
+) -> list[Part]:
+    """The data sets of an `input_cfg`; groups in it multiply their weight to those inside. Source: NeMo.
+
+    `count` goes up with each entry of the whole: groups may be files, which may name each other.
+    """
+    if depth > _DEEPEST_GROUP:
+        which = f"{entries}: " if isinstance(entries, str) else ""
+        raise ConfigError(
+            f"input_cfg: {which}more than {_DEEPEST_GROUP} groups are inside of each other. Does a file name itself?"
+        )
     if isinstance(entries, str):
-        try:
-            entries = _plain(OmegaConf.load(Path(entries).expanduser()))
-        except (OSError, YAMLError) as error:
-            raise ConfigError(f"input_cfg: {entries} cannot be read: {' '.join(str(error).split())}.") from None
+        path = Path(expand_home(entries))
+        entries = read_yaml(path)
+        check_plain(entries, str(path))
     if not isinstance(entries, list) or not entries or not all(isinstance(each, dict) for each in entries):
         raise ConfigError(
             "input_cfg is no list of data sets; give [{type: nemo, manifest_filepath: ..., weight: ...}]."
@@ -156,7 +169,9 @@ def _parts_of_input(entries: Any, temperatures: list[float] | float | None) -> l
     weights = _entry_weights(entries, here[0] if here else None)
     found = []
     for entry, weight in zip(entries, weights, strict=True):
-        inner = _parts_of_entry(entry, below)
+        if next(count) >= _MOST_ENTRIES:
+            raise ConfigError(f"input_cfg: there are more than {_MOST_ENTRIES:,} entries. Refused.")
+        inner = _parts_of_entry(entry, below, count, depth)
         total = sum(1.0 if part.weight is None else part.weight for part in inner)
         found += [Part(part.manifest, weight * (1.0 if part.weight is None else part.weight) / total) for part in inner]
     return found
@@ -175,7 +190,9 @@ def _entry_weights(entries: Sequence[dict[str, Any]], temperature: float | None)
     return [weight / sum(raised) for weight in raised]
 
 
-def _parts_of_entry(entry: dict[str, Any], temperatures: list[float] | float | None) -> list[Part]:
+def _parts_of_entry(
+    entry: dict[str, Any], temperatures: list[float] | float | None, count: Iterator[int], depth: int
+) -> list[Part]:
     kind = entry.get("type")
     keys = {"nemo": "manifest_filepath", "nemo_tarred": "tarred_audio_filepaths", "lhotse": "cuts_path",
             "lhotse_shar": "shar_path", "group": "input_cfg"}  # fmt: skip
@@ -184,7 +201,7 @@ def _parts_of_entry(entry: dict[str, Any], temperatures: list[float] | float | N
     if keys[kind] not in entry or (kind == "nemo_tarred" and "manifest_filepath" not in entry):
         raise ConfigError(f"input_cfg: an entry of type {kind} lacks {keys[kind]}: {entry}.")
     if kind == "group":
-        return _parts_of_input(entry["input_cfg"], temperatures)
+        return _parts_of_input(entry["input_cfg"], temperatures, count, depth + 1)
     if kind == "lhotse_shar":
         return [Part(read_shar(entry["shar_path"]))]
     if kind == "nemo_tarred":

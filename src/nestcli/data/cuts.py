@@ -15,7 +15,7 @@ def cut_to_row(cut: dict[str, Any]) -> dict[str, Any]:
     """Turn a MonoCut of one audio file into a row of a NeMo manifest; raises ValueError for any other."""
     kind = cut.get("type", "MonoCut")
     if kind != "MonoCut":
-        raise ValueError(f"a {kind} cannot be read; save its audio with Lhotse's save_audios, as MonoCuts")
+        raise ValueError(f"a {str(kind)[:60]} cannot be read; save its audio with Lhotse's save_audios, as MonoCuts")
     recording = cut.get("recording")
     if not isinstance(recording, dict):
         raise ValueError("this cut has no recording, only features; nest reads audio")
@@ -23,7 +23,7 @@ def cut_to_row(cut: dict[str, Any]) -> dict[str, Any]:
         "audio_filepath": _audio_file(recording),
         "duration": cut.get("duration"),
         "offset": cut.get("start", 0.0),
-        **supervision(cut.get("supervisions") or []),
+        **supervision(cut.get("supervisions")),
     }
     return {key: value for key, value in row.items() if value is not None}
 
@@ -40,11 +40,13 @@ def _audio_file(recording: dict[str, Any]) -> str:
         raise ValueError("the recording must have one source")
     source = sources[0]
     if source.get("type") != "file":
-        raise ValueError(f"a source of type {source.get('type')!r} is refused; only files are read")
+        raise ValueError(f"a source of type {str(source.get('type'))[:60]!r} is refused; only files are read")
     channels = source.get("channels")
     if isinstance(channels, list) and len(channels) > 1:
         raise ValueError(f"the recording has {len(channels)} channels; save the cut's own channel as a file")
     transforms = recording.get("transforms") or []
+    if not isinstance(transforms, list):
+        raise ValueError("the recording's transforms are no list")
     names = [str(each.get("name") if isinstance(each, dict) else each) for each in transforms]
     if unknown := [name for name in names if name not in _HARMLESS]:
         raise ValueError(f"the recording has the transform {unknown[0]}; save the changed audio first")
@@ -54,9 +56,11 @@ def _audio_file(recording: dict[str, Any]) -> str:
     return path
 
 
-def supervision(supervisions: list[Any]) -> dict[str, Any]:
-    """Speaker and language where all supervisions agree on one, and their texts in a row."""
-    known = [each for each in supervisions if isinstance(each, dict)]
+def supervision(supervisions: Any) -> dict[str, Any]:
+    """Speaker and language where all supervisions agree on one, and their texts in a row. Raises ValueError."""
+    if not isinstance(supervisions or [], list):
+        raise ValueError("the cut's supervisions are no list")
+    known = [each for each in supervisions or [] if isinstance(each, dict)]
     row: dict[str, Any] = {}
     for key, theirs in (("speaker", "speaker"), ("lang", "language")):
         values = {str(each[theirs]) for each in known if each.get(theirs)}

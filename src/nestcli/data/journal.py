@@ -6,6 +6,7 @@ of lines is opened in seconds.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from nestcli.errors import DataError, RunFailedError
+from nestcli.files import open_kept
 
 NAME = ".prepared.jsonl"
-_VERSION = 2  # part of every key: results that a former version wrote are not found
+_VERSION = 3  # part of every key: results that a former version wrote are not found
 _KEY_BYTES = 16
+REMEDY = "Is the disk full? The same command goes on where it was."
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _HEAD = b'{"key": "'
 _HEX = slice(len(_HEAD), len(_HEAD) + 2 * _KEY_BYTES)
 
@@ -28,7 +32,7 @@ class Journal:
     """Results by key, appended to a file as they come; a line that a kill cut off does not count."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = (folder / NAME).open("a+b")
+        self._file = open_kept(folder / NAME, "a+b", DataError)
         self._places: dict[bytes, int] = {}
         self._end = self._index()
         self._file.truncate(self._end)  # the next line shall begin a line
@@ -64,9 +68,7 @@ class Journal:
         try:
             yield
         except OSError as error:
-            raise RunFailedError(
-                f"{self._file.name} cannot be written: {error.strerror}. The same command goes on where it was."
-            ) from None
+            raise RunFailedError(f"{self._file.name} cannot be written: {error.strerror}. {REMEDY}") from None
 
     def _index(self) -> int:
         """Note where every whole line stands; the end of the last one."""
@@ -92,9 +94,20 @@ def file_version(path: str) -> str:
 
 
 @contextmanager
+def disk_faults_told(folder: Path) -> Iterator[None]:
+    """Raise RunFailedError for a fault of the disk that a library, or another process, left as an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise RunFailedError(f"{error.filename or folder} cannot be written: {error.strerror}. {REMEDY}") from None
+
+
+@contextmanager
 def open_journal(folder: Path) -> Iterator[Journal]:
     """The journal of a folder, for one process at a time. Raises DataError while another works there."""
-    with (folder / ".lock").open("w") as lock:
+    with open_kept(folder / ".lock", "a", DataError) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

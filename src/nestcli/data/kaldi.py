@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nestcli.data.scan import MAX_LINE, MAX_SECONDS
 from nestcli.errors import DataError
+from nestcli.files import expand_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +68,7 @@ def _table(path: Path) -> Iterator[tuple[str, str]]:
     """Lines `KEY REST` of a file; none if it is not there."""
     if not path.is_file():
         return
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at what else Unicode takes for a line's end
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         key, _, rest = line.strip(_BLANKS).replace("\t", " ").partition(" ")
         rest = rest.strip(_BLANKS)
         if not key:
@@ -83,11 +82,24 @@ def _table(path: Path) -> Iterator[tuple[str, str]]:
         yield key, rest
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """Ended by newlines alone, not by what else Unicode takes for a line's end. Raises DataError."""
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    raise DataError(f"{path} has a line longer than {MAX_LINE >> 20} MiB; is this a table of Kaldi's?")
+                yield line.decode("utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
 def _audio_file(folder: Path, rest: str) -> str | None:
     if rest.endswith("|") or rest.startswith("|"):
         return None
-    path = Path(rest).expanduser()
-    if path.is_absolute() or path.exists():  # Kaldi's paths are relative to where its scripts are run
+    path = Path(expand_home(rest))
+    # Kaldi's paths are relative to where its scripts are run
+    if path.is_absolute() or os.path.exists(path):  # noqa: PTH110  (pathlib raises for a name that is too long)
         return str(path.absolute())
     return str((folder / path).absolute())
 
@@ -99,8 +111,11 @@ def _segment(folder: Path, name: str, rest: str) -> tuple[str, float, float | No
         recording, start, end = fields[0], float(fields[1]), float(fields[2])
     except (IndexError, ValueError):
         raise DataError(f"{folder / 'segments'}: {name} needs RECORDING START END, and has {rest!r}") from None
-    if end == -1 and start >= 0:
+    if end == -1 and 0 <= start <= MAX_SECONDS:
         return recording, start, None
-    if not 0 <= start < end:
-        raise DataError(f"{folder / 'segments'}: {name} goes from {start:g} to {end:g} s; it must go forward from 0 on")
+    if not 0 <= start < end <= MAX_SECONDS:
+        raise DataError(
+            f"{folder / 'segments'}: {name} goes from {start:g} to {end:g} s; it must go forward, from 0 to "
+            f"{MAX_SECONDS:g} at most"
+        )
     return recording, start, end

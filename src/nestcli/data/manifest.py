@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ import numpy.typing as npt
 
 from nestcli.data import remote
 from nestcli.data.scan import Scan, Source, parse, scan
-from nestcli.errors import DataError
-from nestcli.files import write_text
+from nestcli.errors import DataError, NestError
+from nestcli.files import expand_home, write_text
 
 _KEY_ORDER = ("audio_filepath", "duration", "offset", "speaker", "text", "lang", "reason", "detail")
 
@@ -157,14 +156,23 @@ def joined(manifests: Sequence[Manifest]) -> Manifest:
     return Manifest(**columns, sources=tuple(sources), shards=tuple(shards))
 
 
-def write_manifest(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines: a file of that name is either complete or not there at all."""
-    write_text(path, (_dump(row) + "\n" for row in rows), DataError)
+def write_manifest(
+    path: str | os.PathLike[str],
+    rows: Iterable[Mapping[str, Any]],
+    error: type[NestError] = DataError,
+    remedy: str = "",
+) -> None:
+    """Write rows as JSON lines: a file of that name is either complete or not there at all.
+
+    What the disk refuses becomes `error`, with `remedy` as its last words.
+    """
+    write_text(path, (_dump(row) + "\n" for row in rows), error, remedy)
 
 
 def split_paths(paths: str) -> list[str]:
     """The names in a string that may join several by commas."""
-    if Path(paths).is_file():  # its name may have a comma
+    # its name may have a comma
+    if os.path.isfile(paths):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
         return [paths]
     return [name.strip() for name in paths.split(",") if name.strip()]
 
@@ -186,7 +194,7 @@ def _resolve(path: str, folder: str) -> str:
     if remote.is_remote(folder):
         return remote.join(folder, path)
     beside = os.path.join(folder, path)  # noqa: PTH118  (pathlib is slower, and this runs for every utterance)
-    return beside if os.path.exists(beside) else os.path.expanduser(path)  # noqa: PTH110, PTH111
+    return beside if os.path.exists(beside) else expand_home(path)  # noqa: PTH110
 
 
 def _text(value: object) -> str | None:

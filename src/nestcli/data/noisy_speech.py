@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
-from nestcli.config import TARGETS, section
+from nestcli.config import section
 from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
 from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate, empty
 from nestcli.data.manifest import Manifest
@@ -26,6 +26,7 @@ from nestcli.data.samplers import Place
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.slabs import Placed, Slabs
 from nestcli.errors import ConfigError, DataError, NestError
+from nestcli.targets import TARGETS
 
 MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
 _REPLACEMENTS = 20  # lines tried in place of a batch of which nothing can be read

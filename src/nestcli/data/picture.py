@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nestcli.data.journal import REMEDY
 from nestcli.data.verdict import Accepted
-from nestcli.errors import DataError
+from nestcli.errors import RunFailedError
 from nestcli.files import write_text
 
 _WIDTH, _HEIGHT, _PLOT = 860, 330, 380
@@ -35,7 +36,7 @@ def draw_summary(path: Path, kind: str, accepted: Sequence[Accepted]) -> None:
         *_bars(30 + _PLOT + 40, "utterances by level, dBFS", *level_bins(levels), ""),
         "</svg>\n",
     ]
-    write_text(path, ["\n".join(text)], DataError)
+    write_text(path, ["\n".join(text)], RunFailedError, REMEDY)
 
 
 def duration_bins(durations: np.ndarray, most: int = 24) -> tuple[list[str], list[float]]:

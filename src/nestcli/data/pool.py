@@ -11,7 +11,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
+
+from nestcli import interpreter
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -148,15 +149,15 @@ class _Worker:
         self._alive, life = os.pipe()  # closed when this process ends, however it does
         os.set_inheritable(self._alive, False)
         self.given: deque[_Sent] = deque()
-        command = f"from nestcli.data.pool import serve; serve({theirs.fileno()}, {self._alive})"
+        code = f"from nestcli.data.pool import serve; serve({theirs.fileno()}, {self._alive})"
         self._life = life
         self._process = subprocess.Popen(  # noqa: S603  (ourselves)
-            [sys.executable, "-c", command],
+            interpreter.command(code),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # what C libraries have to say about damaged files
             pass_fds=(theirs.fileno(), self._alive),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=interpreter.environment(),
         )
         theirs.close()
         os.close(self._alive)

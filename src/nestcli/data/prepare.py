@@ -24,7 +24,7 @@ import numpy.typing as npt
 from nestcli.data.check import check_files
 from nestcli.data.collect import OUTPUTS, Collection, collect, made_before
 from nestcli.data.cores import available_cores
-from nestcli.data.journal import Journal, open_journal
+from nestcli.data.journal import REMEDY, Journal, disk_faults_told, open_journal
 from nestcli.data.manifest import write_manifest
 from nestcli.data.picture import draw_summary, duration_bins, level_bins
 from nestcli.data.pool import Pool, local_pool
@@ -33,13 +33,14 @@ from nestcli.data.shape import Piece, ShapeOptions, ShapeTask, file_name, shape
 from nestcli.data.shards_write import ShardSet, write_shards
 from nestcli.data.split import for_validation
 from nestcli.data.verdict import Accepted, Limits, Rejected, judge, length_fault
-from nestcli.errors import DataError
-from nestcli.files import write_text
+from nestcli.errors import DataError, RunFailedError
+from nestcli.files import refuse_links, write_text
 
 __all__ = ["SHORT", "PrepareOptions", "PrepareSummary", "first_rejection", "prepare"]
 
 SHORT = 1.0  # s; `nest pretrain` leaves out shorter utterances unless told otherwise
 
+_write_rows = partial(write_manifest, error=RunFailedError, remedy=REMEDY)
 Progress = Callable[..., None]  # (done, total, doing)
 
 
@@ -90,10 +91,15 @@ def prepare(
     if not collection.items:
         raise DataError(_nothing_found(inputs, collection))
     folder = _make_folder(Path(out))
+    _check_folders(folder, options)
     if options.split_by == "speaker":
         _check_speakers(map(find_speaker, collection.items))
-    with open_journal(folder) as journal, _pool(options) as pool:
-        _clear_leftovers(folder)
+    with (
+        disk_faults_told(folder),
+        open_journal(folder) as journal,
+        _without_leftovers(folder),
+        _pool(options) as pool,
+    ):
         paths = list(dict.fromkeys(item.path for item in collection.items if item.refused is None))
         reports = check_files(paths, pool, journal, progress)
         limits = Limits(options.min_duration, options.max_duration, options.segment is not None, options.max_clipped)
@@ -101,7 +107,7 @@ def prepare(
         reports.clear()
         accepted, rejected = _shaped(accepted, rejected, folder, options, limits, pool, journal, progress)
         in_val = for_validation(_groups(accepted, options.split_by), fraction) if accepted else []
-        write_manifest(folder / "rejected.jsonl", (_rejected_row(each) for each in rejected))
+        _write_rows(folder / "rejected.jsonl", (_rejected_row(each) for each in rejected))
         manifests = _write(folder, accepted, in_val)
         shards = _packed(folder, manifests, options, pool, progress) if options.shards else {}
         summary = _summarise(options.kind, accepted, rejected, in_val, manifests, collection.passed_over)
@@ -112,7 +118,7 @@ def prepare(
         )
         draw_summary(folder / "summary.svg", options.kind, accepted)
         text = json.dumps(summary.as_json(), ensure_ascii=False, indent=2)
-        write_text(folder / "summary.json", [text, "\n"], DataError)
+        write_text(folder / "summary.json", [text, "\n"], RunFailedError, REMEDY)
     return summary
 
 
@@ -146,6 +152,15 @@ def _make_folder(folder: Path) -> Path:
     if not os.access(folder, os.W_OK):
         raise DataError(f"the folder {folder} cannot be written to; choose another for --out")
     return folder
+
+
+def _check_folders(folder: Path, options: PrepareOptions) -> None:
+    """Nothing that this run writes to, or tidies up, may be a link."""
+    used = {folder / "audio"} if options.convert else set()
+    if options.shards:
+        used |= {folder / "train_shards", folder / "val_shards"}
+    for each in sorted({*used, *made_before(folder)}):
+        refuse_links(each, DataError)
 
 
 def _nothing_found(inputs: Sequence[str | os.PathLike[str]], collection: Collection) -> str:
@@ -218,8 +233,17 @@ def _audio_journal(folder: Path) -> Iterator[Journal]:
         journal.close()
 
 
+@contextmanager
+def _without_leftovers(folder: Path) -> Iterator[None]:
+    """Remove what a run that was killed had not finished, and what this one's processes are writing when it fails."""
+    _clear_leftovers(folder)
+    try:
+        yield
+    finally:
+        _clear_leftovers(folder)
+
+
 def _clear_leftovers(folder: Path) -> None:
-    """Remove what a run that was killed had not finished."""
     stale = [path for name in OUTPUTS for path in folder.glob(f".{name}.*.tmp")]
     for made in made_before(folder):
         stale.extend(made.rglob(".*.tmp"))
@@ -288,7 +312,7 @@ def _write(folder: Path, accepted: Sequence[Accepted], in_val: Sequence[bool]) -
     for name, side in (("train", False), ("val", True)):
         path = folder / f"{name}_manifest.json"
         if side in in_val:
-            write_manifest(path, (_row(each) for each, is_val in zip(accepted, in_val, strict=True) if is_val is side))
+            _write_rows(path, (_row(each) for each, is_val in zip(accepted, in_val, strict=True) if is_val is side))
             written[name] = str(path.absolute())
         else:
             path.unlink(missing_ok=True)  # of an earlier run

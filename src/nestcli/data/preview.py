@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from nestcli.data.manifest import Entry
 from nestcli.data.reading import read_audio
 from nestcli.errors import DataError, MissingDependencyError
 from nestcli.files import atomic_file
+from nestcli.pictures import words
 
 _N_FFT, _HOP = 512, 160  # samples
 _RANGE_DB = 70.0
@@ -24,13 +26,29 @@ _LETTERS = 150  # of a label that fit into the width of a panel
 _INK, _MARK = "#22262b", "#d9702b"
 
 
+def draw_previews(manifest: Path, folder: Path, count: int, sample_rate: int) -> list[Path]:
+    """Draw the first `count` utterances of an augmented manifest with something mixed into them: 01.png, 02.png, ..."""
+    drawn: list[Path] = []
+    folder.mkdir(exist_ok=True)
+    with manifest.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if len(drawn) == count:
+                break
+            if row["augmentation"]["mode"] != "none":
+                drawn.append(folder / f"{len(drawn) + 1:02d}.png")
+                draw_preview(drawn[-1], row, sample_rate)
+    return drawn
+
+
 def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> None:
     """Write a PNG of three spectrograms with the mixed segments marked, from a row of an augmented manifest."""
     try:
+        import matplotlib as mpl
         from matplotlib.figure import Figure
         from PIL import Image  # matplotlib needs it too
     except ImportError:
         raise MissingDependencyError('--preview needs matplotlib: run pip install "nestcli[demo]".') from None
+    mpl.rcParams["text.usetex"] = False  # as in `pictures`
     done = row["augmentation"]
     clean = _clean(row, sample_rate)
     noisy = load_audio(row["audio_filepath"], sample_rate=sample_rate) / np.float32(done["scale"])
@@ -91,13 +109,15 @@ def _mark(axes: Any, segments: list[dict[str, Any]], top: float, *, labels: bool
             source = segment.get("speaker") or Path(segment["source"]).name
             text = f"{source}\nfrom {segment['source_offset']:.2f} s"
             room = int((end - start) / right * _LETTERS)
-            text = "\n".join(line if len(line) <= room else line[: max(0, room - 1)] + "…" for line in text.split("\n"))
+            text = "\n".join(
+                words(line, 200) if len(line) <= room else line[: max(0, room - 1)] + "…" for line in text.split("\n")
+            )
             axes.text(start + 0.006 * right, 0.96 * top, text, color="white", va="top", fontsize=8, clip_on=True)
 
 
 def _title(row: Mapping[str, Any]) -> str:
     done = row["augmentation"]
-    name = Path(row["clean_filepath"]).name
+    name = words(Path(row["clean_filepath"]).name)
     if done["mode"] == "none":
         return f"{name}: left as it is"
     what = "noise" if done["mode"] == "noise" else "other speakers"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote, urlsplit
 
-from nestcli.data import copies, transfer
+from nestcli.data import copies, jail, transfer
 from nestcli.errors import DataError
 
 SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "http", "https", "hdfs", "oci")
@@ -110,6 +110,8 @@ def _check(path: str) -> None:
         check_remote(path)
     except ValueError as error:
         raise DataError(str(error)) from None
+    if why := jail.outside(path):
+        raise DataError(f"{transfer.shown(path)} is not read: {why}")
 
 
 def _fetched(path: str, folder: Path) -> Path:

@@ -31,6 +31,8 @@ MAX_SECONDS = 1e6
 NO_SHARD = -1
 _RANGE = 1 << 25  # bytes of a manifest that one process scans at a time: some 200,000 lines
 _MAX_UNPACKED = 1 << 32  # bytes kept of one .gz
+_MAX_EXPANSION = 100  # of gzip; lines of manifests and cuts shrink to a tenth, or a thirtieth
+_ALWAYS_UNPACKED = 1 << 24  # bytes
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Row = dict[str, Any]
@@ -107,6 +109,7 @@ def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) ->
     found = Scan(Source(path, to_row))
     try:
         if path.endswith(".gz"):
+            _check_expansion(path, Path(found.source.absolute))
             with gzip.open(found.source.absolute, "rb") as file:
                 _scan_lines(cast(IO[bytes], file), found, require_duration, packed=True)
             found.source.unpacked = np.frombuffer(found.unpacked, np.uint8)
@@ -119,6 +122,21 @@ def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) ->
     if not found.lines:
         raise DataError(f"{path} has no lines. A manifest has one JSON object a line for each utterance.")
     return found
+
+
+class _TwiceError(ValueError):
+    """A key stands twice in an object: which one counts would depend on who reads it."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(f"{_short(next(key for key in keys if keys.count(key) > 1))} stands twice in one object")
+    return row
+
+
+_JSON = JSONDecoder(object_pairs_hook=_once)
 
 
 class _BadLineError(Exception):
@@ -167,8 +185,10 @@ def _line_starts(path: str, step: int) -> list[int]:
     with Path(path).open("rb") as file:
         while (wanted := bounds[-1] + step) < size:
             file.seek(wanted)
-            file.readline(MAX_LINE + 1)
+            rest = file.readline(MAX_LINE + 1)
             bounds.append(min(file.tell(), size))
+            if len(rest) > MAX_LINE:  # who scans up to here says so; a file of terabytes may be nothing but this line
+                break
     return bounds if bounds[-1] == size else [*bounds, size]
 
 
@@ -206,7 +226,7 @@ def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed:
 
     Most lines are plain and pass in a few µs; any other goes through `parse`, which has the messages.
     """
-    json_value: Callable[[str, int], tuple[Any, int]] = JSONDecoder().scan_once  # type: ignore[attr-defined]
+    json_value: Callable[[str, int], tuple[Any, int]] = _JSON.scan_once  # type: ignore[attr-defined]
     position, number = file.tell(), 0
     while position < end and (line := file.readline(MAX_LINE + 1)):
         number += 1
@@ -251,6 +271,16 @@ def _shard(row: Row) -> int:
     return shard if type(shard) is int and 0 <= shard < 1 << 31 else NO_SHARD
 
 
+def _check_expansion(path: str, file: Path) -> None:
+    """Refuse a .gz that grows as no manifest does, before its lines are looked at, which takes far longer."""
+    limit, size = max(_ALWAYS_UNPACKED, _MAX_EXPANSION * file.stat().st_size), 0
+    with gzip.open(file, "rb") as packed:
+        while piece := packed.read(1 << 20):
+            size += len(piece)
+            if size > limit:
+                raise DataError(f"{path}: unpacked it has more than {limit:,} bytes, as no manifest has. Refused.")
+
+
 def _keep(row: Row, found: Scan) -> tuple[int, int]:
     """Append a row to what is held in memory of a .gz; its place there."""
     kept = json.dumps(row, ensure_ascii=True).encode()
@@ -266,7 +296,9 @@ def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
     if len(line) > MAX_LINE:
         raise ValueError(f"the line is longer than {MAX_LINE >> 20} MiB; is this a manifest?")
     try:
-        record = json.loads(str(line.removeprefix(_BYTE_ORDER_MARK), "utf-8"))
+        record = _JSON.decode(str(line.removeprefix(_BYTE_ORDER_MARK), "utf-8"))
+    except _TwiceError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError(_why_no_json(line, error)) from None
     if not isinstance(record, dict):

@@ -18,12 +18,11 @@ import numpy as np
 import soundfile as sf
 
 from nestcli.data.audio import Samples, resampled, stream_audio
-from nestcli.data.journal import Journal, file_version
+from nestcli.data.journal import REMEDY, Journal, file_version
 from nestcli.data.pool import Died, Pool
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 
-_REMEDY = "Is the disk full? The same command goes on where it was."
 _LEAST = 0.25  # of the longest piece: what the last one has at least; the others have three times that share of a mean
 _HOP, _WINDOW = 0.01, 0.2  # s: levels are compared every 10 ms, over 200 ms
 
@@ -112,10 +111,21 @@ def _version(task: ShapeTask) -> str:
 
 def _made_before(journal: Journal, task: ShapeTask) -> list[Piece] | None:
     known = journal.get(_version(task))
-    pieces = None if known is None else [Piece(*each) for each in known]
-    if pieces is None or not all(piece.size is None or piece.size == _size(piece.path) for piece in pieces):
+    try:
+        pieces = None if known is None else [Piece(*each) for each in known]
+    except TypeError:  # nothing that we wrote
+        return None
+    if pieces is None or not all(_is_of(piece, task) for piece in pieces):
         return None
     return pieces
+
+
+def _is_of(piece: Piece, task: ShapeTask) -> bool:
+    """Whether a piece is a part of the recording itself, or a whole file of ours."""
+    if task.options.folder is None:
+        return piece.path == task.path and piece.size is None
+    ours = str(piece.path).startswith(f"{task.options.folder}/") and ".." not in Path(piece.path).parts
+    return ours and piece.size == _size(piece.path)
 
 
 def _size(path: str) -> int:
@@ -166,7 +176,7 @@ def _written(task: ShapeTask, number: str, blocks: Iterable[Samples]) -> Piece:
     rate, frames = task.options.sample_rate, 0
     path = Path(task.options.folder or "") / f"{task.name}{number}.flac"
     # through a Python file: to a descriptor libsndfile loses the last page of a full disk without an error
-    with atomic_file(path, RunFailedError, _REMEDY, sync=False) as part:
+    with atomic_file(path, RunFailedError, REMEDY, sync=False) as part:
         with sf.SoundFile(part, "w", rate, 1, subtype="PCM_16", format="FLAC") as sound:
             for block in blocks:
                 _write(sound, block, path)
@@ -180,7 +190,7 @@ def _write(sound: sf.SoundFile, block: Samples, path: Path) -> None:
     try:
         sound.write(block)
     except (sf.LibsndfileError, AssertionError):  # soundfile asserts that all was written
-        raise RunFailedError(f"{path} cannot be written. {_REMEDY}") from None
+        raise RunFailedError(f"{path} cannot be written. {REMEDY}") from None
 
 
 # --- cutting

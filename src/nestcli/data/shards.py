@@ -5,6 +5,7 @@ A shard is opened when its first utterance is read, not before: opening a corpus
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,32 +19,50 @@ from nestcli.data.manifest import Manifest, joined, of_scan, split_paths
 from nestcli.data.scan import NO_SHARD, scan
 from nestcli.data.tar_index import open_shard
 from nestcli.errors import DataError
+from nestcli.files import expand_home
 
 # `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; it takes the other brackets too.
-_RANGE = re.compile(r"(?:_OP_|[{(\[<])(\d+)\.\.(\d+)(?:_CL_|[})\]>])")
+_RANGE = re.compile(r"(?:_OP_|[{(\[<])([0-9]+)\.\.([0-9]+)(?:_CL_|[})\]>])")
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 _MOST_SHARDS = 1_000_000
+_MOST_RANGES, _MOST_DIGITS = 8, 18  # in a path, of a number in a range
 _CUTS, _AUDIO = "cuts", "recording"  # the fields of a Shar that are read
 
 
 def expand(paths: str | Sequence[str]) -> list[str]:
     """The files that paths with ranges stand for: `audio__OP_0..2_CL_.tar` are three. Raises DataError."""
     names = split_paths(paths) if isinstance(paths, str) else [str(path) for path in paths]
-    return [name for each in names for name in _expanded(each)]
+    expanded: list[str] = []
+    for each in names:
+        expanded += _expanded(each)
+        if len(expanded) > max(_MOST_SHARDS, len(names)):
+            raise DataError(f"{names[0][:200]}, ...: the ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
+    return expanded
 
 
 def _expanded(path: str) -> list[str]:
     elsewhere = remote.is_remote(path)
-    found = _RANGE.search(path) if elsewhere or not Path(path).exists() else None
-    if found is None:
-        return [path if elsewhere else str(Path(path).expanduser())]
+    found = _RANGE.search(path)
+    if found is None or (not elsewhere and os.path.exists(path)):  # noqa: PTH110  (pathlib raises for long names)
+        return [path if elsewhere else str(Path(expand_home(path)))]
+    _check_ranges(path)
     first, last = found.groups()
-    if not int(first) <= int(last) < int(first) + _MOST_SHARDS:
-        raise DataError(f"{path}: the range {found[0]} names no files; write it as _OP_0..7_CL_")
     width = len(first) if first.startswith("0") else 0
     numbers = range(int(first), int(last) + 1)
     before, after = path[: found.start()], path[found.end() :]
     return [name for number in numbers for name in _expanded(f"{before}{number:0{width}}{after}")]
+
+
+def _check_ranges(path: str) -> None:
+    """Refuse ranges that name nothing, or more than anyone has, before any name is made."""
+    ranges, total = _RANGE.findall(path), 1
+    for first, last in ranges:
+        if max(len(first), len(last)) > _MOST_DIGITS or int(first) > int(last):
+            written = f"{first[:20]}..{last[:20]}"
+            raise DataError(f"{path[:200]}: the range {written} names no files; write it as _OP_0..7_CL_")
+        total *= int(last) - int(first) + 1
+    if total > _MOST_SHARDS or len(ranges) > _MOST_RANGES:
+        raise DataError(f"{path[:200]}: its ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
 
 
 def read_tarred(manifest_paths: str | Sequence[str], tar_paths: str | Sequence[str]) -> Manifest:
@@ -131,7 +150,7 @@ def _shar_files(path: str | dict[str, Any]) -> tuple[list[str], list[str]]:
                 f"{path}: a remote folder is not listed; name its files: shar_path={{cuts: "
                 ".../cuts._OP_000000..000007_CL_.jsonl.gz, recording: .../recording._OP_000000..000007_CL_.tar}"
             )
-        folder = Path(path).expanduser()
+        folder = Path(expand_home(path))
         cuts = sorted(str(file) for pattern in ("cuts.*.jsonl.gz", "cuts.*.jsonl") for file in folder.glob(pattern))
         return cuts, sorted(str(file) for file in folder.glob("recording.*.tar"))
     if missing := {_CUTS, _AUDIO} - path.keys():
@@ -145,14 +164,14 @@ def _shar_row(cut: dict[str, Any]) -> dict[str, Any]:
         return cut
     recording = cut.get("recording")
     sources = recording.get("sources") if isinstance(recording, dict) else None
-    kinds = {each.get("type") if isinstance(each, dict) else None for each in sources or [None]}
-    if kinds != {"shar"} or not isinstance(cut.get("id"), str):
+    kinds = [isinstance(each, dict) and each.get("type") for each in sources] if isinstance(sources, list) else []
+    if not kinds or any(kind != "shar" for kind in kinds) or not isinstance(cut.get("id"), str):
         raise ValueError("this is no cut of a Shar; its recording must be a placeholder of type shar")
     if cut.get("type", "MonoCut") != "MonoCut":
-        raise ValueError(f"a {cut['type']} cannot be read; save MonoCuts")
+        raise ValueError(f"a {str(cut['type'])[:60]} cannot be read; save MonoCuts")
     row = {
         "duration": cut.get("duration"),
         "offset": cut.get("start", 0.0),
-        **supervision(cut.get("supervisions") or []),
+        **supervision(cut.get("supervisions")),
     }
     return {"audio_filepath": cut["id"], **{key: value for key, value in row.items() if value is not None}}

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,14 +19,15 @@ import numpy as np
 import soundfile as sf
 
 from nestcli.data.audio import Samples, load_audio
-from nestcli.data.journal import Journal, file_version
+from nestcli.data.journal import REMEDY, Journal, file_version
 from nestcli.data.manifest import read_manifests, write_manifest
 from nestcli.data.pool import Died, Pool
-from nestcli.errors import DataError
+from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 
 Format = Literal["nemo-tar", "shar"]
 
+_write = partial(write_manifest, error=RunFailedError, remedy=REMEDY)
 _AS_THEY_ARE = ("FLAC", "WAV")  # whole files of one channel, 16 bits and the wanted rate go in untouched
 
 
@@ -85,7 +87,7 @@ def write_shards(
     finally:
         journal.close()
     skipped = [row for each in packed for row in each.skipped]
-    write_manifest(out / "skipped.jsonl", skipped)
+    _write(out / "skipped.jsonl", skipped)
     written = sum(len(each.rows) for each in packed)
     if not written:
         raise DataError(f"nothing of {manifest} could be packed; the first: {skipped[0]['detail']}")
@@ -160,8 +162,8 @@ def _clear_others(out: Path, format: Format, shards: int) -> None:
 def _nemo_manifests(out: Path, packed: Sequence[_Packed]) -> dict[str, Any]:
     """Write one manifest a shard and one of all; the keys that name them."""
     for number, each in enumerate(packed):
-        write_manifest(out / "sharded_manifests" / f"manifest_{number}.json", each.rows)
-    write_manifest(out / "tarred_audio_manifest.json", (row for each in packed for row in each.rows))
+        _write(out / "sharded_manifests" / f"manifest_{number}.json", each.rows)
+    _write(out / "tarred_audio_manifest.json", (row for each in packed for row in each.rows))
     return {
         "is_tarred": True,
         "manifest_filepath": str(out / "tarred_audio_manifest.json"),
@@ -171,7 +173,10 @@ def _nemo_manifests(out: Path, packed: Sequence[_Packed]) -> dict[str, Any]:
 
 def _pack_tar(task: _Packing) -> _Packed:
     packed = _Packed([], [])
-    with atomic_file(_files(task)[0]) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        atomic_file(_files(task)[0], RunFailedError, REMEDY) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for line, row in task.rows:
             try:
                 content, ending, duration = _content(row, task)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import soundfile as sf
 
+_MOST_EXPANSION, _LEAST_LIMIT = 100, 256 << 20  # of a file's bytes as 32-bit samples, and bytes that any may have
+_PATIENCE = 600  # s
 _FFMPEG = "convert it, for example with `ffmpeg -i FILE -ac 1 FILE.flac`"
 
 
@@ -45,19 +50,32 @@ def decoded_by_sox(path: str) -> Iterator[str]:
     kind = _sox_type(path)
     if kind is None:
         raise UnreadableError(_unknown_format(path))
-    if shutil.which("sox") is None:  # asked first, because importing the package without it prints warnings
+    program = shutil.which("sox")
+    if program is None:
         raise UnreadableError(f"{kind} needs the program sox; install it, or {_FFMPEG}")
-    from sox.core import sox
-
     with TemporaryDirectory(prefix="nest-sox-") as folder:
         copy = str(Path(folder) / "decoded.w64")
         # no shell here, and an absolute path is no option, no pipe ("|command") and no address to SoX either
         source = ["--no-glob", "-V1", "-t", kind, os.path.abspath(path)]  # noqa: PTH100
-        try:
-            status, _, complaint = sox([*source, "-t", "w64", "-e", "floating-point", "-b", "32", copy])
-        except UnicodeDecodeError:  # the complaint repeats a name that is not UTF-8
-            status, complaint = 1, ""
-        if status != 0 or complaint:  # SoX ends with 0 after some failures
-            last_line = (complaint or "").strip().rpartition("\n")[2]
-            raise UnreadableError(f"SoX cannot decode it: {last_line}")
+        decoded = ["-t", "w64", "-e", "floating-point", "-b", "32", copy]
+        _run([program, *source, *decoded], max(_LEAST_LIMIT, _MOST_EXPANSION * Path(path).stat().st_size))
         yield copy
+
+
+def _run(command: list[str], limit: int) -> None:
+    """Run SoX, which may write a file of `limit` bytes: silence of months is packed into kilobytes."""
+    with subprocess.Popen(  # noqa: S603  (no shell)
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        if hasattr(resource, "prlimit"):
+            with suppress(OSError):  # it has ended already
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            complaint = process.communicate(timeout=_PATIENCE)[1].decode("utf-8", "replace").strip()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise UnreadableError(f"SoX has not decoded it in {_PATIENCE} s") from None
+    if process.returncode == -signal.SIGXFSZ or "File too large" in complaint:
+        raise UnreadableError(f"decoded it has more than {limit:,} bytes, as no recording of its size has")
+    if process.returncode != 0 or complaint:  # SoX ends with 0 after some failures
+        raise UnreadableError(f"SoX cannot decode it: {complaint.rpartition(chr(10))[2]}")

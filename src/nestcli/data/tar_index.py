@@ -7,16 +7,18 @@ fail to be read. The walk reads headers alone; a shard of a gigabyte is indexed 
 from __future__ import annotations
 
 import os
+import stat
 import weakref
 from collections import OrderedDict
 from typing import Any
 
-from nestcli.data import remote
+from nestcli.data import jail, remote
 from nestcli.errors import DataError
 
 _BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
 _OPEN_SHARDS = 64  # in each process
 _MAX_EXTENSION = 1 << 20  # bytes of a long name or of PAX records
+_DIGITS = 20  # of a number in them: Python gives up at 4,300
 _FILES = (b"0", b"7", b"\0")
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes, whatever size they state
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _SPARSE = b"L", b"K", b"x", b"g", b"S"
@@ -56,8 +58,13 @@ class TarMembers:
 
     def _open(self) -> int:
         if self._descriptor is None:
+            if why := jail.outside(self.path):
+                raise DataError(f"the shard {self.path} is not read: {why}")
             local = remote.local_copy(self.path) if remote.is_remote(self.path) else self.path
-            descriptor = os.open(local, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(local, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not hang on a FIFO
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise DataError(f"the shard {self.path} is a folder, a pipe or a device; name a tar")
             if self._size not in (None, os.fstat(descriptor).st_size):
                 os.close(descriptor)
                 raise DataError(f"the shard {self.path} has changed since it was opened; start again")
@@ -175,7 +182,7 @@ def _pax_records(content: bytes) -> dict[str, str]:
     records = {}
     while content:
         digits, _, _ = content.partition(b" ")
-        if not digits.isdigit() or not len(digits) < int(digits) <= len(content):
+        if not (digits.isdigit() and len(digits) < _DIGITS) or not len(digits) < int(digits) <= len(content):
             break
         record, content = content[len(digits) + 1 : int(digits) - 1], content[int(digits) :]
         key, _, value = record.partition(b"=")
@@ -184,7 +191,8 @@ def _pax_records(content: bytes) -> dict[str, str]:
 
 
 def _number(text: str | None, otherwise: int | None) -> int | None:
-    return int(text) if text is not None and text.isascii() and text.isdigit() else otherwise
+    usable = text is not None and len(text) < _DIGITS and text.isascii() and text.isdigit()
+    return int(text) if usable and text is not None else otherwise
 
 
 _opened: OrderedDict[str, TarMembers] = OrderedDict()

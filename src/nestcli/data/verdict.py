@@ -104,8 +104,6 @@ def _fault(
     item: Item, report: AudioReport, duration: float, limits: Limits, seen: bool, same_as: str | None
 ) -> tuple[str, str] | None:
     """The first reason to leave an item out, and what to say about it."""
-    if seen:
-        return "duplicate_path", "the same audio is in the inputs already"
     if report.reason is not None:
         return report.reason, report.detail
     stated_end = item.offset + (0.0 if math.isnan(item.duration) else item.duration)
@@ -113,6 +111,8 @@ def _fault(
         return "bad_duration", f"its manifest gives it {item.duration:g} s"
     if duration <= 0 or stated_end > report.duration + _STATED_SLACK:
         return "truncated", f"{item.where()} goes beyond the file's {report.duration:.2f} s"
+    if seen:  # after its own faults: of broken files each has its own reason
+        return "duplicate_path", "the same audio is in the inputs already"
     if report.clipped > limits.max_clipped:
         return "clipped", f"{report.clipped:.1%} of its samples are cut off at full scale"
     if same_as is not None:

@@ -209,7 +209,8 @@ class _Watching(_MultiProcessingDataLoaderIter):
     def _shutdown_workers(self) -> None:
         if any(process.exitcode for process in getattr(self, "_workers", ())):
             self.end()  # one died; another may wait for a lock that it held
-        super()._shutdown_workers()
+        if hasattr(self, "_shutdown"):  # else it was never whole: a process could not be started
+            super()._shutdown_workers()
 
     def end(self) -> None:
         """End all processes: they are of no use without the one that is lost, and stopped ones hear nothing else."""

@@ -42,13 +42,16 @@ def document_of(report: Report, date: datetime) -> str:
     parts += [pictures_figure(section) for section in report.sections if section.pictures]
     parts += [_checks(report), _known_differences(report.known_differences)]
     title = escape(f"{report.config} and NeMo {report.nemo_version}")
+    return html_page(title, "\n".join(part for part in parts if part))
+
+
+def html_page(title: str, body: str) -> str:
+    """A page in the style of ours; `title` and `body` are HTML already."""
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 

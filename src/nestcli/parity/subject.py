@@ -20,6 +20,7 @@ from torch import Tensor
 from nestcli.config import resolved
 from nestcli.data.audio import load_audio
 from nestcli.errors import DataError
+from nestcli.model.limits import check_memory
 from nestcli.model.nest import NestConfig, NestModel
 from nestcli.parity.worker import checksums
 
@@ -65,7 +66,9 @@ def make_subject(
     """A model with the weights of a checkpoint, or with initial ones that are moved away from zeros and ones."""
     config, _ = with_nemo_behaviour(config)
     torch.manual_seed(SEED)
-    model = NestModel(NestConfig.from_config(config))
+    nest = NestConfig.from_config(config)
+    check_memory(nest)
+    model = NestModel(nest)
     initial = checksums(model.state_dict())
     if state is None:
         unsettle(model)

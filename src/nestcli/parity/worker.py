@@ -456,9 +456,9 @@ def main(folder):
 
 
 def _reply(request, path):
-    from safetensors.torch import load_file, save_file
-
     try:
+        from safetensors.torch import load_file, save_file
+
         tensors = load_file(request["tensors"]) if request.get("tensors") else {}
         facts, found = answer(request["operation"], request["parameters"], tensors)
         if found:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nestcli.errors import ConfigError, MissingDependencyError, NestError
+from nestcli.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,8 +83,8 @@ def draw_curves(lines: Lines, path: Path, title: str = "") -> None:
     figure.supxlabel("optimiser step", fontsize=9, color=_INK)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=90)
 
 
 def _panel(axes: Axes, name: str, curves: Sequence[tuple[str, str, bool]], lines: Lines) -> None:

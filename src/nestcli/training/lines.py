@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nestcli.files import write_text
+from nestcli.errors import ConfigError
+from nestcli.files import open_kept, write_text
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add a line; numbers that JSON does not have, NaN and infinity, become null."""
-    with path.open("a", encoding="utf-8") as file:
+    with open_kept(path, "a", ConfigError, encoding="utf-8") as file:
         file.write(_line(row))
 
 

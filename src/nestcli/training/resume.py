@@ -13,10 +13,12 @@ from torch import nn
 
 from nestcli.checkpoint.digest import DamagedError, verify
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
+from nestcli.checkpoint.weights import checked_tensors
 from nestcli.config import leaves, resolved
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.module import CONFIG_KEY
 from nestcli.training.checkpoints import step_in_name
+from nestcli.untrusted import check_plain
 
 DAMAGED = ".damaged"  # what is put behind the name of one that is set aside
 _STATE = ("optimizer_states", "lr_schedulers", "loops")  # what training needs beside the weights
@@ -99,7 +101,7 @@ def _newest_whole(checkpoints: Path, config: DictConfig, model: nn.Module) -> Re
         except CheckpointError:
             passed.append(Passed(path, "it holds more than tensors and plain data, or no weights", damaged=False))
         else:
-            if all(key in content for key in _STATE):
+            if all(key in content for key in _STATE) and isinstance(content.get("global_step"), int):
                 _check_model(content, config, model, checkpoints.parent)
                 return Resume(path, int(content["global_step"]), tuple(passed))
             passed.append(Passed(path, "it holds weights, and not the state of training", damaged=False))
@@ -150,7 +152,7 @@ def _renamed(path: Path) -> Path:
 
 def _check_model(content: Mapping[str, Any], config: DictConfig, model: nn.Module, folder: Path) -> None:
     """Raise ConfigError if a checkpoint is of another model."""
-    ours, stored = model.state_dict(), content["state_dict"]
+    ours, stored = model.state_dict(), checked_tensors(content["state_dict"], str(folder))
     for name in [*ours, *stored]:
         shapes = [tuple(state[name].shape) if name in state else None for state in (ours, stored)]
         if shapes[0] != shapes[1]:
@@ -164,7 +166,11 @@ def _first_change(content: Mapping[str, Any], config: DictConfig) -> str | None:
     """The first setting of the model that differs from the one that a checkpoint carries."""
     if not isinstance(content.get(CONFIG_KEY), Mapping):
         return None
-    stored = dict(leaves(content[CONFIG_KEY]["model"]))
+    try:
+        check_plain(content[CONFIG_KEY], "")
+    except ConfigError:  # nothing that we wrote
+        return None
+    stored = dict(leaves(content[CONFIG_KEY].get("model", {})))
     for key, value in leaves(resolved(config)["model"]):
         if key == "encoder.backend":  # changes the code that trains, not the model
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ from nestcli.training.start import start_from, starts_of
 from nestcli.training.watched import Watched
 
 DEFAULT_EXP_DIR = "nest_experiments"
+# Text, and {metric} or {metric:.3f} in it; Python's own formats also know widths of gigabytes, and attributes.
+_FILENAME = re.compile(r"(?:[^{}]|\{[\w/-]+(?::0?\d{0,2}(?:\.\d{1,2})?[a-z]?)?\})+")
 _MONITORS = ("val_loss", "val_masked_accuracy", "train_loss", "masked_accuracy")
 
 
@@ -118,7 +121,7 @@ class Pretraining:
         self._resume = find_resume(self.folder, config, self.module.model)
         self.resumes = self._resume.path
         self._starts = starts_of(config)
-        self._starts_from = () if self.resumes else tuple(start_from(self.module.model, self._starts))
+        self._starts_from = () if self.resumes else tuple(start_from(self.module.model, self._starts, config))
 
     @property
     def plan(self) -> RunPlan:
@@ -210,12 +213,16 @@ class Pretraining:
             peak_gpu_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         )
 
+    def remove_leftovers(self) -> None:
+        """Remove what a kill in the middle of a write left in the run's folder; only for the first process."""
+        for folder in (self.folder, self.folder / "checkpoints"):
+            remove_leftovers(folder)
+
     # ---- parts ----
 
     def _prepare_folder(self, checkpoints: NestCheckpoint | None) -> None:
         """What killed runs have left is put in order; only the first process does that."""
-        for folder in (self.folder, self.folder / "checkpoints"):
-            remove_leftovers(folder)
+        self.remove_leftovers()
         check_space(self.folder, checkpoints, self.module.model)
         self._resume.set_aside(self.reporter.note)
         if self.resumes is None and (self.folder / "metrics.jsonl").is_file():
@@ -236,6 +243,7 @@ class Pretraining:
             )
         monitor = monitor if self.data.val else None
         filename = options.pop("filename", None) or f"{manager.name}--{{{monitor}:.4f}}-{{epoch}}"
+        _check_filename(str(filename))
         if monitor is None:  # nothing to compare by: keep the newest only
             filename, options["save_top_k"] = f"{manager.name}--{{step}}", 1
             options.setdefault("every_n_train_steps", max(1, self.length.validate_every // self.length.accumulate))
@@ -266,10 +274,22 @@ class Pretraining:
         return trainer
 
 
+def _check_filename(filename: str) -> None:
+    """A checkpoint's name stays in its folder, and its numbers have a width that a name can have."""
+    if Path(filename).is_absolute() or ".." in Path(filename).parts or not _FILENAME.fullmatch(filename):
+        raise ConfigError(
+            f"exp_manager.checkpoint_callback_params.filename: {filename[:100]!r} is no name such as "
+            "run--{val_loss:.3f}-{step}."
+        )
+
+
 def experiment_folder(config: DictConfig) -> Path:
     """exp_manager's folder: exp_dir/name, without a version, as NeMo's when it may resume."""
     manager = config.exp_manager
-    return Path(manager.exp_dir or DEFAULT_EXP_DIR).expanduser() / str(manager.name)
+    name = str(manager.name)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"exp_manager.name: {name[:100]!r} leads out of exp_manager.exp_dir. Give a name.")
+    return Path(manager.exp_dir or DEFAULT_EXP_DIR).expanduser() / name
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.config import resolved, section
+from nestcli.data.cores import available_cores
 from nestcli.errors import ConfigError, MissingDependencyError
 
 # As Lightning names them. bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
@@ -32,11 +33,12 @@ _PRECISIONS = {
     "bf16-mixed": "bf16-mixed",
     "bf16-true": "32-true",
 }
-# Trainer keys that we answer ourselves, those that count epochs among them.
+# Trainer keys that we answer ourselves, those that count epochs among them; nothing is uploaded to a registry.
 _OURS = (
     "enable_checkpointing", "logger", "enable_progress_bar", "max_epochs", "max_steps", "limit_train_batches",
-    "val_check_interval", "check_val_every_n_epoch",
+    "val_check_interval", "check_val_every_n_epoch", "model_registry",
 )  # fmt: skip
+_PROCESSES = 16  # that may be started on a CPU, even if it has fewer cores
 _ENDLESS = 1 << 40  # steps of a run without an end
 
 
@@ -221,9 +223,13 @@ def _devices(config: DictConfig) -> Any:
     devices = OmegaConf.to_container(devices) if OmegaConf.is_config(devices) else devices
     if accelerator(config) == "gpu":
         return devices
-    if isinstance(devices, list):
-        return len(devices)
-    return 1 if devices in (-1, "-1", "auto") else devices
+    count = len(devices) if isinstance(devices, list) else 1 if devices in (-1, "-1", "auto") else int(str(devices))
+    most = max(_PROCESSES, available_cores())
+    if count > most:
+        raise ConfigError(
+            f"trainer.devices: {count:,} processes on a CPU with {available_cores()} cores to use; give at most {most}."
+        )
+    return count
 
 
 def n_processes(config: DictConfig) -> int:

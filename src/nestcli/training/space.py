@@ -13,13 +13,16 @@ from torch import nn
 
 from nestcli.checkpoint.atomic import UnwrittenError
 from nestcli.errors import ConfigError, DataError, NestError, RunFailedError
+from nestcli.files import refuse_links
 from nestcli.training.checkpoints import LAST_KEPT, NestCheckpoint
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError if a run could not write to its folder, which need not exist yet."""
+    """Raise ConfigError if a run could not write to its folder, which need not exist yet, or would write elsewhere."""
+    for name in ("checkpoints", "tensorboard"):
+        refuse_links(folder / name, ConfigError)
     for wanted in (folder, folder / "checkpoints"):
         existing = _existing(wanted)
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 
 from nestcli import __version__
-from nestcli.cli import augment, bench, compare, console, count_params, demo, export, prepare_data, pretrain
+from nestcli.cli import (
+    augment,
+    bench,
+    compare,
+    console,
+    count_params,
+    demo,
+    doctor,
+    export,
+    extract,
+    prepare_data,
+    pretrain,
+    probe,
+)
 from nestcli.errors import NestError
 
 app = typer.Typer(
@@ -45,8 +58,11 @@ app.command("augment")(augment.augment)
 app.command("pretrain")(pretrain.pretrain)
 app.command("count-params")(count_params.count_params)
 app.command("compare")(compare.compare)
+app.command("extract")(extract.extract)
+app.command("probe")(probe.probe)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 
 
@@ -59,7 +75,7 @@ def main() -> None:
         app(prog_name="nest")
     except NestError as error:
         if debug:
-            traceback.print_exc()
+            console.trace(traceback.format_exc())
         console.error(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -70,6 +86,6 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            console.trace(traceback.format_exc())
         console.error(f"internal error, {type(error).__name__}: {error}\nThis is a bug in nest; --debug shows where.")
         sys.exit(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +59,7 @@ def augment(
     options = _options(words or [], copies, seed, sample_rate, jobs)
     with console.progress("mixing") as advance:
         summary = write(speech, noise, out, options, advance)
-    pictures = _draw(summary, out, preview, sample_rate)
+    pictures = _previews(summary, out, preview, sample_rate)
     if as_json:
         console.emit_json({**asdict(summary), "pictures": pictures})
     else:
@@ -74,10 +73,11 @@ def augment(
 def _options(words: list[str], copies: int, seed: int, sample_rate: int, jobs: int | None) -> AugmentOptions:
     from dataclasses import fields
 
-    from nestcli.config import BASE, TARGETS, load_config, section
+    from nestcli.config import BASE, load_config, section
     from nestcli.data.augment import AugmentOptions
     from nestcli.data.mixing import AugmentationConfig
     from nestcli.data.noisy_copy import CopyOptions
+    from nestcli.targets import TARGETS
 
     _check_keys(words, ["_target_", *(field.name for field in fields(AugmentationConfig))])
     try:
@@ -101,23 +101,12 @@ def _check_keys(words: list[str], known: list[str]) -> None:
             raise ConfigError(f"{key} is no key of the augmentation. {hint}")
 
 
-def _draw(summary: AugmentSummary, out: Path, count: int, sample_rate: int) -> list[str]:
-    """Draw the first utterances that something was mixed into."""
+def _previews(summary: AugmentSummary, out: Path, count: int, sample_rate: int) -> list[str]:
     if not count or summary.manifest is None:
         return []
-    from nestcli.data.preview import draw_preview
+    from nestcli.data.preview import draw_previews
 
-    drawn: list[str] = []
-    (out / "preview").mkdir(exist_ok=True)
-    with Path(summary.manifest).open(encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            if len(drawn) == count:
-                break
-            if row["augmentation"]["mode"] != "none":
-                path = out / "preview" / f"{len(drawn) + 1:02d}.png"
-                draw_preview(path, row, sample_rate)
-                drawn.append(str(path))
-    return drawn
+    return [str(path) for path in draw_previews(Path(summary.manifest), out / "preview", count, sample_rate)]
 
 
 def _show(summary: AugmentSummary, out: Path, pictures: list[str]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nestcli.cli import plain
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -35,13 +37,18 @@ def stderr() -> Console:
 
 def error(message: str) -> None:
     """Print an error to stderr as it stands; no markup is interpreted in it."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {plain.message(message)}", file=sys.stderr)
+
+
+def trace(text: str) -> None:
+    """Print a traceback to stderr."""
+    print(plain.shown(text), file=sys.stderr)
 
 
 def note(message: str) -> None:
     """Print a line for the person at the terminal to stderr; of several processes of a run only the first does."""
     if is_first_process():
-        print(message, file=sys.stderr, flush=True)
+        print(plain.message(message), file=sys.stderr, flush=True)
 
 
 def is_first_process() -> bool:
@@ -52,12 +59,17 @@ def is_first_process() -> bool:
 
 def line(text: str) -> None:
     """Print a line of a command's answer to stdout."""
-    print(text)
+    print(plain.shown(text))
 
 
 def emit_json(document: Any) -> None:
-    """Print the one JSON document of a `--json` call to stdout."""
-    print(json.dumps(document, ensure_ascii=False, indent=2))
+    """Print the one JSON document of a `--json` call to stdout; in ASCII where stdout does not take its characters."""
+    text = json.dumps(document, ensure_ascii=False, indent=2)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2)
+    print(plain.json_text(text))
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False) -> None:
@@ -66,11 +78,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    drawn = Table(title=plain.shown(title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for column in columns:
-        drawn.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        drawn.add_column(
+            plain.shown(column.lstrip(">")), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
     for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
+        drawn.add_row(*(plain.shown(str(cell)) for cell in row))
     Console(stderr=to_stderr, highlight=False, markup=False).print(drawn)
 
 
@@ -103,6 +117,7 @@ def progress(description: str) -> Iterator[Advance]:
         task = bar.add_task(description, total=None)
 
         def advance(done: int, total: int, doing: str = "") -> None:
+            doing = plain.shown(doing).replace("[", r"\[")
             bar.update(task, completed=done, total=total, description=f"{description} {doing}".rstrip())
 
         yield advance
@@ -131,7 +146,7 @@ class TrainingDisplay:
 
     def note(self, message: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(message, markup=False)
+            self._bar.console.print(plain.shown(message), markup=False)
         else:
             note(message)
 

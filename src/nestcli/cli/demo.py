@@ -12,7 +12,7 @@ import typer
 from nestcli.cli import console
 
 if TYPE_CHECKING:
-    from nestcli.demo.tour import Results
+    from nestcli.demo.results import Results
 
 
 def demo(
@@ -21,9 +21,12 @@ def demo(
         typer.Argument(metavar="[key=value ...]", help="Overrides of the demo preset.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")] = Path("nest_demo"),
-    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="Minutes of speech to make.")] = 12.0,
+    minutes: Annotated[float, typer.Option("--minutes", min=4.0, help="Minutes of speech to make.")] = 12.0,
 ) -> None:
-    """Make a small corpus of synthetic voices, prepare it, pretrain on it for a few minutes, draw the results."""
+    """The whole way on speech that it makes itself: prepare, augment, pretrain for minutes, compare, probe.
+
+    DIR/index.html shows what came of it.
+    """
     console.note("loading ...")
 
     from nestcli.demo.tour import take_tour
@@ -67,20 +70,14 @@ def _guide() -> Iterator[_TerminalGuide]:
 
 
 def _show(results: Results) -> None:
-    run = results.run
+    learned = results.learned
     console.note(
-        f"\nThe loss fell from {results.guess_loss:.2f} (a guess) to {results.last_loss:.2f}; "
-        f"{results.last_accuracy:.1%} of the masked tokens are predicted right (a guess: {results.guess_accuracy:.1%})."
+        f"\nThe loss fell from {learned.guess_loss:.2f} (a guess) to {learned.last_loss:.2f}; "
+        f"{learned.last_accuracy:.1%} of the masked tokens are predicted right (a guess: {learned.guess_accuracy:.1%})."
     )
-    for what, where in (
-        ("loss curve", results.loss_curve),
-        ("what the model hears", results.spectrograms),
-        ("best checkpoint", run.best),
-        ("newest checkpoint", run.last),
-        ("numbers of every step", run.metrics),
-        ("speech and noise", results.corpus.speech.parent),
-        ("manifests", Path(str(results.speech.manifests["train"])).parent),
-    ):
+    for name, (mean, _, clear) in results.probe.margins.items():
+        console.note(f"Who speaks, beside {name}: {100 * mean:+.1f} points{'' if clear else ' (not clear)'}.")
+    for what, where in (("PAGE OF RESULTS", results.page), *results.files()):
         console.note(f"  {what:21}  {where}")
     console.note(
         "\nNext, your own speech:\n  nest prepare-data FOLDER --out data && nest pretrain small ... (see README.md)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-CHECKPOINTS = (".ckpt", ".nemo")
+CHECKPOINTS = (".ckpt", ".nemo", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ def read_named(words: Sequence[str]) -> Named:
 
 
 def read_config(words: Sequence[str], *, training: bool = False) -> Named:
-    """The same without the weights; for what trains, environment variables count too. Raises NestError."""
+    """The same without the weights; for what trains, environment variables count too. Raises NestError.
+
+    Of a checkpoint of another model, and of a folder of transformers, it is a NEST around its encoder.
+    """
     from nestcli.config import load_config, load_training_config, split_words, words_of_environment
 
     name, overrides = split_words(words)
-    if not name.endswith(CHECKPOINTS):
+    if not name.endswith(CHECKPOINTS) and not Path(name, "config.json").is_file():
         return Named(name, (load_training_config if training else load_config)(name, overrides))
-    from nestcli.checkpoint.load import checkpoint_config
+    from nestcli.checkpoint.encoder import encoder_config
 
-    return Named(name, checkpoint_config(name, [*(words_of_environment() if training else []), *overrides]))
+    return Named(name, encoder_config(name, [*(words_of_environment() if training else []), *overrides]))

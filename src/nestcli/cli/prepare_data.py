@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from nestcli.cli import console
-from nestcli.errors import RunFailedError
+from nestcli.errors import DataError, RunFailedError
 
 if TYPE_CHECKING:
     from nestcli.data.prepare import PrepareSummary
@@ -79,6 +80,10 @@ def prepare_data(
         str | None,
         typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: local, auto, HOST:PORT."),
     ] = None,
+    only_below: Annotated[
+        Path | None,
+        typer.Option("--jail", metavar="DIR", help="Read audio below this folder only, links followed: $NEST_JAIL."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -88,8 +93,13 @@ def prepare_data(
     listed in DIR/rejected.jsonl with the reason; the rest goes to DIR/train_manifest.json and
     DIR/val_manifest.json. A run that was interrupted goes on with the same command.
     """
+    from nestcli.data import jail
     from nestcli.data.prepare import PrepareOptions, first_rejection, prepare
 
+    if only_below is not None:
+        if not only_below.is_dir():
+            raise DataError(f"--jail {only_below} is no folder; name the one that holds the audio")
+        os.environ[jail.VARIABLE] = str(only_below.absolute())  # for the processes that work too
     options = PrepareOptions(
         kind=kind,
         val_fraction=val_fraction,

@@ -46,6 +46,8 @@ def pretrain(
     plan = run.plan
     _show_plan(plan)
     if plan.steps is not None and plan.resumes_at >= plan.steps:
+        if console.is_first_process():
+            run.remove_leftovers()
         console.note(
             f"This run is complete: {plan.resumes_at} of {plan.steps} steps. Raise trainer.max_steps to go on."
         )

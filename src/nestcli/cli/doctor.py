@@ -1,0 +1,104 @@
+"""`nest doctor`: what this machine and installation can do, and what is missing."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nestcli.cli import console
+from nestcli.errors import NestError
+
+if TYPE_CHECKING:
+    from nestcli.doctor.report import Check, Report
+
+_STATES = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
+
+
+def doctor(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder that results are to go to; need not exist.")
+    ] = Path("nest_experiments"),
+    nemo_python: Annotated[
+        str | None,
+        typer.Option(
+            "--nemo-python",
+            metavar="PATH",
+            help="Python of an environment with NeMo; also $NEST_NEMO_PYTHON.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Look at installation, devices, audio, disk, NeMo and environment; say what is missing and what to do about it.
+
+    Ends with 1 if there is a problem; notes are good to know.
+    """
+    if out.exists() and not out.is_dir():
+        raise NestError(f"--out {out}: this is a file. Name the folder that results are to go to.")
+    if nemo_python is not None and shutil.which(nemo_python) is None:
+        raise NestError(
+            f"--nemo-python {nemo_python}: there is no such program. Give the path of a Python that has NeMo."
+        )
+    from nestcli.doctor.run import examine
+
+    if _has_rich():
+        with console.progress("looking at") as advance:
+            report = examine(out, nemo_python, advance)
+    else:
+        report = examine(out, nemo_python)
+    if as_json:
+        console.emit_json(report.to_json())
+    else:
+        _show(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _show(report: Report) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 is one of the findings
+        sys.stdout.reconfigure(errors="backslashreplace")
+    rows: list[tuple[str, str, str]] = []
+    section = ""
+    for check in report.checks:
+        if check.section != section:
+            section = check.section
+            rows.append((section, "", ""))
+        rows.append((f"  {check.name}", _STATES[check.state], _words(check)))
+    _table(["looked at", "", "found, and -> what to do"], rows)
+    problems, notes = report.of("problem"), report.of("note")
+    if problems:
+        console.line(f"{len(problems)} problem{_s(problems)}: {', '.join(check.name for check in problems)}.")
+    if notes:
+        console.line(f"{len(notes)} note{_s(notes)}: {', '.join(check.name for check in notes)}.")
+    if not problems:
+        console.line("nest can work here.")
+
+
+def _table(columns: list[str], rows: list[tuple[str, str, str]]) -> None:
+    if _has_rich():
+        console.table("nest doctor", columns, rows)
+        return
+    for name, state, words in rows:  # what draws tables is broken as well
+        console.line(f"{name:<24}{state:<9}{words}".rstrip())
+
+
+def _has_rich() -> bool:
+    try:
+        import rich.progress
+        import rich.table
+    except Exception:  # of a package that is broken in whatever way
+        return False
+    return bool(rich)
+
+
+def _words(check: Check) -> str:
+    return f"{check.found}\n-> {check.remedy}" if check.remedy else check.found
+
+
+def _s(checks: list[Check]) -> str:
+    return "s" * (len(checks) != 1)

@@ -1,0 +1,221 @@
+"""The trials that may crash or hang, run one after another in a process of their own: `python child.py TRIAL...`.
+
+Each trial's begin and end is a line of JSON. This file stands alone: a trial imports what it is about, and a broken
+installation breaks that trial only. `trials.py` is the other side.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PRECISIONS = ("32", "bf16-mixed", "bf16-true", "16-mixed")
+_FORMATS = {  # as the README promises them; a rate that every codec takes
+    "wav": ("WAV", "PCM_16", 16_000),
+    "flac": ("FLAC", "PCM_16", 16_000),
+    "mp3": ("MP3", "MPEG_LAYER_III", 16_000),
+    "ogg": ("OGG", "VORBIS", 16_000),
+    "opus": ("OGG", "OPUS", 16_000),
+    "sph": ("NIST", "PCM_16", 16_000),
+    "aiff": ("AIFF", "PCM_16", 16_000),
+}
+
+
+def _import(name: str) -> dict[str, Any]:
+    module = importlib.import_module(name)
+    return {"file": getattr(module, "__file__", None)}
+
+
+def _presets(_: str) -> dict[str, Any]:
+    from nestcli.config import PRESETS, config_dir, load_config
+
+    for preset in PRESETS:
+        load_config(preset)
+    return {"folder": str(config_dir()), "presets": list(PRESETS)}
+
+
+def _torch(_: str) -> dict[str, Any]:
+    """What PyTorch was built for, and which devices it can use."""
+    import torch
+    from torch import distributed
+
+    facts: dict[str, Any] = {
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "mps": torch.backends.mps.is_available(),
+        "threads": torch.get_num_threads(),
+        "nccl": distributed.is_available() and distributed.is_nccl_available(),
+        "gpus": [],
+        "cuda_error": "",
+    }
+    if torch.version.cuda or torch.version.hip:
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            facts["gpus"] = [_gpu(number) for number in range(torch.cuda.device_count())]
+        except (RuntimeError, AssertionError) as error:
+            facts["cuda_error"] = _first_line(error)
+    return facts
+
+
+def _gpu(number: int) -> dict[str, Any]:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(number)
+    return {
+        "name": torch.cuda.get_device_name(number),
+        "free": free,
+        "total": total,
+        "capability": list(torch.cuda.get_device_capability(number)),
+        "bf16": torch.cuda.get_device_capability(number) >= (8, 0) or bool(torch.version.hip),
+    }
+
+
+def _precision(device: str) -> dict[str, Any]:
+    """One optimiser step in each precision that trainer.precision takes; empty for one that works, else why not."""
+    failures = {}
+    for name in PRECISIONS:
+        try:
+            failures[name] = _step(name, device)
+        except Exception as error:
+            failures[name] = _first_line(error)
+    return {"failures": failures}
+
+
+def _step(precision: str, device: str) -> str:
+    """A linear layer learns for a step; returns what is wrong with the outcome, or nothing."""
+    import torch
+
+    low = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    mixed = precision.endswith("mixed")
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 64, device=device, dtype=torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device, enabled=precision == "16-mixed", init_scale=1024.0)
+    before = layer.weight.detach().clone()
+    with torch.autocast(device, dtype=low, enabled=mixed):
+        product = layer(torch.randn(32, 64, device=device, dtype=layer.weight.dtype))
+    expected = low if precision != "32" else torch.float32
+    if product.dtype != expected:
+        return f"the product is {product.dtype}"
+    scaler.scale(product.float().square().mean()).backward()
+    scaler.step(optimiser)
+    scaler.update()
+    if not torch.isfinite(layer.weight).all() or torch.equal(layer.weight, before):
+        return "the optimiser's step made no finite change"
+    return ""
+
+
+def _gloo(_: str) -> dict[str, Any]:
+    """A process group of one process adds a tensor up: finds an unusable network address, as training would."""
+    import torch
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        value = torch.ones(1)
+        distributed.all_reduce(value)
+        return {"sum": float(value)}
+    finally:
+        distributed.destroy_process_group()
+
+
+def _formats(_: str) -> dict[str, Any]:
+    """Write a tone and read it again in every format; empty for one that works, else why not."""
+    import soundfile
+
+    failures = {}
+    for name, settings in _FORMATS.items():
+        try:
+            failures[name] = _written_and_read(*settings)
+        except Exception as error:
+            failures[name] = _first_line(error)
+    return {"libsndfile": soundfile.__libsndfile_version__, "failures": failures}
+
+
+def _written_and_read(kind: str, subtype: str, rate: int) -> str:
+    import numpy as np
+    import soundfile
+
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    file = io.BytesIO()
+    soundfile.write(file, tone, rate, format=kind, subtype=subtype)
+    file.seek(0)
+    samples, _ = soundfile.read(file)
+    energy = float(np.square(samples).mean())  # 0.125 was written; codecs add up to a frame of silence
+    wrong = not 0.9 * rate <= len(samples) <= 1.3 * rate or not 0.08 < energy < 0.15
+    return f"a tone comes back as {len(samples)} of {rate} samples, energy {energy:.3f} of 0.125" if wrong else ""
+
+
+def _soxr(_: str) -> dict[str, Any]:
+    import numpy as np
+    import soxr
+
+    tone = np.sin(2 * np.pi * 440 * np.arange(44_100) / 44_100).astype(np.float32)
+    made = soxr.resample(tone, 44_100, 16_000, quality="HQ")
+    wanted = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    middle = slice(1_000, 15_000)
+    error = float(np.abs(made[middle] - wanted[middle]).max())
+    if len(made) != 16_000 or not error < 1e-3:
+        raise RuntimeError(f"a tone was resampled to {len(made)} samples for 16000, off by {error:.2g}")
+    return {"error": error}
+
+
+def _library(path: str) -> dict[str, Any]:
+    """Load a compiled library, as torch.compile does with what it compiled."""
+    import ctypes
+
+    ctypes.CDLL(path)
+    return {}
+
+
+def _nemo(how: str) -> dict[str, Any]:
+    """NeMo's version in this Python, without running any of it; with `import`, its encoder is imported too."""
+    from importlib import metadata, util
+
+    version = metadata.version("nemo_toolkit")
+    if util.find_spec("nemo.collections.asr") is None:
+        raise ImportError("its folder nemo/collections/asr is missing")
+    if how == "import":
+        importlib.import_module("nemo.collections.asr.modules.conformer_encoder")
+    return {"version": version, "python": ".".join(map(str, sys.version_info[:3]))}
+
+
+TRIALS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "import": _import, "presets": _presets, "torch": _torch, "precision": _precision, "gloo": _gloo,
+    "formats": _formats, "soxr": _soxr, "library": _library, "nemo": _nemo,
+}  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def main(trials: list[str]) -> None:
+    """Run each trial `NAME` or `NAME:ARGUMENT`."""
+    here = Path(__file__).parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]  # no `import audio` of ours
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever libraries print is no answer
+
+    def tell(**line: Any) -> None:
+        answers.write(json.dumps(line) + "\n")
+        answers.flush()
+
+    for trial in trials:
+        tell(begun=trial)
+        name, _, argument = trial.partition(":")
+        try:
+            tell(trial=trial, facts=TRIALS[name](argument))
+        except BaseException as error:  # SystemExit of a module too
+            tell(trial=trial, error=_first_line(error))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,13 +1,16 @@
 """The demo, shortened: the same way, fewer steps and less speech."""
 
 import json
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("matplotlib")
 
+from nestcli.demo import corpus, tour
 from nestcli.demo.tour import take_tour
 from nestcli.errors import RunFailedError
 from nestcli.training.metrics import Reporter, StepReport
@@ -42,21 +45,31 @@ SHORT = [
 ]  # fmt: skip
 
 
-def test_the_tour_learns_and_draws(tmp_path: Path) -> None:
+def test_the_tour_learns_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "VOICES", corpus.VOICES[:4])  # several utterances of each in little speech
     guide = Silent()
     results = take_tour(tmp_path, SHORT, guide, minutes=1.5)
-    assert len(guide.chapters) == 4
-    assert results.last_loss < 0.93 * results.guess_loss
-    for picture in (results.loss_curve, results.spectrograms):
+    assert len(guide.chapters) == 7
+    assert results.learned.last_loss < 0.93 * results.learned.guess_loss
+    assert results.report.passed
+    assert {each.name for each in results.probe.outcomes} == {"pretrained", "untrained", "log-mel"}
+    assert 1 <= len(results.noisy) <= tour.PREVIEWS
+    for picture in (results.learned.curve, results.spectrograms, *results.noisy, *results.pictures):
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = results.page.read_text(encoding="utf-8")
+    named = [unquote(name) for name in re.findall(r'(?:src|href)="([^"]+)"', page)]
+    assert len(named) >= 10
+    assert all((tmp_path / name).exists() for name in named), named
     rows = [json.loads(line) for line in results.run.metrics.read_text().splitlines()]
     assert rows[-1]["step"] == 25
     assert results.run.last is not None
     assert results.run.last.is_file()
+    monkeypatch.setattr(tour, "_compared", lambda *_: results.report)
     again = take_tour(tmp_path, SHORT, guide, minutes=1.5)  # the same words again: nothing is trained twice
     assert again.run.step == 25
 
 
-def test_a_loss_that_does_not_fall_is_said(tmp_path: Path) -> None:
+def test_a_loss_that_does_not_fall_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "VOICES", corpus.VOICES[:4])
     with pytest.raises(RunFailedError, match="It should have fallen"):
         take_tour(tmp_path, [*SHORT, "trainer.max_steps=2", "model.optim.lr=1e-6"], Silent(), minutes=1.5)

@@ -218,7 +218,7 @@ def _write_speech(folder: Path, seconds: float, seed: int, progress: Callable[[i
         share_ends = seconds * (index + 1) / len(VOICES)
         for number, waveform in enumerate(_utterances(synthesizer, voice, np.random.default_rng([seed, index]))):
             path = folder / voice.name / f"{voice.name}_{number:03d}.flac"
-            lengths[path] = _write(path, waveform)
+            lengths[path] = write_flac(path, waveform)
             done += lengths[path]
             progress(min(int(done), int(seconds)), int(seconds))
             if done >= share_ends:
@@ -233,12 +233,12 @@ def _utterances(synthesizer: Synthesizer, voice: Voice, rng: np.random.Generator
         pitch, rate = voice.pitch + rng.integers(-4, 5), round(voice.rate * rng.uniform(0.93, 1.07))
         tuned = replace(voice, pitch=int(pitch), rate=rate)
         said = _one_utterance(synthesizer, tuned, sentences, rng)
-        yield _at_level(said, rng.uniform(-28, -20)) + _room(rng, len(said))
+        yield at_level(said, rng.uniform(-28, -20)) + room(rng, len(said))
 
 
-def _room(rng: np.random.Generator, n_samples: int) -> FloatArray:
+def room(rng: np.random.Generator, n_samples: int) -> FloatArray:
     """The hiss of a quiet room. Without it pauses are digital silence, which dither turns into another sound."""
-    return _at_level(coloured(rng, n_samples, 0.5), rng.uniform(-62, -56))
+    return at_level(coloured(rng, n_samples, 0.5), rng.uniform(-62, -56))
 
 
 def _one_utterance(
@@ -272,18 +272,18 @@ def _write_noise(folder: Path, speech: Sequence[Path], seed: int) -> list[float]
             n_samples = int(rng.integers(100, 201)) * SAMPLE_RATE // 10  # whole tenths: fast to transform
             made = babble(rng, n_samples, speech) if kind == "babble" else NOISES[kind](rng, n_samples)
             path = folder / kind / f"{kind}_{number}.flac"
-            lengths.append(_write(path, _at_level(made, rng.uniform(-30, -22))))
+            lengths.append(write_flac(path, at_level(made, rng.uniform(-30, -22))))
     return lengths
 
 
-def _write(path: Path, waveform: FloatArray) -> float:
+def write_flac(path: Path, waveform: FloatArray) -> float:
     """Write 16-bit FLAC and return its length in seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sf.write(path, waveform, SAMPLE_RATE, subtype="PCM_16")
     return len(waveform) / SAMPLE_RATE
 
 
-def _at_level(waveform: FloatArray, decibels: float) -> FloatArray:
+def at_level(waveform: FloatArray, decibels: float) -> FloatArray:
     """The waveform at a mean power of `decibels` re full scale, or lower where its peak would be too high."""
     wanted = 10 ** (decibels / 20) / float(np.sqrt(np.mean(waveform**2)))
     return waveform * min(wanted, LOUDEST_PEAK / float(np.abs(waveform).max()))

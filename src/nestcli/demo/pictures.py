@@ -1,8 +1,5 @@
 """The demo's pictures: how the training went, and what one batch looks like.
 
-Matplotlib is optional and slow to import, so only the functions name it, and only its object-oriented side: a
-`Figure` that nobody else holds, drawn by the Agg backend that `savefig` chooses for a PNG.
-
 Axes: F mel channels, T frames.
 """
 
@@ -14,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.errors import MissingDependencyError
+from nestcli.pictures import BLUE, GREY, INK, ORANGE, PALE, new_figure, save, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,10 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 FloatArray = npt.NDArray[np.floating[Any]]
-
-INK, GREY, PALE = "#22262b", "#8a9099", "#e3e6ea"
-BLUE, ORANGE = "#2f6db5", "#d9702b"  # told apart by colour-blind readers too
-DOTS_PER_INCH = 144
 
 
 def draw_loss_curve(
@@ -44,7 +37,7 @@ def draw_loss_curve(
     Raises MissingDependencyError without matplotlib.
     """
     guess = f"guessing: ln({round(float(np.exp(chance_loss)))}) = {chance_loss:.2f}"
-    figure = _figure(8, 6)
+    figure = new_figure(8, 6)
     losses, accuracies = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _curve(losses, steps, train_loss, BLUE, "training")
     losses.plot(val_steps, val_loss, color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="validation")
@@ -56,10 +49,10 @@ def draw_loss_curve(
     accuracies.set_xlabel("training step", color=INK)
     accuracies.set_ylim(bottom=0)
     for axes in (losses, accuracies):
-        _tidy(axes)
+        tidy(axes)
         axes.grid(axis="y", color=PALE, linewidth=0.8)
     figure.align_ylabels()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_batch(
@@ -84,7 +77,7 @@ def draw_batch(
         "noisy · after mixing": noisy_FT,
         f"masked · what the encoder sees; blank: the {masked_T.mean():.0%} of frames replaced": visible_FT,
     }
-    figure = _figure(10, 7)
+    figure = new_figure(10, 7)
     rows = figure.subplots(3, 1, sharex=True, sharey=True)
     lowest, highest = np.percentile(np.stack([clean_FT, noisy_FT]), [1, 99.7])
     for axes, (name, features_FT) in zip(rows, panels.items(), strict=True):
@@ -94,22 +87,7 @@ def draw_batch(
     figure.supylabel("mel channel", fontsize=10, color=INK)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     _colour_bar(figure, image, list(rows))
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = f'Pictures need matplotlib ({error}). Install it: pip install "nestcli[demo]"'
-        raise MissingDependencyError(message) from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+    save(figure, path)
 
 
 def _curve(axes: Axes, steps: npt.ArrayLike, values: npt.ArrayLike, colour: str, name: str) -> None:
@@ -135,7 +113,7 @@ def _spectrogram(axes: Axes, features_FT: FloatArray, hop_seconds: float, lowest
         vmax=highest,
     )
     axes.set_facecolor(PALE)  # shows through where the image has no value
-    _tidy(axes)
+    tidy(axes)
     return image
 
 
@@ -144,9 +122,3 @@ def _colour_bar(figure: Figure, image: AxesImage, beside: list[Axes]) -> None:
     bar.set_label("log-mel energy", color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=GREY, labelsize=9)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=9)

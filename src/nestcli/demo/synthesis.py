@@ -86,6 +86,11 @@ class Synthesizer:
         return np.asarray(speech.clip(-1.0, 1.0), np.float32)
 
 
+def variants() -> list[str]:
+    """The names of all voice variants, in order. Raises MissingDependencyError as `Synthesizer` does."""
+    return sorted(path.name for path in (_locate()[1] / "voices" / "!v").iterdir())
+
+
 def _locate() -> tuple[Path, Path]:
     """The shared library and its data folder."""
     try:

@@ -1,10 +1,12 @@
-"""The guided tour: a corpus made on the spot, manifests, a short pretraining, pictures of what happened."""
+"""The guided tour: a corpus made on the spot, manifests, noisy copies, a short pretraining, a comparison with NeMo,
+a probe, and a page that shows what came of each.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,16 +14,30 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from nestcli.config import load_training_config
+from nestcli.config import load_training_config, section
+from nestcli.data.augment import AugmentOptions, augment
+from nestcli.data.mixing import AugmentationConfig
+from nestcli.data.noisy_copy import CopyOptions
 from nestcli.data.prepare import PrepareOptions, PrepareSummary, prepare
-from nestcli.demo.corpus import CorpusSummary, make_corpus
+from nestcli.data.preview import draw_previews
+from nestcli.demo.corpus import make_corpus
+from nestcli.demo.page import write_results
 from nestcli.demo.pictures import draw_batch, draw_loss_curve
-from nestcli.errors import RunFailedError
+from nestcli.demo.results import COMPARISON, Learned, Results
+from nestcli.errors import ConfigError, RunFailedError
+from nestcli.evaluation.probe import ProbeOptions, ProbeResult, probe
+from nestcli.evaluation.probe_pictures import draw_confusion, draw_layers
+from nestcli.parity.compare import Request, compare
+from nestcli.parity.nemo import RecordedNemo
+from nestcli.parity.page import write_page
+from nestcli.parity.report import Report
 from nestcli.training.metrics import Reporter
 from nestcli.training.run import Pretraining, RunResult
 
 SEED = 7
 MINUTES_OF_SPEECH = 12.0
+PREVIEWS = 2  # pictures of noisy copies
+PROBES = 3  # splits, and untrained encoders
 FALLEN = 0.93  # the loss at the end, as a share of a guess's, that counts as clearly fallen
 
 
@@ -35,25 +51,11 @@ class Guide(Protocol):
     def display(self) -> Reporter: ...
 
 
-@dataclass(frozen=True)
-class Results:
-    """Where everything is, and how far the loss fell."""
-
-    corpus: CorpusSummary
-    speech: PrepareSummary
-    run: RunResult
-    guess_loss: float  # of a uniform guess: the logarithm of the number of codes
-    guess_accuracy: float
-    last_loss: float  # mean over the last lines of metrics.jsonl
-    last_accuracy: float
-    loss_curve: Path
-    spectrograms: Path
-
-
 def take_tour(out: Path, overrides: list[str], guide: Guide, *, minutes: float = MINUTES_OF_SPEECH) -> Results:
-    """Make speech and noise, prepare them, pretrain the demo preset, draw. Continues a tour that was broken off.
+    """Make speech and noise, prepare and mix them, pretrain the demo preset, compare, probe, draw.
 
-    Raises RunFailedError if the loss did not clearly fall.
+    Continues a tour that was broken off. Raises RunFailedError if the loss did not clearly fall, or something differs
+    from NeMo.
     """
     guide.chapter("1  Making speech of 18 synthetic voices, and noise")
     corpus = make_corpus(out / "audio", minutes=minutes, seed=SEED, progress=guide.progress)
@@ -67,18 +69,88 @@ def take_tour(out: Path, overrides: list[str], guide: Guide, *, minutes: float =
     )
     noise = prepare([corpus.noise], out / "noise", PrepareOptions(kind="noise"), guide.progress)
     config = load_training_config("demo", [*_data_overrides(out, speech, noise), *overrides])
-    guide.chapter("3  Pretraining the demo preset")
+    guide.chapter("3  Noisy copies of the validation part, as training hears half of its speech")
+    noisy = _noisy_copies(out, config, speech, noise, guide)
+    guide.chapter("4  Pretraining the demo preset")
     run = Pretraining(config, guide.display())
     result = run.fit()
-    guide.chapter("4  Drawing")
-    results = _results(out, config, corpus, speech, result)
+    learned = _learned(out, config, result)
+    guide.chapter("5  Comparing the model with NeMo's, as recorded")
+    report = _compared(out, config, guide)
+    guide.chapter("6  Asking the encoder who speaks")
+    probed = _probed(out, speech, result, guide)
+    guide.chapter("7  Drawing")
+    results = Results(corpus, speech, noisy, result, learned, report, probed, out)
     _draw(run, results)
-    if results.last_loss > FALLEN * results.guess_loss:
-        raise RunFailedError(
-            f"the loss ended at {results.last_loss:.2f}; a guess has {results.guess_loss:.2f}. It should have "
-            f"fallen below {FALLEN:.0%} of that. The curve is in {results.loss_curve}."
-        )
+    write_results(results.page, results)
     return results
+
+
+def _learned(out: Path, config: DictConfig, run: RunResult) -> Learned:
+    """Draw the curve of the loss; raises RunFailedError if it did not clearly fall."""
+    lines = _lines(run.metrics)
+    last = lines[-5:]
+    learned = Learned(
+        guess_loss=math.log(config.model.num_classes),
+        guess_accuracy=1 / config.model.num_classes,
+        last_loss=float(np.mean([line["train_loss"] for line in last])),
+        last_accuracy=float(np.mean([line["masked_accuracy"] for line in last])),
+        curve=out / "loss.png",
+    )
+    validated = [line for line in lines if "val_loss" in line]
+    draw_loss_curve(
+        learned.curve,
+        [line["step"] for line in lines],
+        [line["train_loss"] for line in lines],
+        [line["masked_accuracy"] for line in lines],
+        [line["step"] for line in validated],
+        [line["val_loss"] for line in validated],
+        chance_loss=learned.guess_loss,
+    )
+    if learned.last_loss > FALLEN * learned.guess_loss:
+        raise RunFailedError(
+            f"the loss ended at {learned.last_loss:.2f}; a guess has {learned.guess_loss:.2f}. It should have "
+            f"fallen below {FALLEN:.0%} of that. The curve is in {learned.curve}."
+        )
+    return learned
+
+
+def _noisy_copies(
+    out: Path, config: DictConfig, speech: PrepareSummary, noise: PrepareSummary, guide: Guide
+) -> tuple[Path, ...]:
+    rate = int(config.model.sample_rate)
+    mixing = replace(section(AugmentationConfig, config, "model.train_ds.batch_augmentor"), prob=1.0)
+    options = AugmentOptions(CopyOptions(mixing, one_stretch=False, seed=SEED, sample_rate=rate))
+    made = augment(str(speech.manifests["val"]), str(noise.manifests["train"]), out / "noisy", options, guide.progress)
+    if made.manifest is None:
+        return ()
+    return tuple(draw_previews(Path(made.manifest), out / "noisy" / "preview", PREVIEWS, rate))
+
+
+def _compared(out: Path, config: DictConfig, guide: Guide) -> Report:
+    """Raises RunFailedError if something differs; the page says what."""
+    nemo, page = RecordedNemo(), out / COMPARISON
+    try:
+        report = compare(Request("demo", config), nemo, lambda number, total, name: guide.progress(number, total))
+    finally:
+        nemo.close()
+    write_page(report, page)
+    if not report.passed:
+        raise RunFailedError(f"this is not NeMo's model on this machine: {page} says where it differs.")
+    return report
+
+
+def _probed(out: Path, speech: PrepareSummary, run: RunResult, guide: Guide) -> ProbeResult:
+    """Of the speech that was trained on, whose speakers training was not told."""
+    checkpoint = run.best or run.last
+    if checkpoint is None:
+        raise ConfigError("the demo probes what it trained: leave exp_manager.create_checkpoint_callback=true.")
+    options = ProbeOptions("speaker", seeds=PROBES, device="cpu")
+
+    def advance(done: int, total: int, doing: str) -> None:
+        guide.progress(done, total)
+
+    return probe(str(speech.manifests["train"]), str(checkpoint), out / "probe", options, advance)
 
 
 def _data_overrides(out: Path, speech: PrepareSummary, noise: PrepareSummary) -> list[str]:
@@ -94,37 +166,11 @@ def _data_overrides(out: Path, speech: PrepareSummary, noise: PrepareSummary) ->
     ]
 
 
-def _results(out: Path, config: DictConfig, corpus: CorpusSummary, speech: PrepareSummary, run: RunResult) -> Results:
-    last = _lines(run.metrics)[-5:]
-    return Results(
-        corpus=corpus,
-        speech=speech,
-        run=run,
-        guess_loss=math.log(config.model.num_classes),
-        guess_accuracy=1 / config.model.num_classes,
-        last_loss=float(np.mean([line["train_loss"] for line in last])),
-        last_accuracy=float(np.mean([line["masked_accuracy"] for line in last])),
-        loss_curve=out / "loss.png",
-        spectrograms=out / "spectrograms.png",
-    )
-
-
 def _lines(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def _draw(run: Pretraining, results: Results) -> None:
-    lines = _lines(results.run.metrics)
-    validated = [line for line in lines if "val_loss" in line]
-    draw_loss_curve(
-        results.loss_curve,
-        [line["step"] for line in lines],
-        [line["train_loss"] for line in lines],
-        [line["masked_accuracy"] for line in lines],
-        [line["step"] for line in validated],
-        [line["val_loss"] for line in validated],
-        chance_loss=results.guess_loss,
-    )
     model = run.module.model.cpu().eval()
     clean_BDT, noisy_BDT, masked_BDT, frames, item = _features_of_a_mixed_item(run, model)
     hop = model.preprocessor.config.hop_length / run.data.sample_rate
@@ -136,6 +182,10 @@ def _draw(run: Pretraining, results: Results) -> None:
         hop_seconds=hop,
         title="What the model hears, and what it must predict from it",
     )
+    confusion, layers = results.pictures
+    confusion.parent.mkdir(exist_ok=True)
+    draw_confusion(confusion, results.probe)
+    draw_layers(layers, results.probe)
 
 
 @torch.no_grad()

@@ -1,0 +1,68 @@
+"""What came of the tour, and where it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nestcli.data.prepare import PrepareSummary
+from nestcli.demo.corpus import CorpusSummary
+from nestcli.evaluation.probe import ProbeResult
+from nestcli.parity.report import Report
+from nestcli.training.run import RunResult
+
+COMPARISON = "compare.html"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How far the loss fell."""
+
+    guess_loss: float  # of a uniform guess: the logarithm of the number of codes
+    guess_accuracy: float
+    last_loss: float  # mean over the last lines of metrics.jsonl
+    last_accuracy: float
+    curve: Path
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where everything is, and what came of every step."""
+
+    corpus: CorpusSummary
+    speech: PrepareSummary
+    noisy: tuple[Path, ...]  # pictures of noisy copies
+    run: RunResult
+    learned: Learned
+    report: Report
+    probe: ProbeResult
+    out: Path
+
+    @property
+    def spectrograms(self) -> Path:
+        return self.out / "spectrograms.png"
+
+    @property
+    def comparison(self) -> Path:
+        return self.out / COMPARISON
+
+    @property
+    def pictures(self) -> tuple[Path, Path]:
+        """Of the probe: its confusions, and its layers."""
+        return self.out / "probe" / "confusion.png", self.out / "probe" / "layers.png"
+
+    @property
+    def page(self) -> Path:
+        return self.out / "index.html"
+
+    def files(self) -> list[tuple[str, Path]]:
+        """What is worth opening, and what it is called."""
+        named = [
+            ("comparison with NeMo", self.comparison),
+            ("best checkpoint", self.run.best),
+            ("newest checkpoint", self.run.last),
+            ("numbers of every step", self.run.metrics),
+            ("speech and noise", self.corpus.speech.parent),
+            ("manifests", Path(str(self.speech.manifests["train"])).parent),
+        ]
+        return [(what, where) for what, where in named if where is not None]

@@ -8,21 +8,29 @@ NEMO_VENV := .venv-nemo
 NEMO_INSTALLED := $(NEMO_VENV)/.installed-3.0.0
 NEMO := NEST_NEMO_PYTHON=$(NEMO_VENV)/bin/python
 
-.PHONY: help demo test test-all test-slow test-ray check parity format setup setup-nemo clean
+AUDIT_VENV := .venv-audit
+
+.PHONY: help demo test test-all test-slow test-ray check audit pins dist parity docs docs-cli format setup setup-nemo clean
 
 help:
 	@echo "make demo      set up, then run nest demo (results in nest_demo/)"
 	@echo "make test      set up, then the default tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make test-ray  set up Ray (70 MB), prepare data on a cluster of this machine's"
-	@echo "make check     format, lint, types, import directions"
+	@echo "make check     format, lint, types, import directions, nothing unsafe"
+	@echo "make audit     known vulnerabilities of the pinned packages (asks PyPI)"
+	@echo "make docs      set up MkDocs, build the site into build/docs; dead links are errors"
+	@echo "make docs-cli  write docs/cli.md, the commands' reference, from the code"
+	@echo "make pins      is every pinned package there for Python 3.10 to 3.13 (asks PyPI)"
+	@echo "make dist      sdist and wheel, in dist/"
 	@echo "make parity    set up NeMo 3.0.0 beside us (2.2 GB), compare everything with it"
 
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo "There is no $(PYTHON) here. Try make PYTHON=python3 ..."; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "nest needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12 ..."; exit 2; }
+	  echo "nest needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
 	@touch $(INSTALLED)
@@ -47,7 +55,27 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/lint-imports
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/python .ci/gate.py
+
+# Known vulnerabilities of what constraints.txt pins; asks PyPI, so it is no part of `check`. Without --strict, packages
+# for which no advisories can be had would count as clean.
+audit:
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet "pip-audit>=2.10"
+	$(AUDIT_VENV)/bin/python -m pip_audit --strict -r constraints.txt --no-deps --disable-pip --desc on || { \
+	  echo "audit: not clean. A package that is \"not found on PyPI\" was not looked at: its advisories cannot be had from"; \
+	  echo "here; run make audit where PyPI itself answers. Any other one named above has a known vulnerability."; exit 1; }
+
+# Older pips download what they are only to look at.
+pins: setup
+	$(VENV)/bin/python -m pip install --quiet "pip>=25.1"
+	$(VENV)/bin/python .ci/pins.py
+
+# The wheel is built out of the sdist; tests/packaging looks into both.
+dist: setup
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation --outdir dist .
 
 setup-nemo: $(NEMO_INSTALLED)
 
@@ -66,9 +94,18 @@ parity: setup setup-nemo
 	PYTHONPATH=src $(NEMO_VENV)/bin/python -m nestcli compare demo --nemo --only encoder --only loss --only checkpoint
 	PYTHONPATH=src $(NEMO_VENV)/bin/python -m pytest -m nemo tests/live/test_nemo_encoder.py
 
+# What the site needs is no part of `dev`; tests/docs holds links and commands without it.
+docs: setup
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "the site is build/docs/index.html"
+
+docs-cli: setup
+	$(VENV)/bin/python -m nestcli.cli.reference > docs/cli.md
+
 format: setup
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(NEMO_VENV) build dist nest_demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEMO_VENV) $(AUDIT_VENV) build dist nest_demo .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -17,7 +17,7 @@ import torch
 
 from hostile.bombs import doubling_key, packed_silence, with_table
 from hostile.corpus import Case, good_model, tone
-from hostile.test_hostile import Outcome, call
+from hostile.watch import Outcome, call
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.cli import plain
 from nestcli.config import load_config

@@ -12,7 +12,7 @@ HEAVY = ("torch", "lightning", "lhotse", "numpy", "soundfile", "omegaconf", "pyd
 
 
 def nest(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from nestcli.cli.app import main; main()", *words]
+    command = [sys.executable, "-c", "from nestcli.__main__ import main; main()", *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "COLUMNS": "200"})
 
 
@@ -88,3 +88,12 @@ def test_count_params_of_every_preset() -> None:
     totals = {count["config"]: count["total"] for count in document}
     assert totals["xxlarge"] == 1_069_081_680
     assert all(count["nemo"]["difference"] == 0 for count in document)
+
+
+def test_ctrl_c_while_the_application_is_imported_is_one_line() -> None:
+    code = (
+        "import sys\nclass Stopped:\n    def find_spec(self, name, *_):\n        if name == 'typer':\n"
+        "            raise KeyboardInterrupt\nsys.meta_path.insert(0, Stopped())\nfrom nestcli.__main__ import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: stopped by Ctrl-C\n")

@@ -18,7 +18,7 @@ from nestcli.checkpoint.lightning import AtomicCheckpointIO, load_lightning_chec
 from nestcli.errors import CheckpointError, ConfigError, RunFailedError
 from nestcli.training.resume import Resume, SameResume, find_resume
 from nestcli.training.run import Pretraining, RunResult
-from nestcli.training.space import needed_bytes
+from nestcli.training.space import disk_explained, needed_bytes
 
 Moves = tuple[Path, DictConfig, torch.nn.Module]
 
@@ -280,6 +280,28 @@ def test_a_disk_with_too_little_room_is_refused_before_training(
     assert result.step == 5
 
 
+@pytest.mark.parametrize(
+    ("free", "name", "said"),
+    [
+        (0, None, r"/ is full.*--shm-size.*num_workers=0"),
+        (0, "run/x.ckpt", r"run/x\.ckpt cannot be written: No space left"),
+        (1 << 30, None, r"a file in run cannot be written: No space left"),
+    ],
+)
+def test_full_shared_memory_is_no_full_disk(
+    free: int, name: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock of a loader process that cannot be made has no file's name, and Lightning's own errors follow from it."""
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr("nestcli.training.space._SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr("nestcli.training.space.shutil.disk_usage", lambda _: usage(9, 8, free))
+    with pytest.raises(RunFailedError, match=said), disk_explained(Path("run")):
+        try:
+            raise OSError(28, "No space left on device", name)
+        finally:
+            raise RuntimeError("what follows from it")
+
+
 def test_the_room_that_checkpoints_need_is_what_they_take(corpus: dict[str, Path], tmp_path: Path) -> None:
     words = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.max_steps=5")
     run = Pretraining(tiny_config(corpus, *words, "trainer.val_check_interval=2"), Notes())
@@ -313,7 +335,7 @@ def test_a_file_that_the_disk_refuses_stops_the_run_which_goes_on_later(
     resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, hard))  # the kernel's refusal in the midst of a file
     try:
         with pytest.raises(
-            RunFailedError, match=r"\.ckpt cannot be written: File too large.*the same command"
+            RunFailedError, match=r"\.ckpt cannot be written: File too large.*The same command"
         ) as raised:
             train(corpus, tmp_path, "trainer.max_steps=8")
     finally:

@@ -17,6 +17,8 @@ from nestcli.files import refuse_links
 from nestcli.training.checkpoints import LAST_KEPT, NestCheckpoint
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
+_REMEDY = "Training has stopped. Make room on that disk, or mend it."
+_SHARED_MEMORY, _FULL = Path("/dev/shm"), 1 << 16  # noqa: S108  # no disk: what processes share lies there
 
 
 def check_folder(folder: Path) -> None:
@@ -66,10 +68,7 @@ def disk_explained(folder: Path) -> Iterator[None]:
         found = _write_failure(error, folder)
         if found is None:
             raise
-        raise RunFailedError(
-            f"{found} Training has stopped. Make room on that disk, or mend it; the same command then goes on from "
-            "the newest checkpoint."
-        ) from error
+        raise RunFailedError(f"{found} The same command then goes on from the newest checkpoint.") from error
 
 
 def _write_failure(error: BaseException | None, folder: Path) -> str | None:
@@ -79,11 +78,26 @@ def _write_failure(error: BaseException | None, folder: Path) -> str | None:
         if isinstance(error, DataError):  # of reading
             return None
         if isinstance(error, UnwrittenError) or (type(error) is NestError and _of_the_disk(error.__context__)):
-            return str(error)
+            return f"{error} {_REMEDY}"
         if isinstance(error, OSError) and _of_the_disk(error):
-            found = f"{error.filename or f'a file in {folder}'} cannot be written: {error.strerror}."
+            found = _shared_memory_full(error) or (
+                f"{error.filename or f'a file in {folder}'} cannot be written: {error.strerror}. {_REMEDY}"
+            )
         error = error.__cause__ or error.__context__
     return found
+
+
+def _shared_memory_full(error: OSError) -> str | None:
+    """What to say where it was no disk that had no room: what processes share has no name in its error."""
+    if error.errno != errno.ENOSPC or error.filename or not _SHARED_MEMORY.is_dir():
+        return None
+    if shutil.disk_usage(_SHARED_MEMORY).free >= _FULL:
+        return None
+    return (
+        f"{_SHARED_MEMORY} is full, the memory that processes share, and loader processes need it. Training has stopped. "
+        "Remove what fills it, give a container more (docker run --shm-size=1g, or --ipc=host), or set "
+        "model.train_ds.num_workers=0 and model.validation_ds.num_workers=0."
+    )
 
 
 def _of_the_disk(error: BaseException | None) -> bool:

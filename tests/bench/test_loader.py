@@ -166,7 +166,7 @@ def frames_of(*codes: tuple[str, str]) -> Any:
     ("codes", "stage"),
     [
         ([("/x/soundfile.py", "read"), ("/x/nestcli/data/audio.py", "load_audio")], "decode"),
-        ([("/x/soundfile.py", "_open"), ("/x/nestcli/data/audio.py", "_decoder")], "open"),
+        ([("/x/soundfile.py", "_open"), ("/x/nestcli/data/sound.py", "decoder")], "open"),
         ([("/x/soundfile.py", "read"), ("/x/nestcli/data/audio.py", "f"), ("/x/nestcli/data/noise.py", "draw")],
          "noise: decode"),
         ([("/x/nestcli/data/noise.py", "_white_noise"), ("/x/nestcli/data/noisy_speech.py", "_batch")], "noise"),

@@ -93,7 +93,8 @@ def test_count_params_of_every_preset() -> None:
 def test_ctrl_c_while_the_application_is_imported_is_one_line() -> None:
     code = (
         "import sys\nclass Stopped:\n    def find_spec(self, name, *_):\n        if name == 'typer':\n"
-        "            raise KeyboardInterrupt\nsys.meta_path.insert(0, Stopped())\nfrom nestcli.__main__ import main\nmain()"
+        "            raise KeyboardInterrupt\nsys.meta_path.insert(0, Stopped())\n"
+        "from nestcli.__main__ import main\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "error: stopped by Ctrl-C\n")

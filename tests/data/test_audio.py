@@ -13,8 +13,9 @@ import pytest
 import soundfile as sf
 import soxr
 
-from nestcli.data import audio
-from nestcli.data.audio import inspect_audio, load_audio
+from nestcli.data import audio, sound
+from nestcli.data.audio import load_audio
+from nestcli.data.inspection import inspect_audio
 from nestcli.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "audio"
@@ -89,7 +90,7 @@ def test_mp3_decodes_the_same_in_slices_and_blocks(write, monkeypatch, how, leve
     for start in (5_000, 20_000, 50_001, 77_777):
         part = load_audio(path, sample_rate=RATE, offset=(start + 0.5) / RATE, duration=1.0)
         np.testing.assert_allclose(part, whole[start : start + RATE], atol=1e-5)
-    monkeypatch.setattr(audio, "_LOAD_BLOCK", 1000)
+    monkeypatch.setattr(sound, "_LOAD_BLOCK", 1000)
     np.testing.assert_allclose(load_audio(path, sample_rate=RATE), whole, atol=1e-5)
 
 
@@ -114,7 +115,7 @@ def test_other_rates_are_resampled_to_the_length_librosa_gives(write, rate):
 def test_a_long_file_read_in_blocks_is_the_same(write, monkeypatch):
     path = write("a.wav", tone(2.0, channels=2))
     whole = load_audio(path, sample_rate=RATE)
-    monkeypatch.setattr(audio, "_LOAD_BLOCK", 1000)
+    monkeypatch.setattr(sound, "_LOAD_BLOCK", 1000)
     np.testing.assert_array_equal(load_audio(path, sample_rate=RATE), whole)
     part = load_audio(path, sample_rate=RATE, offset=0.5, duration=0.25)
     np.testing.assert_array_equal(part, whole[8000:12000])
@@ -411,7 +412,7 @@ def test_without_sox_the_remedy_is_named(tmp_path, monkeypatch, capfd):
 
 def test_reading_ordinary_audio_does_not_import_sox(write):
     code = (
-        "import sys; from nestcli.data.audio import inspect_audio;"
+        "import sys; from nestcli.data.inspection import inspect_audio;"
         f"assert inspect_audio({str(write())!r}).reason is None; assert 'sox' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,8 @@ import pytest
 import soundfile as sf
 
 from nestcli.data import check as check_module
-from nestcli.data.audio import inspect_audio, load_audio
+from nestcli.data.audio import load_audio
+from nestcli.data.inspection import inspect_audio
 from nestcli.data.journal import Journal, open_journal
 from nestcli.data.manifest import read_manifests
 from nestcli.data.prepare import PrepareOptions, prepare

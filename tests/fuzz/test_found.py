@@ -18,8 +18,8 @@ from nestcli.checkpoint.load import load_checkpoint
 from nestcli.checkpoint.nemo_config import plain_yaml
 from nestcli.checkpoint.weights import load_weights
 from nestcli.config import load_config
-from nestcli.data.audio import inspect_audio
 from nestcli.data.corpus import _parts_of_input
+from nestcli.data.inspection import inspect_audio
 from nestcli.data.kaldi import read_kaldi
 from nestcli.data.manifest import read_manifests
 from nestcli.data.scan import scan

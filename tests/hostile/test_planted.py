@@ -21,7 +21,7 @@ from hostile.watch import Outcome, call
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.cli import plain
 from nestcli.config import load_config
-from nestcli.data.audio import inspect_audio
+from nestcli.data.inspection import inspect_audio
 from nestcli.model.nest import NestConfig, NestModel
 
 PRECIOUS = "somebody's file\n"

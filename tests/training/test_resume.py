@@ -295,11 +295,10 @@ def test_full_shared_memory_is_no_full_disk(
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr("nestcli.training.space._SHARED_MEMORY", Path("/"))
     monkeypatch.setattr("nestcli.training.space.shutil.disk_usage", lambda _: usage(9, 8, free))
+    follows = RuntimeError("what follows from it")
+    follows.__context__ = OSError(28, "No space left on device", name)
     with pytest.raises(RunFailedError, match=said), disk_explained(Path("run")):
-        try:
-            raise OSError(28, "No space left on device", name)
-        finally:
-            raise RuntimeError("what follows from it")
+        raise follows
 
 
 def test_the_room_that_checkpoints_need_is_what_they_take(corpus: dict[str, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nestcli.data import jail
-from nestcli.data.audio import AudioReport, inspect_audio
+from nestcli.data.inspection import AudioReport, inspect_audio
 from nestcli.data.journal import Journal, file_version
 from nestcli.data.pool import Died, Pool
 

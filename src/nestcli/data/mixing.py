@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from nestcli.data.audio import Samples
+from nestcli.data.sound import Samples
 
 NoiseOf = Callable[[int, int], Samples]  # (item, samples): the item's noise, or all of it where it is shorter
 

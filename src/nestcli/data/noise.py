@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nestcli.data.audio import Samples
 from nestcli.data.manifest import Entry, Manifest
 from nestcli.data.mixing import is_audible
 from nestcli.data.notes import Noted
 from nestcli.data.reading import Skipped, read_audio
+from nestcli.data.sound import Samples
 from nestcli.errors import DataError
 
 ATTEMPTS = 20

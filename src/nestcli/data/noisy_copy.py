@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import soundfile as sf
 
-from nestcli.data.audio import Samples, inspect_audio
+from nestcli.data.inspection import inspect_audio
 from nestcli.data.manifest import Entry, Manifest, read_manifests
 from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into
 from nestcli.data.noise import Clip, NoisePool
 from nestcli.data.reading import read_audio
 from nestcli.data.shape import file_name
+from nestcli.data.sound import Samples
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 

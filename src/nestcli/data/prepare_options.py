@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from nestcli.data.audio import RATES
 from nestcli.data.collect import Item
+from nestcli.data.sound import RATES
 from nestcli.data.verdict import MAX_CLIPPED
 from nestcli.errors import DataError
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.data.audio import Samples, load_audio
+from nestcli.data.audio import load_audio
 from nestcli.data.manifest import Entry
 from nestcli.data.reading import read_audio
+from nestcli.data.sound import Samples
 from nestcli.errors import DataError, MissingDependencyError
 from nestcli.files import atomic_file
 from nestcli.pictures import words

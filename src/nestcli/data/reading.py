@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nestcli.data import remote
-from nestcli.data.audio import Samples, load_audio
+from nestcli.data.audio import load_audio
 from nestcli.data.manifest import Entry
 from nestcli.data.shards import file_id, without_sub
+from nestcli.data.sound import Samples
 from nestcli.data.tar_index import TarMembers, open_shard
 from nestcli.errors import DataError
 

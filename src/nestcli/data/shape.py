@@ -17,9 +17,10 @@ from typing import TypeVar
 import numpy as np
 import soundfile as sf
 
-from nestcli.data.audio import Samples, resampled, stream_audio
+from nestcli.data.audio import resampled, stream_audio
 from nestcli.data.journal import REMEDY, Journal, file_version
 from nestcli.data.pool import Died, Pool
+from nestcli.data.sound import Samples
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import soundfile as sf
 
-from nestcli.data.audio import Samples, load_audio
+from nestcli.data.audio import load_audio
 from nestcli.data.journal import REMEDY, Journal, file_version
 from nestcli.data.manifest import read_manifests, write_manifest
 from nestcli.data.pool import Died, Pool
+from nestcli.data.sound import Samples
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from nestcli.data.audio import AudioReport
 from nestcli.data.collect import Item
+from nestcli.data.inspection import AudioReport
 
 MAX_CLIPPED = 0.01  # share of samples in runs at full scale; speech with one in a hundred is audibly distorted
 _STATED_SLACK = 0.5  # s by which a manifest may promise more than its file holds, in rounded durations

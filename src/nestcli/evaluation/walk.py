@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from nestcli.data.ahead import ahead
-from nestcli.data.audio import Samples
 from nestcli.data.cores import available_cores
 from nestcli.data.manifest import Manifest
 from nestcli.data.reading import read_audio
+from nestcli.data.sound import Samples
 from nestcli.errors import ConfigError, DataError
 
 BATCH_DURATION = 120.0  # s of padded audio

@@ -94,8 +94,8 @@ def _shared_memory_full(error: OSError) -> str | None:
     if shutil.disk_usage(_SHARED_MEMORY).free >= _FULL:
         return None
     return (
-        f"{_SHARED_MEMORY} is full, the memory that processes share, and loader processes need it. Training has stopped. "
-        "Remove what fills it, give a container more (docker run --shm-size=1g, or --ipc=host), or set "
+        f"{_SHARED_MEMORY} is full, the memory that processes share, and loader processes need it. Training has "
+        "stopped. Remove what fills it, give a container more (docker run --shm-size=1g, or --ipc=host), or set "
         "model.train_ds.num_workers=0 and model.validation_ds.num_workers=0."
     )
 

@@ -25,9 +25,9 @@ from nestcli.bench.buckets import (
 from nestcli.bench.context import Context, Options
 from nestcli.bench.fit import Trials, buckets_section
 from nestcli.bench.largest import Search, Trial
-from nestcli.bench.peer import PeerDiedError
 from nestcli.bench.trial import is_out_of_memory
 from nestcli.config import load_config
+from nestcli.conversation import DiedError
 from nestcli.data.plan import bucketed
 from nestcli.errors import RunFailedError
 
@@ -189,7 +189,7 @@ def test_a_process_that_dies_did_not_fit(corpus: dict[str, Path], monkeypatch: p
     class Dying:
         def ask(self, operation: str, **parameters: Any) -> dict[str, Any]:
             if operation == "try_step" and parameters["batch"] > 4:
-                raise PeerDiedError("ended with -9")
+                raise DiedError("ended with -9")
             return {"memory": 1000, "fits": True, "used": 0.1, "seconds": 1.0, "peak": 10}
 
         def close(self) -> None:

@@ -16,8 +16,9 @@ from nestcli.bench.corpus import make_corpus
 from nestcli.bench.floor import chosen_reads, read_and_mix
 from nestcli.bench.loader import loader_section, nemo_block
 from nestcli.bench.material import read_material
-from nestcli.bench.peer import PeerDiedError, nemo_version, our_peer
+from nestcli.bench.peer import nemo_version, our_peer
 from nestcli.config import load_config
+from nestcli.conversation import DiedError
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import DataError, MissingDependencyError, NestError
 
@@ -200,7 +201,7 @@ def test_a_process_says_what_is_wrong(corpus: dict[str, Path], tmp_path: Path) -
 def test_a_process_that_dies_is_told_from_one_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with our_peer() as peer:
         peer._process.kill()
-        with pytest.raises(PeerDiedError, match="ended with -9"):
+        with pytest.raises(DiedError, match="ended with -9"):
             peer.ask("memory")
     assert peer._process.poll() is not None
 

@@ -12,8 +12,9 @@ from nestcli.bench.buckets import default_buckets, estimate_bins, padding_of_buc
 from nestcli.bench.context import Context, Told, plain
 from nestcli.bench.largest import Search, Trial
 from nestcli.bench.material import read_material
-from nestcli.bench.peer import Peer, PeerDiedError, our_peer
+from nestcli.bench.peer import Peer, our_peer
 from nestcli.bench.report import SectionReport, Spread
+from nestcli.conversation import DiedError
 from nestcli.data.plan import bucketed
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.cost import batch_size
@@ -60,7 +61,7 @@ class Trials:
         self.tell(f"buckets: {batch} utterances of {seconds:g} s")
         try:
             facts = peer.ask("try_step", batch=batch, seconds=seconds)
-        except PeerDiedError:
+        except DiedError:
             self._end()
             return Trial(batch, seconds, None)
         if not facts["fits"]:
@@ -74,7 +75,7 @@ class Trials:
             peer = self._peer = our_peer(one_thread=False, returns_memory=True)
             try:
                 facts = peer.ask("open_step", config=plain(self.config), device=self.device, memory=self.memory)
-            except PeerDiedError as error:
+            except DiedError as error:
                 raise ConfigError(f"--memory: the training step cannot even start within it ({error}).") from None
             self.memory = facts["memory"]
         return self._peer

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.bench.context import Context, plain
-from nestcli.bench.peer import PeerDiedError, our_peer
+from nestcli.bench.peer import our_peer
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.errors import RunFailedError
 from nestcli.training.settings import accelerator
@@ -80,7 +80,7 @@ def _row(context: Context, precision: str, seconds: float, compiled: bool) -> Fa
             steps = peer.ask("step_round", steps=context.options.rounds or _STEPS, seed=9)
             fed = peer.ask("fed_round", steps=context.options.rounds or _STEPS)
             account = peer.ask("profile_step")
-    except (RunFailedError, PeerDiedError) as error:
+    except RunFailedError as error:
         return {**row, "error": str(error).splitlines()[0][:300]}
     step = statistics.median(steps["seconds"])
     work = account["floating_point_operations"]

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,11 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nestcli.errors import MissingDependencyError, NestError, RunFailedError
+from nestcli.conversation import INSTALL_NEMO, Conversation, nemo_python, nemo_unusable
+from nestcli.errors import MissingDependencyError, NestError
 from nestcli.parity import worker
 
 FACTS = Path(__file__).parent / "facts"
-INSTALL = 'pip install "nemo_toolkit[asr]==3.0.0" torch==2.13.0'
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def find_nemo(python: str | None) -> Nemo:
     if importlib.util.find_spec("nemo") is None:
         raise MissingDependencyError(
             "--nemo: NeMo is not installed in this environment. Name the Python of one that has it: "
-            f"--nemo-python PATH or NEST_NEMO_PYTHON=PATH. To make one: python3 -m venv nemo && nemo/bin/{INSTALL}"
+            f"--nemo-python PATH or NEST_NEMO_PYTHON=PATH. To make one: python3 -m venv nemo && nemo/bin/{INSTALL_NEMO}"
         )
     return ImportedNemo()
 
@@ -106,26 +105,16 @@ class BridgedNemo:
     live = True
 
     def __init__(self, python: str) -> None:
-        self.python = _executable(python)
+        self.python = nemo_python(python)
         self._folder = Path(tempfile.mkdtemp(prefix="nest-compare-"))
-        self._log = self._folder / "nemo.log"
         self._requests = 0
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603  # the user names this program
-                [self.python, worker.__file__, str(self._folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"},
-            )
+        command = [self.python, worker.__file__, str(self._folder)]
+        self._process = Conversation(command, f"the NeMo process ({self.python})", os.environ)
         try:
             self.version = str(self.ask("hello").facts["nemo"])
         except (NemoRaisedError, NestError) as error:
             self.close()
-            raise MissingDependencyError(
-                f"--nemo-python {python}: NeMo cannot be used there: {error}. Install it there: {INSTALL}"
-            ) from None
+            raise nemo_unusable(python, error) from None
 
     def ask(
         self, operation: str, parameters: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
@@ -135,7 +124,7 @@ class BridgedNemo:
         if tensors:
             save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, given)
         request = {"operation": operation, "parameters": parameters or {}, "tensors": str(given) if tensors else None}
-        reply = self._exchanged(json.dumps(request))
+        reply = self._process.exchange(request)
         given.unlink(missing_ok=True)
         if "error" in reply:
             raise NemoRaisedError(reply["error"])
@@ -145,45 +134,9 @@ class BridgedNemo:
             Path(reply["tensors"]).unlink()
         return Answer(reply["facts"], found)
 
-    def _exchanged(self, request: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(request + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-            reply: dict[str, Any] = json.loads(line)
-        except (BrokenPipeError, json.JSONDecodeError):
-            raise RunFailedError(self._last_words()) from None
-        return reply
-
-    def _last_words(self) -> str:
-        try:
-            ended = f"ended with {self._process.wait(timeout=10)}"
-        except subprocess.TimeoutExpired:
-            ended = "sent something that is no answer"
-        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
-        return f"the NeMo process ({self.python}) {ended}; its last words: {' / '.join(lines) or 'none'}"
-
     def close(self) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _executable(python: str) -> str:
-    found = shutil.which(python)
-    if found is None:
-        raise NestError(f"--nemo-python {python}: there is no such program. Give the path of a Python that has NeMo.")
-    return found
 
 
 # ---- recordings --------------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""Another process that answers requests, one line of JSON each: ours to be measured, or NeMo's Python beside ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from types import TracebackType
+from typing import IO, Any
+
+from nestcli.errors import MissingDependencyError, NestError, RunFailedError
+
+INSTALL_NEMO = 'pip install "nemo_toolkit[asr]==3.0.0" torch==2.13.0'
+_QUIET = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+_LAST_LINES = 5  # of what it wrote to stderr, in the message of its end
+_PATIENCE = 10.0  # s, until a process that is to end is killed
+
+
+class DiedError(RunFailedError):
+    """The process ended, or was ended, before it answered."""
+
+
+class Conversation:
+    """A process that reads a request from stdin and writes its answer to stdout; a context manager that ends it.
+
+    `name` is what messages call it.
+    """
+
+    def __init__(self, command: list[str], name: str, environment: Mapping[str, str]) -> None:
+        self.name = name
+        self._log: IO[bytes] = tempfile.TemporaryFile(prefix="nest-")  # noqa: SIM115  # closed in close()
+        self._process = subprocess.Popen(  # noqa: S603  # our own interpreter, or the one that the user names
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**environment, **_QUIET},
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a request. Raises DiedError."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            reply: dict[str, Any] = json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise DiedError(self._last_words()) from None
+        return reply
+
+    def close(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _last_words(self) -> str:
+        try:
+            ended = f"ended with {self._process.wait(timeout=_PATIENCE)}"
+        except subprocess.TimeoutExpired:
+            ended = "sent something that is no answer"
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()[-_LAST_LINES:]
+        return f"{self.name} {ended}; its last words: {' / '.join(lines) or 'none'}"
+
+
+def nemo_python(python: str) -> str:
+    """The program that `--nemo-python` names. Raises NestError."""
+    found = shutil.which(python)
+    if found is None:
+        raise NestError(f"--nemo-python {python}: there is no such program. Give the path of a Python that has NeMo.")
+    return found
+
+
+def nemo_unusable(python: str, why: object) -> MissingDependencyError:
+    """What to raise where that program has no NeMo that works."""
+    return MissingDependencyError(
+        f"--nemo-python {python}: NeMo cannot be used there: {why}. Install it there: {INSTALL_NEMO}"
+    )

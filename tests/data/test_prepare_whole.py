@@ -3,11 +3,8 @@
 import gzip
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -361,33 +358,6 @@ def visible(out):
         for path in sorted(out.rglob("*"))
         if path.is_file() and not path.name.startswith(".")
     }
-
-
-COMMAND = ("--convert", "--segment", "0.5", "--val-fraction", "0.2", "--shards", "2", "--jobs", "2")
-
-
-def run(folder, out):
-    return subprocess.Popen(
-        [sys.executable, "-m", "nestcli", "prepare-data", str(folder), "--out", str(out), *COMMAND],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
-    folder = corpus_of(tmp_path / "in")
-    start = time.monotonic()
-    assert run(folder, tmp_path / "whole").wait() == 0
-    seconds = time.monotonic() - start
-    rng = random.Random(0)
-    for _ in range(4):
-        process = run(folder, tmp_path / "parts")
-        time.sleep(rng.uniform(0.3, 0.95) * seconds)
-        process.kill()
-        process.wait()
-    assert run(folder, tmp_path / "parts").wait() == 0
-    assert visible(tmp_path / "parts") == visible(tmp_path / "whole")
-    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Listener
 
 from conftest import tiny_config
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
@@ -19,20 +20,6 @@ from nestcli.training.guard import StepGuard, _leave_out
 from nestcli.training.run import Pretraining, RunResult
 
 NOTHING_MASKED = "model.masking.mask_prob=0.0"
-
-
-class Listener:
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def step(self, report: object) -> None: ...
-
-    def validation(self, step: int, loss: float, accuracy: float) -> None: ...
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def finished(self) -> None: ...
 
 
 def pretraining(corpus: dict[str, Path], folder: Path, *overrides: str) -> Pretraining:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig
+from runs import Listener
 
 from conftest import tiny_config
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, load_lightning_checkpoint
@@ -23,22 +24,8 @@ from nestcli.training.space import disk_explained, needed_bytes
 Moves = tuple[Path, DictConfig, torch.nn.Module]
 
 
-class Notes:
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def step(self, report: object) -> None: ...
-
-    def validation(self, step: int, loss: float, accuracy: float) -> None: ...
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def finished(self) -> None: ...
-
-
 def train(corpus: dict[str, Path], folder: Path, *overrides: str) -> tuple[RunResult, list[str]]:
-    reporter = Notes()
+    reporter = Listener()
     words = (f"exp_manager.exp_dir={folder}", "exp_manager.name=run", "trainer.val_check_interval=2", *overrides)
     return Pretraining(tiny_config(corpus, *words), reporter).fit(), reporter.notes
 
@@ -56,7 +43,7 @@ def run(corpus: dict[str, Path], finished: Path, tmp_path: Path) -> Moves:
     """A copy of it, its configuration, and its model."""
     shutil.copytree(finished, tmp_path / "run")
     config = tiny_config(corpus, f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run")
-    return tmp_path / "run", config, Pretraining(config, Notes()).module.model
+    return tmp_path / "run", config, Pretraining(config, Listener()).module.model
 
 
 def at(folder: Path, step: int, last: bool = True) -> list[Path]:
@@ -111,7 +98,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_if_it_were_not(
         damage(path)
     before = {path.name for path in (folder / "checkpoints").iterdir()}
     config = tiny_config(corpus, f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run")
-    reporter = Notes()
+    reporter = Listener()
     Pretraining(config, reporter).dry_run()
     assert (
         "-step=6-last.ckpt is damaged: it is cut off, or goes on behind its end. The run goes on" in reporter.notes[0]
@@ -176,7 +163,7 @@ def test_checkpoints_of_another_kind_are_left_alone(run: Moves) -> None:
     weights = {key: content[key] for key in ("state_dict", "global_step")}
     AtomicCheckpointIO().save_checkpoint(weights, newest)
     foreign = newest.with_name("x-step=9.ckpt")
-    torch.save({"state_dict": Notes(), "global_step": 9}, foreign)
+    torch.save({"state_dict": Path(), "global_step": 9}, foreign)  # a class of somebody's
     found = find_resume(folder, config, model)
     assert found.path == before
     assert [(passed.path, passed.damaged) for passed in found.passed] == [(foreign, False), (newest, False)]
@@ -271,7 +258,7 @@ def test_a_disk_with_too_little_room_is_refused_before_training(
         train(corpus, tmp_path, "trainer.max_steps=1")
     config = tiny_config(corpus, f"exp_manager.exp_dir={tmp_path}")
     with pytest.raises(ConfigError, match=r"save_top_k"):
-        Pretraining(config, Notes()).dry_run()
+        Pretraining(config, Listener()).dry_run()
     assert not list(tmp_path.rglob("*.ckpt"))
     monkeypatch.undo()
     train(corpus, tmp_path, "trainer.max_steps=4")
@@ -303,7 +290,7 @@ def test_full_shared_memory_is_no_full_disk(
 
 def test_the_room_that_checkpoints_need_is_what_they_take(corpus: dict[str, Path], tmp_path: Path) -> None:
     words = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.max_steps=5")
-    run = Pretraining(tiny_config(corpus, *words, "trainer.val_check_interval=2"), Notes())
+    run = Pretraining(tiny_config(corpus, *words, "trainer.val_check_interval=2"), Listener())
     checkpoints = run._checkpoint_callback()
     assert checkpoints is not None
     needed = needed_bytes(run.folder, checkpoints, run.module.model)
@@ -320,7 +307,7 @@ def test_a_folder_that_cannot_be_written_is_refused(corpus: dict[str, Path], tmp
     path.parent.mkdir(parents=True)
     path.write_text("in the way")
     config = tiny_config(corpus, f"exp_manager.exp_dir={tmp_path / 'a'}", f"exp_manager.name={name}")
-    for action in (Pretraining(config, Notes()).dry_run, Pretraining(config, Notes()).fit):
+    for action in (Pretraining(config, Listener()).dry_run, Pretraining(config, Listener()).fit):
         with pytest.raises(ConfigError, match=r"the experiment's folder .* Set exp_manager\.exp_dir"):
             action()
 

@@ -169,7 +169,10 @@ def test_a_configuration_that_is_written_is_loaded_again(
     except ConfigError:
         assume(False)
         return
-    assert config_from_dict(resolved(config), "x.ckpt") == OmegaConf.create(resolved(config))
+    taken = resolved(config)
+    taken["exp_manager"] |= {"exp_dir": None, "create_wandb_logger": False}  # where a checkpoint was made binds nobody
+    taken["model"]["encoder"].pop("backend", None)
+    assert config_from_dict(resolved(config), "x.ckpt") == OmegaConf.create(taken)
     path = folder / "written.yaml"
     OmegaConf.save(config, path)
     assert load_config(str(path)) == config

@@ -31,6 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) > /dev/null || { echo "There is no $(PYTHON) here. Try make PYTHON=python3 ..."; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "nest needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try make PYTHON=python3.12 ..."; exit 2; }
+	@echo "Installing into $(VENV): some minutes, and 2 GB (6 GB where pip takes PyTorch with CUDA) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
 	@touch $(INSTALLED)

@@ -6,10 +6,12 @@ A folder for results may come from somebody else, with links planted in it: noth
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -111,6 +113,30 @@ def open_kept(path: str | os.PathLike[str], mode: str, error: type[NestError] = 
             raise
         raise error(f"{path} cannot be written: {why}. Move it away, or choose another folder.") from None
     return file
+
+
+@contextmanager
+def held_alone(folder: Path, refusal: NestError, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder, by a lock on its file `.lock`; raises `refusal` while another process does.
+
+    `patience` s are waited for it: what a killed process has forked may hold it until it finds out. Where the disk
+    knows no locks, nobody is kept out.
+    """
+    with open_kept(folder / ".lock", "a", type(refusal)) as lock:
+        deadline = time.monotonic() + patience
+        while _is_taken(lock):
+            if time.monotonic() > deadline:
+                raise refusal
+            time.sleep(0.05)
+        yield
+
+
+def _is_taken(lock: IO[Any]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
 
 
 _NOT_OURS = {errno.ELOOP: "it is a link", errno.EMLINK: "it is a link, or has a second name elsewhere",

@@ -38,7 +38,7 @@ def test_the_table_and_the_next_command(folder, tmp_path, monkeypatch):
     for word in ("accepted", "10", "hours", "speakers", "0.25 s / 1.38 s / 2.50 s", "16 (10)"):
         assert word in result.stdout
     assert "Shorter than 1 s: 3." in result.stderr
-    expected = "nest pretrain nest_fast-conformer 'model.train_ds.manifest_filepath=my out/train_manifest.json'"
+    expected = "nest pretrain small 'model.train_ds.manifest_filepath=my out/train_manifest.json'"
     assert expected in result.stderr
     assert "model.validation_ds.manifest_filepath=my out/val_manifest.json" in result.stderr
 

@@ -35,7 +35,9 @@ def share_of(image: npt.NDArray[np.float32], colour: str) -> float:
 
 def test_loss_curve_shows_training_validation_and_chance(tmp_path: Path) -> None:
     path = tmp_path / "new" / "loss.png"
-    draw_loss_curve(path, STEPS, LOSS, ACCURACY, STEPS[::10], LOSS[::10] + 0.1, chance_loss=np.log(8192))
+    draw_loss_curve(
+        path, STEPS, LOSS, ACCURACY, STEPS[::10], LOSS[::10] + 0.1, even_loss=np.log(8192), frequency_loss=7.0
+    )
     image = pixels(path)
     assert image.shape == (864, 1152, 3)
     for colour in ("#2f6db5", "#d9702b", "#8a9099"):
@@ -44,7 +46,7 @@ def test_loss_curve_shows_training_validation_and_chance(tmp_path: Path) -> None
 
 
 def test_loss_curve_needs_no_validation(tmp_path: Path) -> None:
-    draw_loss_curve(tmp_path / "loss.png", STEPS, LOSS, ACCURACY, [], [], chance_loss=9.0)
+    draw_loss_curve(tmp_path / "loss.png", STEPS, LOSS, ACCURACY, [], [], even_loss=9.0, frequency_loss=7.0)
     assert share_of(pixels(tmp_path / "loss.png"), "#2f6db5") > 0.0005
 
 
@@ -62,4 +64,4 @@ def test_batch_leaves_masked_frames_blank(tmp_path: Path, n_masked: int) -> None
 def test_missing_matplotlib_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "nestcli\[demo\]"'):
-        draw_loss_curve(tmp_path / "loss.png", STEPS, LOSS, ACCURACY, [], [], chance_loss=9.0)
+        draw_loss_curve(tmp_path / "loss.png", STEPS, LOSS, ACCURACY, [], [], even_loss=9.0, frequency_loss=7.0)

@@ -50,7 +50,7 @@ def test_the_tour_learns_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     guide = Silent()
     results = take_tour(tmp_path, SHORT, guide, minutes=1.5)
     assert len(guide.chapters) == 7
-    assert results.learned.last_loss < 0.93 * results.learned.guess_loss
+    assert results.learned.last_loss < 0.93 * results.learned.even_loss
     assert results.report.passed
     assert {each.name for each in results.probe.outcomes} == {"pretrained", "untrained", "log-mel"}
     assert 1 <= len(results.noisy) <= tour.PREVIEWS

@@ -17,6 +17,7 @@ from runs import Listener
 from conftest import tiny_config
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, load_lightning_checkpoint
 from nestcli.errors import CheckpointError, ConfigError, RunFailedError
+from nestcli.files import held_alone
 from nestcli.training.resume import Resume, SameResume, find_resume
 from nestcli.training.run import Pretraining, RunResult
 from nestcli.training.space import disk_explained, needed_bytes
@@ -202,7 +203,7 @@ def test_a_run_that_has_no_checkpoint_yet_says_that_it_starts_again(corpus: dict
     (tmp_path / "run" / ".metrics.jsonl.77.tmp").touch()
     _, notes = train(corpus, tmp_path, "trainer.max_steps=1")
     assert notes == [f"{tmp_path / 'run'} holds no checkpoint yet: the run starts from the beginning."]
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_a_last_checkpoint_is_written_where_validation_finds_no_better_model(
@@ -270,7 +271,7 @@ def test_a_disk_with_too_little_room_is_refused_before_training(
 @pytest.mark.parametrize(
     ("free", "name", "said"),
     [
-        (0, None, r"/ is full.*--shm-size.*num_workers=0"),
+        (0, None, r"/, the memory that processes share, cannot be used .*--shm-size.*num_workers=0"),
         (0, "run/x.ckpt", r"run/x\.ckpt cannot be written: No space left"),
         (1 << 30, None, r"a file in run cannot be written: No space left"),
     ],
@@ -362,3 +363,22 @@ def test_other_files_that_the_disk_refuses_do_not_destroy_the_run(
     assert result.step == 9
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 10))
+
+
+# ---- two runs at once ----
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(
+    corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nestcli.training.run._PATIENCE", 0.2)
+    words = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.max_steps=2")
+    first, second = (Pretraining(tiny_config(corpus, *words), Listener()) for _ in range(2))
+    (tmp_path / "run").mkdir()
+    with held_alone(tmp_path / "run", ConfigError("")), pytest.raises(ConfigError, match="another run of nest is tra"):
+        second.fit()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+    assert first.fit().step == 2
+    with pytest.raises(ConfigError, match=r"then give the same command again"):  # it knows nothing of the first one's
+        second.fit()
+    train(corpus, tmp_path, "trainer.max_steps=3")

@@ -96,7 +96,9 @@ def _state_of(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
 def _checked_path(path: str | os.PathLike[str]) -> Path:
     checked = Path(path)
     if checked.suffix not in SUFFIXES:
-        raise CheckpointError(f"{path} is not a checkpoint: the name ends with none of {', '.join(SUFFIXES)}.")
+        there = sorted(checked.glob("checkpoints/*.nemo"))
+        meant = f" Did you mean {there[0]}?" if there else ""
+        raise CheckpointError(f"{path} is not a checkpoint: the name ends with none of {', '.join(SUFFIXES)}.{meant}")
     if not checked.is_file():
         raise CheckpointError(f"{path}: no such checkpoint.")
     return checked

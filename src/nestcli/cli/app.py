@@ -72,7 +72,10 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     try:
-        app(prog_name="nest")
+        try:
+            app(prog_name="nest")
+        finally:
+            sys.stdout.flush()  # here, where a reader that went away is no error
     except NestError as error:
         if debug:
             console.trace(traceback.format_exc())

@@ -72,11 +72,13 @@ def _guide() -> Iterator[_TerminalGuide]:
 def _show(results: Results) -> None:
     learned = results.learned
     console.note(
-        f"\nThe loss fell from {learned.guess_loss:.2f} (a guess) to {learned.last_loss:.2f}; "
-        f"{learned.last_accuracy:.1%} of the masked tokens are predicted right (a guess: {learned.guess_accuracy:.1%})."
+        f"\nThe loss fell from {learned.even_loss:.2f}, knowing nothing, to {learned.last_loss:.2f}; guessing by how "
+        f"often each token comes gives {learned.frequency_loss:.2f}. {learned.last_accuracy:.1%} of the masked tokens "
+        f"are predicted right, by frequency {learned.frequency_accuracy:.1%}."
     )
     for name, (mean, _, clear) in results.probe.margins.items():
-        console.note(f"Who speaks, beside {name}: {100 * mean:+.1f} points{'' if clear else ' (not clear)'}.")
+        console.note(f"Who speaks: {100 * mean:+.1f} points beside {name}{'' if clear else ', no clear lead'}.")
+    console.note("So short a training knows little yet: docs/probe.md, docs/training.md.")
     for what, where in (("PAGE OF RESULTS", results.page), *results.files()):
         console.note(f"  {what:21}  {where}")
     console.note(

@@ -189,7 +189,7 @@ def _next_command(summary: PrepareSummary, out: Path) -> str:
     if summary.kind == "noise":
         words = [f"model.train_ds.noise_manifest={out / 'train_manifest.json'}"]
         words += ["model.train_ds.manifest_filepath=SPEECH_MANIFEST", "model.validation_ds.manifest_filepath=null"]
-        return shlex.join(["nest", "pretrain", "nest_fast-conformer", *words])
+        return shlex.join(["nest", "pretrain", "small", *words])
     words = []
     for side, block in blocks.items():
         if keys := summary.shards.get(side):
@@ -199,4 +199,4 @@ def _next_command(summary: PrepareSummary, out: Path) -> str:
     words.append("model.train_ds.noise_manifest=null")
     if not summary.manifests["val"]:
         words.append("model.validation_ds.manifest_filepath=null")
-    return shlex.join(["nest", "pretrain", "nest_fast-conformer", *words])
+    return shlex.join(["nest", "pretrain", "small", *words])

@@ -7,7 +7,6 @@ of lines is opened in seconds.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nestcli.errors import DataError, RunFailedError
-from nestcli.files import open_kept
+from nestcli.files import held_alone, open_kept
 
 NAME = ".prepared.jsonl"
 _VERSION = 3  # part of every key: results that a former version wrote are not found
@@ -107,11 +106,8 @@ def disk_faults_told(folder: Path) -> Iterator[None]:
 @contextmanager
 def open_journal(folder: Path) -> Iterator[Journal]:
     """The journal of a folder, for one process at a time. Raises DataError while another works there."""
-    with open_kept(folder / ".lock", "a", DataError) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"another run of nest is writing to {folder}; wait for it, or give another --out") from None
+    taken = DataError(f"another run of nest is writing to {folder}; wait for it, or give another --out")
+    with held_alone(folder, taken):
         journal = Journal(folder)
         try:
             yield journal

@@ -338,9 +338,19 @@ def _check_file(path: str) -> None:
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:
-        raise DataError(f"manifest {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(f"manifest {path}: {getattr(error, 'strerror', None) or error}{_prepared(path)}") from None
+    if stat.S_ISDIR(mode):
+        remedy = _prepared(path) or ". Of a folder of audio `nest prepare-data FOLDER --out DIR` makes one"
+        raise DataError(f"manifest {path} is a folder; name a file of JSON lines{remedy}")
     if not stat.S_ISREG(mode):
-        raise DataError(f"manifest {path} is a folder, a pipe or a device; name a file of JSON lines")
+        raise DataError(f"manifest {path} is a pipe or a device; name a file of JSON lines")
+
+
+def _prepared(path: str) -> str:
+    """What `nest prepare-data` has written where a manifest was looked for."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    there = folder / "train_manifest.json"
+    return f". Did you mean {there}?" if there.is_file() else ""
 
 
 def _short(value: object) -> str:

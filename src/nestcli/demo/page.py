@@ -39,11 +39,12 @@ _PROBE_TITLES = ("Who was taken for whom", "Which layers the probes listen to")
 
 
 def _head(results: Results) -> str:
+    learned = results.learned
     facts = {
         "Speech": f"{results.speech.accepted:,} utterances of {len(results.corpus.speakers)} synthetic voices, "
         f"{results.speech.hours * 60:.0f} minutes",
-        "Loss": f"{results.learned.guess_loss:.2f} (a guess) to {results.learned.last_loss:.2f}",
-        "Masked tokens right": f"{results.learned.last_accuracy:.1%} (a guess: {results.learned.guess_accuracy:.1%})",
+        "Loss": f"{learned.even_loss:.2f} to {learned.last_loss:.2f} (by frequency: {learned.frequency_loss:.2f})",
+        "Masked tokens right": f"{learned.last_accuracy:.1%} (by frequency: {learned.frequency_accuracy:.1%})",
         "Steps": f"{results.run.step:,}",
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
@@ -60,7 +61,7 @@ def _compared(results: Results) -> str:
 
 def _probed(results: Results) -> str:
     leads = "; ".join(
-        f"{100 * mean:+.1f} points beside {escape(name)}{'' if clear else ', which is not clear'}"
+        f"{100 * mean:+.1f} points beside {escape(name)}{'' if clear else ', no clear lead'}"
         for name, (mean, _, clear) in results.probe.margins.items()
     )
     return (

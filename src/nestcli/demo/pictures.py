@@ -29,19 +29,22 @@ def draw_loss_curve(
     val_steps: npt.ArrayLike,
     val_loss: npt.ArrayLike,
     *,
-    chance_loss: float,
+    even_loss: float,
+    frequency_loss: float,
 ) -> None:
     """Write a PNG of the losses in nats and, below, of the accuracy on masked tokens (0 to 1).
 
-    `chance_loss`, that of guessing evenly among the classes, is drawn as a line. The validation may be empty.
+    Two guesses are drawn as lines: evenly among the classes, and by how often each comes. The validation may be empty.
     Raises MissingDependencyError without matplotlib.
     """
-    guess = f"guessing: ln({round(float(np.exp(chance_loss)))}) = {chance_loss:.2f}"
+    even = f"guessing evenly: ln({round(float(np.exp(even_loss)))}) = {even_loss:.2f}"
+    by_frequency = f"guessing by frequency: {frequency_loss:.2f}"
     figure = new_figure(8, 6)
     losses, accuracies = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _curve(losses, steps, train_loss, BLUE, "training")
     losses.plot(val_steps, val_loss, color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="validation")
-    losses.axhline(chance_loss, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label=guess)
+    losses.axhline(even_loss, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label=even)
+    losses.axhline(frequency_loss, color=GREY, linestyle=(0, (1, 2)), linewidth=1, label=by_frequency)
     losses.set_ylabel("masked-token loss (nats)", color=INK)
     losses.legend(frameon=False, labelcolor=INK, fontsize=9)
     _curve(accuracies, steps, 100 * np.asarray(accuracy, np.float64), BLUE, "training")

@@ -18,8 +18,9 @@ COMPARISON = "compare.html"
 class Learned:
     """How far the loss fell."""
 
-    guess_loss: float  # of a uniform guess: the logarithm of the number of codes
-    guess_accuracy: float
+    even_loss: float  # of a guess that knows nothing: the logarithm of the number of codes
+    frequency_loss: float  # of a guess that knows how often each code comes, and nothing else
+    frequency_accuracy: float
     last_loss: float  # mean over the last lines of metrics.jsonl
     last_accuracy: float
     curve: Path

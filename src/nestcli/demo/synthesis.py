@@ -28,7 +28,7 @@ from nestcli.errors import MissingDependencyError
 
 SAMPLE_RATE = 16_000  # Hz, whatever rate the engine works at
 
-_INSTALL = 'Install the extra that brings it: pip install "nestcli[demo]"'
+_INSTALL = 'Install the extra that brings it: pip install "nestcli[demo]", in the source tree ".[demo]"'
 _REINSTALL = "Install it anew: pip install --force-reinstall espeakng-loader"
 
 _OUTPUT_SYNCHRONOUS = 2

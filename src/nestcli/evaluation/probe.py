@@ -163,12 +163,16 @@ class _Asked:
         return _Asked(lines, labels, groups, self.split, self.notes)
 
 
+_SPEAKERS = " Prepare again with nest prepare-data --speaker-pattern '([^/]+)/[^/]+$', the folder above each file, say."
+
+
 def _asked(manifest: Manifest, options: ProbeOptions) -> _Asked:
     rows = [manifest.row(line) for line in range(len(manifest))]
     lines = [line for line, row in enumerate(rows) if row.get(options.label) not in (None, "")]
     if not lines:
         known = sorted({key for row in rows for key in row} - {"audio_filepath", "duration", "offset"})
-        raise ConfigError(f"--label {options.label}: no line has it. Fields there: {', '.join(known) or 'none'}.")
+        fields, remedy = ", ".join(known) or "none", _SPEAKERS if options.label == "speaker" else ""
+        raise ConfigError(f"--label {options.label}: no line has it. Fields there: {fields}.{remedy}")
     counts = Counter(str(rows[line][options.label]) for line in lines)
     wanted = {label for label, count in counts.items() if count >= options.min_count}
     if len(wanted) < 2 or len(wanted) > MOST_CLASSES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from nestcli.checkpoint.lightning import AtomicCheckpointIO
 from nestcli.config import resolved, section
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import ConfigError, RunFailedError
-from nestcli.files import remove_leftovers, write_text
+from nestcli.files import held_alone, remove_leftovers, write_text
 from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.checkpoints import NestCheckpoint
@@ -43,7 +43,7 @@ from nestcli.training.settings import (
     trainer_options,
 )
 from nestcli.training.signals import StopSignals, leave_signals_to_us
-from nestcli.training.space import check_folder, check_space, disk_explained
+from nestcli.training.space import check_folder, check_shared_memory, check_space, disk_explained
 from nestcli.training.start import start_from, starts_of
 from nestcli.training.watched import Watched
 
@@ -102,6 +102,9 @@ class DryRun:
     peak_gpu_bytes: int | None
 
 
+_PATIENCE = 5.0  # s, for loader processes of a killed run to find out
+
+
 class Pretraining:
     """A configured run: `plan` says what it will do, `fit` does it, `dry_run` tries one batch."""
 
@@ -111,6 +114,7 @@ class Pretraining:
         SafetyConfig.of(config)
         check_compiler(config)
         self.folder = experiment_folder(config)
+        check_shared_memory(config)
         self.data = NestDataModule(config, reporter.note)
         processes = n_processes(config)
         self.data.check_ready(processes // int(config.trainer.num_nodes))
@@ -118,6 +122,7 @@ class Pretraining:
         self.length = Length.of(config.trainer, len(batches), processes)
         self.data.batches = self.length.batches
         self.module = NestModule(config)
+        self._there = _checkpoints_in(self.folder)
         self._resume = find_resume(self.folder, config, self.module.model)
         self.resumes = self._resume.path
         self._starts = starts_of(config)
@@ -153,8 +158,17 @@ class Pretraining:
     def fit(self) -> RunResult:
         """Train to the end; raises NestError for what the user can mend, StoppedError where a signal ended it."""
         _make_folder(self.folder)
+        with ExitStack() as stack:
+            if _is_first():
+                with disk_explained(self.folder):
+                    stack.enter_context(held_alone(self.folder, _taken(self.folder), _PATIENCE))
+                if _checkpoints_in(self.folder) != self._there:  # the other one has just ended
+                    raise _taken(self.folder)
+            return self._fit()
+
+    def _fit(self) -> RunResult:
         checkpoints = self._checkpoint_callback()
-        if not getattr(rank_zero_only, "rank", 0):
+        if _is_first():
             with disk_explained(self.folder):
                 self._prepare_folder(checkpoints)
         watched = Watched.of(self.config, self.module, self.data, self.reporter, self.folder, self.length)
@@ -303,6 +317,22 @@ def _memory_explained() -> Iterator[None]:
             "trainer.accumulate_grad_batches by as much) or model.train_ds.max_duration, or set "
             "trainer.precision=bf16-mixed."
         ) from None
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of the run, the one that writes."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def _checkpoints_in(folder: Path) -> frozenset[str]:
+    return frozenset(path.name for path in (folder / "checkpoints").glob("*.ckpt"))
+
+
+def _taken(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"another run of nest is training in {folder}. Wait for it or stop it, then give the same command again; or "
+        "give this one another exp_manager.name."
+    )
 
 
 def _make_folder(folder: Path) -> None:

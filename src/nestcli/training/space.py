@@ -1,14 +1,16 @@
-"""The disk that a run writes to: enough room before it starts, one message where a write fails."""
+"""The disk that a run writes to, and the memory that it shares: room at the start, one message where there is none."""
 
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from omegaconf import DictConfig
 from torch import nn
 
 from nestcli.checkpoint.atomic import UnwrittenError
@@ -59,6 +61,17 @@ def needed_bytes(folder: Path, checkpoints: NestCheckpoint, model: nn.Module) ->
     return max(kept * one - there, 0) + one + (2 * weights if checkpoints.nemo else 0)
 
 
+def check_shared_memory(config: DictConfig) -> None:
+    """Raise ConfigError where loader processes are wanted and what they share with this one cannot be made."""
+    parts = (config.model.get(name) for name in ("train_ds", "validation_ds"))
+    if not any(part is not None and part.get("num_workers") for part in parts):
+        return
+    try:
+        multiprocessing.get_context().Lock()
+    except OSError as error:
+        raise ConfigError(_unshared(error)) from None
+
+
 @contextmanager
 def disk_explained(folder: Path) -> Iterator[None]:
     """A disk that is full or broken is no bug: RunFailedError says which file could not be written, and what to do."""
@@ -91,11 +104,14 @@ def _shared_memory_full(error: OSError) -> str | None:
     """What to say where it was no disk that had no room: what processes share has no name in its error."""
     if error.errno != errno.ENOSPC or error.filename or not _SHARED_MEMORY.is_dir():
         return None
-    if shutil.disk_usage(_SHARED_MEMORY).free >= _FULL:
-        return None
+    full = shutil.disk_usage(_SHARED_MEMORY).free < _FULL
+    return f"{_unshared(error)} Training has stopped." if full else None
+
+
+def _unshared(error: OSError) -> str:
     return (
-        f"{_SHARED_MEMORY} is full, the memory that processes share, and loader processes need it. Training has "
-        "stopped. Remove what fills it, give a container more (docker run --shm-size=1g, or --ipc=host), or set "
+        f"{_SHARED_MEMORY}, the memory that processes share, cannot be used ({error.strerror}), and loader processes "
+        "need it. Remove what fills it, give a container more (docker run --shm-size=1g, or --ipc=host), or set "
         "model.train_ds.num_workers=0 and model.validation_ds.num_workers=0."
     )
 

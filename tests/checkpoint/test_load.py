@@ -26,6 +26,15 @@ def state() -> dict[str, torch.Tensor]:
     return dict(NestModel(NestConfig.from_config(CONFIG)).state_dict())
 
 
+def test_the_folder_of_a_run_is_answered_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "run.nemo").touch()
+    with pytest.raises(CheckpointError, match=r"Did you mean .*checkpoints/run\.nemo\?"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none of .*safetensors\.$"):
+        load_checkpoint("a" * 5000)
+
+
 def saved(path: Path, state: dict[str, torch.Tensor], **more: Any) -> Path:
     torch.save({"state_dict": OrderedDict(state), "global_step": 3, **more}, path)
     return path

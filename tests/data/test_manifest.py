@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,16 @@ def test_what_is_no_manifest_is_refused(tmp_path, path):
         read_manifests("/dev/zero")
     with pytest.raises(DataError, match="no manifest"):
         read_manifests(" , ")
+
+
+def test_the_manifest_that_was_meant_is_named(tmp_path):
+    (tmp_path / "train_manifest.json").touch()
+    for name in (tmp_path, tmp_path / "train.json"):
+        with pytest.raises(DataError, match=rf"Did you mean {re.escape(str(tmp_path))}/train_manifest\.json\?"):
+            read_manifests(str(name))
+    (tmp_path / "audio").mkdir()
+    with pytest.raises(DataError, match=r"is a folder; .*nest prepare-data"):
+        read_manifests(str(tmp_path / "audio"))
 
 
 def test_durations_may_be_unknown_where_that_is_allowed(path):

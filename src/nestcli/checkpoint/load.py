@@ -96,7 +96,7 @@ def _state_of(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
 def _checked_path(path: str | os.PathLike[str]) -> Path:
     checked = Path(path)
     if checked.suffix not in SUFFIXES:
-        there = sorted(checked.glob("checkpoints/*.nemo"))
+        there = sorted(checked.glob("checkpoints/*.nemo")) if os.path.isdir(path) else []  # noqa: PTH112  (pathlib raises for some)
         meant = f" Did you mean {there[0]}?" if there else ""
         raise CheckpointError(f"{path} is not a checkpoint: the name ends with none of {', '.join(SUFFIXES)}.{meant}")
     if not checked.is_file():

@@ -348,9 +348,9 @@ def _check_file(path: str) -> None:
 
 def _prepared(path: str) -> str:
     """What `nest prepare-data` has written where a manifest was looked for."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    there = folder / "train_manifest.json"
-    return f". Did you mean {there}?" if there.is_file() else ""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)  # noqa: PTH112, PTH120  (pathlib raises for some)
+    there = os.path.join(folder, "train_manifest.json")  # noqa: PTH118
+    return f". Did you mean {there}?" if os.path.isfile(there) else ""  # noqa: PTH113
 
 
 def _short(value: object) -> str:

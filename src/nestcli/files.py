@@ -128,7 +128,11 @@ def held_alone(folder: Path, refusal: NestError, patience: float = 0.0) -> Itera
             if time.monotonic() > deadline:
                 raise refusal
             time.sleep(0.05)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)  # at once, even if a process that was forked with it still lives
 
 
 def _is_taken(lock: IO[Any]) -> bool:

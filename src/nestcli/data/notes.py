@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from nestcli.data.manifest import Entry, Manifest
+EntryT_co = TypeVar("EntryT_co", covariant=True)
+EntryT = TypeVar("EntryT")
 
 _NOTE = struct.Struct("=Qdqh?")  # the fields of Note
 _SINCE, _SINCE_AT = struct.Struct("=d"), 8  # its time alone, and where that stands
@@ -41,16 +41,22 @@ class Note:
     reading: bool
 
 
+class Lines(Protocol[EntryT_co]):
+    """What a line has an entry in: a Manifest, which stands above this room."""
+
+    def entry(self, line: int, /) -> EntryT_co: ...
+
+
 class _Page:
     """A process's own page, to write to."""
 
-    def __init__(self, memory: mmap.mmap, manifests: Sequence[Manifest]) -> None:
+    def __init__(self, memory: mmap.mmap, manifests: Sequence[Lines[Any]]) -> None:
         self._memory = memory
         self._place_of = {id(manifest): place for place, manifest in enumerate(manifests)}
         self._number, self._line, self._place = 0, -1, -1
         self.end()
 
-    def begin(self, manifest: Manifest, line: int) -> None:
+    def begin(self, manifest: Lines[Any], line: int) -> None:
         self._number += 1
         self._line, self._place = line, self._place_of.get(id(manifest), -1)
         _NOTE.pack_into(self._memory, 0, self._number, time.monotonic(), line, self._place, True)
@@ -66,7 +72,7 @@ class _Page:
 class Notes:
     """A page for each of `workers` processes, which must be forked from this one, about the lines of `manifests`."""
 
-    def __init__(self, workers: int, manifests: Sequence[Manifest]) -> None:
+    def __init__(self, workers: int, manifests: Sequence[Lines[Any]]) -> None:
         self.manifests = manifests
         self._pages: list[mmap.mmap] | None = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(workers)]
         self._parent = os.getpid()
@@ -105,15 +111,15 @@ class Notes:
 _own: _Page | None = None  # of this process, if it is a loader's
 
 
-class Noted:
+class Noted(Generic[EntryT]):
     """A context: the entry of a line, noted as what this process reads until the block ends. Raises DataError."""
 
     __slots__ = ("_line", "_manifest")
 
-    def __init__(self, manifest: Manifest, line: int) -> None:
+    def __init__(self, manifest: Lines[EntryT], line: int) -> None:
         self._manifest, self._line = manifest, line
 
-    def __enter__(self) -> Entry:
+    def __enter__(self) -> EntryT:
         if _own is None:
             return self._manifest.entry(self._line)
         _own.begin(self._manifest, self._line)  # before the entry: a relative path is looked for, which can hang too

@@ -43,6 +43,7 @@ class Watch:
 
     def __init__(self, workers: int, key: str, timeout: float | None, manifests: Sequence[Manifest] = ()) -> None:
         self.notes, self.key, self.timeout = Notes(workers, manifests), key, timeout
+        self.manifests = manifests
         self.processes: Sequence[BaseProcess] = ()
         self.end: Callable[[], None] = lambda: None  # all processes
         self._suspected: dict[int, tuple[int, float]] = {}  # by process: the note that is too old, and when it was seen
@@ -85,7 +86,7 @@ class Watch:
     def _is_remote(self, note: Note) -> bool:
         if note.manifest < 0:
             return False
-        manifest = self.notes.manifests[note.manifest]
+        manifest = self.manifests[note.manifest]
         shard, folder = int(manifest.shard_of[note.line]), manifest.sources[manifest.source_of[note.line]].folder
         return remote.is_remote(self._name(note) if shard < 0 else manifest.shards[shard]) or remote.is_remote(folder)
 
@@ -136,13 +137,13 @@ class Watch:
     def _file(self, note: Note) -> str:
         if note.manifest < 0:
             return "a file"
-        where = self.notes.manifests[note.manifest].where(note.line)
+        where = self.manifests[note.manifest].where(note.line)
         name = transfer.shown(self._name(note))
         return f"{name} ({where})" if name else f"the file of {where}"
 
     def _name(self, note: Note) -> str:
         """A line's audio as its manifest has it: to look for it may be what hangs."""
-        manifest = self.notes.manifests[note.manifest]
+        manifest = self.manifests[note.manifest]
         try:
             path = str(manifest.row(note.line)["audio_filepath"])
         except DataError:

@@ -48,6 +48,7 @@ from nestcli.training.start import start_from, starts_of
 from nestcli.training.watched import Watched
 
 DEFAULT_EXP_DIR = "nest_experiments"
+_PATIENCE = 5.0  # s, for loader processes of a killed run to find out that it is gone
 # Text, and {metric} or {metric:.3f} in it; Python's own formats also know widths of gigabytes, and attributes.
 _FILENAME = re.compile(r"(?:[^{}]|\{[\w/-]+(?::0?\d{0,2}(?:\.\d{1,2})?[a-z]?)?\})+")
 _MONITORS = ("val_loss", "val_masked_accuracy", "train_loss", "masked_accuracy")
@@ -100,9 +101,6 @@ class DryRun:
     masked_share: float
     gradient_norm: float
     peak_gpu_bytes: int | None
-
-
-_PATIENCE = 5.0  # s, for loader processes of a killed run to find out
 
 
 class Pretraining:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _WIDE = 125  # columns
+_WORDS = 10  # letters that a column of words keeps in a table at least
 
 
 class Advance(Protocol):
@@ -73,19 +74,44 @@ def emit_json(document: Any) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False) -> None:
-    """Print a table; columns whose name starts with '>' are aligned to the right."""
+    """Print a table; columns whose name starts with '>' are aligned to the right.
+
+    Where numbers would have to be broken to fit the terminal, every row is printed as lines instead.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(stderr=to_stderr, highlight=False, markup=False)
+    given = ([plain.shown(str(cell)) for cell in row] for row in rows)
+    shown = [row + [""] * (len(columns) - len(row)) for row in given]
+    if _least_width(columns, shown) > console.width:
+        console.print(_as_lines(title, columns, shown), soft_wrap=True)
+        return
     drawn = Table(title=plain.shown(title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
     for column in columns:
         drawn.add_column(
             plain.shown(column.lstrip(">")), justify="right" if column.startswith(">") else "left", overflow="fold"
         )
-    for row in rows:
-        drawn.add_row(*(plain.shown(str(cell)) for cell in row))
-    Console(stderr=to_stderr, highlight=False, markup=False).print(drawn)
+    for row in shown:
+        drawn.add_row(*row)
+    console.print(drawn)
+
+
+def _least_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Of a table whose numbers stay whole; words may wrap."""
+    longest = (max((len(row[place]) for row in rows), default=0) for place in range(len(columns)))
+    numbers = (column.startswith(">") for column in columns)
+    return sum(3 + (each if number else min(each, _WORDS)) for each, number in zip(longest, numbers, strict=True))
+
+
+def _as_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    names = [plain.shown(column.lstrip(">")) for column in columns]
+    blocks = [
+        "\n".join([row[0], *(f"  {name}: {cell}" for name, cell in zip(names[1:], row[1:], strict=True) if cell)])
+        for row in rows
+    ]
+    return "\n".join([plain.shown(title), *blocks])
 
 
 def histogram(title: str, values: Mapping[str, float], width: int = 30) -> None:

@@ -107,12 +107,16 @@ def fake_scontrol(folder, script):
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-def wait_for_step(folder, step, seconds=120.0):
-    """Until the run has written so many lines of metrics."""
+def wait_for_step(folder, step, run, seconds=120.0):
+    """Until the run has written so many lines of metrics; if it ends before or takes too long, what it said."""
     until = time.monotonic() + seconds
     metrics = folder / "run" / "metrics.jsonl"
     while time.monotonic() < until:
         if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
             return
+        if run.poll() is not None:
+            raise AssertionError(f"it ended with {run.returncode} before step {step}:\n{run.communicate()[0]}")
         time.sleep(0.02)
-    raise AssertionError(f"no step {step} in {seconds} s")
+    left = processes_of(run.pid)
+    os.killpg(run.pid, signal.SIGKILL)
+    raise AssertionError(f"no step {step} in {seconds} s, processes {left}:\n{run.communicate()[0]}")

@@ -216,7 +216,7 @@ def test_srun_starts_the_processes_too_and_one_signal_stops_all(corpus: dict[str
         command(corpus, tmp_path, *TWO, "trainer.max_steps=900", **job, SLURM_PROCID=rank, SLURM_LOCALID=rank)
         for rank in ("0", "1")
     ]
-    wait_for_step(tmp_path, 2)
+    wait_for_step(tmp_path, 2, tasks[0])
     tasks[1].send_signal(signal.SIGUSR1)
     outputs = [ended(task) for task in tasks]
     assert [task.returncode for task in tasks] == [143, 143], outputs

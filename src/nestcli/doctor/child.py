@@ -56,7 +56,7 @@ def _torch(_: str) -> dict[str, Any]:
     }
     if torch.version.cuda or torch.version.hip:
         try:
-            torch.cuda.init()  # type: ignore[no-untyped-call]
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # torch gives it no types
             facts["gpus"] = [_gpu(number) for number in range(torch.cuda.device_count())]
         except (RuntimeError, AssertionError) as error:
             facts["cuda_error"] = _first_line(error)
@@ -116,7 +116,7 @@ def _gloo(_: str) -> dict[str, Any]:
     import torch
     from torch import distributed
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]  # HashStore has no stub
     try:
         value = torch.ones(1)
         distributed.all_reduce(value)

@@ -125,7 +125,7 @@ def gpu_check(facts: Mapping[str, Any], driver: str | None, cards: int, environ:
             return _check("GPUs", "ok", "none; PyTorch's CPU build: training goes on the CPU")
         there = f"NVIDIA driver {driver}" if driver else f"{cards} NVIDIA card{'s' * (cards > 1)} without a driver"
         state = "problem" if driver else "note"
-        return _check("GPUs", state, f"{there}, but this is PyTorch's CPU build: no GPU is used", _REINSTALL)  # type: ignore[arg-type]
+        return _check("GPUs", state, f"{there}, but this is PyTorch's CPU build: no GPU is used", _REINSTALL)  # type: ignore[arg-type]  # one of two states
     hidden = environ.get("CUDA_VISIBLE_DEVICES")
     if driver is not None and hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles"):
         return _check(

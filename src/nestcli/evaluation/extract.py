@@ -198,7 +198,7 @@ def _settings(
     return {
         "input": os.path.abspath(given),  # noqa: PTH100  # links stay as they are
         "lines": _digest_of(inputs.manifest),
-        "checkpoint": os.path.abspath(checkpoint),  # noqa: PTH100
+        "checkpoint": os.path.abspath(checkpoint),  # noqa: PTH100  # the same
         "weights": _digest_of_weights(encoder),
         "layers": options.layers,
         "format": options.format,

@@ -100,10 +100,10 @@ def fit_with(features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: 
         logits_UC = _mixed(standard_ULP, scores_L.softmax(0)) @ weight_CP.T + bias_C
         loss = F.cross_entropy(logits_UC, classes_U) + strength * weight_CP.square().sum()
         loss = loss + _EVEN * scores_L.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         return loss.item()
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch gives it no types
     return Probe(mean_LP, deviation_LP, scores_L.detach().softmax(0), weight_CP.detach(), bias_C.detach(), strength)
 
 

@@ -43,6 +43,7 @@ _TRAINER_KEYS = (
     "max_time",
 )  # fmt: skip
 _CHECKPOINT_KEYS = ("every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose")
+_WANDB_KEYS = ("id", "resume", "entity", "group", "tags")
 _SAFETY_KEYS = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines")
 START_KEYS = (
     "init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_encoder", "init_from_pretrained_model",
@@ -66,6 +67,7 @@ EXTRA_KEYS = frozenset(
         *(f"nest.{key}" for key in _SAFETY_KEYS),
         *(f"trainer.{key}" for key in _TRAINER_KEYS),
         *(f"exp_manager.checkpoint_callback_params.{key}" for key in _CHECKPOINT_KEYS),
+        *(f"exp_manager.wandb_logger_kwargs.{key}" for key in _WANDB_KEYS),
     )
 )
 

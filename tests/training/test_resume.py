@@ -355,11 +355,11 @@ def test_other_files_that_the_disk_refuses_do_not_destroy_the_run(
     monkeypatch.setattr("nestcli.files.os.open", descriptor)
     monkeypatch.setattr(Path, "open", opened)
     with pytest.raises((RunFailedError, ConfigError), match=rf"{name} cannot be written: No space left") as raised:
-        train(corpus, tmp_path, "trainer.max_steps=9", "model.optim.lr=1.0")
+        train(corpus, tmp_path, "trainer.max_steps=9", "trainer.max_time=01:00:00:00")
     assert raised.value.exit_code == 1
     monkeypatch.undo()
     assert next(folder.rglob(name)).read_bytes() == old
-    result, _ = train(corpus, tmp_path, "trainer.max_steps=9", "model.optim.lr=1.0")
+    result, _ = train(corpus, tmp_path, "trainer.max_steps=9", "trainer.max_time=01:00:00:00")
     assert result.step == 9
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 10))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from nestcli.checkpoint.weights import checked_tensors
 from nestcli.config import leaves, resolved
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.module import CONFIG_KEY
+from nestcli.training.changes import Changes
 from nestcli.training.checkpoints import step_in_name
 from nestcli.untrusted import check_plain
 
@@ -40,6 +41,7 @@ class Resume:
     path: Path | None = None
     step: int = 0
     passed: tuple[Passed, ...] = ()
+    former: Mapping[str, Any] | None = field(default=None, compare=False)  # the configuration in the checkpoint
 
     def announce(self, note: Callable[[str], None]) -> None:
         """Say what is to be set aside, without doing it."""
@@ -102,8 +104,10 @@ def _newest_whole(checkpoints: Path, config: DictConfig, model: nn.Module) -> Re
             passed.append(Passed(path, "it holds more than tensors and plain data, or no weights", damaged=False))
         else:
             if all(key in content for key in _STATE) and isinstance(content.get("global_step"), int):
-                _check_model(content, config, model, checkpoints.parent)
-                return Resume(path, int(content["global_step"]), tuple(passed))
+                step, former = int(content["global_step"]), _former(content)
+                _check_model(content, former, config, model, checkpoints.parent)
+                Changes.of(former, config, step).check(path)
+                return Resume(path, step, tuple(passed), former)
             passed.append(Passed(path, "it holds weights, and not the state of training", damaged=False))
     found = " ".join(f"{each.path.name}: {each.reason}." for each in passed)
     raise CheckpointError(
@@ -150,27 +154,37 @@ def _renamed(path: Path) -> Path:
     return target
 
 
-def _check_model(content: Mapping[str, Any], config: DictConfig, model: nn.Module, folder: Path) -> None:
-    """Raise ConfigError if a checkpoint is of another model."""
+def _check_model(
+    content: Mapping[str, Any], former: Mapping[str, Any] | None, config: DictConfig, model: nn.Module, folder: Path
+) -> None:
+    """Raise ConfigError if a checkpoint's weights are of another model."""
     ours, stored = model.state_dict(), checked_tensors(content["state_dict"], str(folder))
     for name in [*ours, *stored]:
         shapes = [tuple(state[name].shape) if name in state else None for state in (ours, stored)]
         if shapes[0] != shapes[1]:
             raise ConfigError(
-                f"the run in {folder} is of another model: {_first_change(content, config) or name}. "
+                f"the run in {folder} is of another model: {_first_change(former, config) or name}. "
                 "Set another exp_manager.name for this one."
             )
 
 
-def _first_change(content: Mapping[str, Any], config: DictConfig) -> str | None:
-    """The first setting of the model that differs from the one that a checkpoint carries."""
-    if not isinstance(content.get(CONFIG_KEY), Mapping):
+def _former(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The configuration that a checkpoint carries; None where it is nothing that we wrote."""
+    former = content.get(CONFIG_KEY)
+    if not isinstance(former, Mapping):
         return None
     try:
-        check_plain(content[CONFIG_KEY], "")
-    except ConfigError:  # nothing that we wrote
+        check_plain(former, "")
+    except ConfigError:
         return None
-    stored = dict(leaves(content[CONFIG_KEY].get("model", {})))
+    return former
+
+
+def _first_change(former: Mapping[str, Any] | None, config: DictConfig) -> str | None:
+    """The first setting of the model that differs from the one that a checkpoint carries."""
+    if former is None:
+        return None
+    stored = dict(leaves(former.get("model", {})))
     for key, value in leaves(resolved(config)["model"]):
         if key == "encoder.backend":  # changes the code that trains, not the model
             continue

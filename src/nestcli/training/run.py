@@ -24,6 +24,7 @@ from nestcli.errors import ConfigError, RunFailedError
 from nestcli.files import held_alone, remove_leftovers, write_text
 from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
+from nestcli.training.changes import Changes, ConfiguredOptimizer, record_start
 from nestcli.training.checkpoints import NestCheckpoint
 from nestcli.training.metrics import Reporter
 from nestcli.training.processes import ended_together
@@ -45,6 +46,7 @@ from nestcli.training.settings import (
 from nestcli.training.signals import StopSignals, leave_signals_to_us
 from nestcli.training.space import check_folder, check_shared_memory, check_space, disk_explained
 from nestcli.training.start import start_from, starts_of
+from nestcli.training.wandb_run import keep_id
 from nestcli.training.watched import Watched
 
 DEFAULT_EXP_DIR = "nest_experiments"
@@ -124,6 +126,8 @@ class Pretraining:
         self._resume = find_resume(self.folder, config, self.module.model)
         self.resumes = self._resume.path
         self._starts = starts_of(config)
+        record_start(config, self._resume.former)
+        self._changes = Changes.of(self._resume.former, config, self._resume.step)
         self._starts_from = () if self.resumes else tuple(start_from(self.module.model, self._starts, config))
 
     @property
@@ -171,7 +175,8 @@ class Pretraining:
                 self._prepare_folder(checkpoints)
         watched = Watched.of(self.config, self.module, self.data, self.reporter, self.folder, self.length)
         metrics = watched.metrics
-        trainer_callbacks = [SameResume(self._resume), *watched.callbacks, *([checkpoints] if checkpoints else [])]
+        resumed = [SameResume(self._resume), ConfiguredOptimizer(self.reporter.note)]
+        trainer_callbacks = [*resumed, *watched.callbacks, *([checkpoints] if checkpoints else [])]
         with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder), StopSignals() as signals:
             quieten()
             trainer = self._trainer([*trainer_callbacks, ResumedCounts(), signals], watched.waits)
@@ -202,6 +207,7 @@ class Pretraining:
         checkpoints = self._checkpoint_callback()
         check_space(self.folder, checkpoints, self.module.model)
         self._resume.announce(self.reporter.note)
+        self._changes.tell(self.reporter.note)
         with warnings.catch_warnings(), _memory_explained():
             quieten()
             trainer = self._trainer([checkpoints] if checkpoints else [])
@@ -239,6 +245,9 @@ class Pretraining:
         self._resume.set_aside(self.reporter.note)
         if self.resumes is None and (self.folder / "metrics.jsonl").is_file():
             self.reporter.note(f"{self.folder} holds no checkpoint yet: the run starts from the beginning.")
+        self._changes.tell(self.reporter.note)
+        self._changes.keep_former(self.folder)
+        keep_id(self.config, self.folder)
         write_text(self.folder / "config.yaml", [OmegaConf.to_yaml(resolved(self.config))])
 
     def _checkpoint_callback(self) -> NestCheckpoint | None:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from nestcli.config import resolved, section
 from nestcli.data.cores import available_cores
 from nestcli.errors import ConfigError, MissingDependencyError
+from nestcli.training.wandb_run import wandb_options
 
 # As Lightning names them. bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
 _PRECISIONS = {
@@ -256,15 +257,15 @@ def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     if manager.create_tensorboard_logger:
         loggers.append(TensorBoardLogger(save_dir=folder, name="", version="tensorboard"))
     if manager.create_wandb_logger:
-        loggers.append(_wandb_logger(resolved(manager.wandb_logger_kwargs), folder))
+        loggers.append(_wandb_logger(config, folder))
     return loggers
 
 
-def _wandb_logger(options: dict[str, Any], folder: Path) -> Logger:
+def _wandb_logger(config: DictConfig, folder: Path) -> Logger:
     from lightning.pytorch.loggers import WandbLogger
 
     try:
-        return WandbLogger(save_dir=folder, **options)
+        return WandbLogger(**{"save_dir": folder, **wandb_options(config, folder)})
     except ModuleNotFoundError:
         raise MissingDependencyError(
             'exp_manager.create_wandb_logger: W&B is not installed. Run pip install "nestcli[wandb]", '

@@ -1,0 +1,56 @@
+"""The run of W&B that belongs to a run of ours: its id is kept in the folder, so that both go on together."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nestcli.config import resolved
+from nestcli.errors import ConfigError
+from nestcli.files import write_text
+
+ID_FILE = "wandb_id.txt"
+_ID = re.compile(r"[^\s/\\#?%:]{1,128}")  # what W&B takes
+
+
+def wandb_options(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """`exp_manager.wandb_logger_kwargs` with the id that is kept in the folder, where the user names none."""
+    options = dict(resolved(config)["exp_manager"].get("wandb_logger_kwargs") or {})
+    if _own_id(options) is None and (kept := _kept(options, folder)):
+        options["id"] = kept
+    return options
+
+
+def keep_id(config: DictConfig, folder: Path) -> None:
+    """Keep the id of the coming run of W&B, drawn where neither the user nor the folder has one.
+
+    Raises ConfigError for a file that holds no id, and NestError where the disk fails.
+    """
+    if not config.exp_manager.create_wandb_logger:
+        return
+    options = dict(resolved(config)["exp_manager"].get("wandb_logger_kwargs") or {})
+    chosen = _own_id(options) or _kept(options, folder) or secrets.token_hex(4)
+    write_text(folder / ID_FILE, [f"{chosen}\n"])
+
+
+def _own_id(options: dict[str, Any]) -> str | None:
+    """The id that the user names, as Lightning or W&B reads it."""
+    named = options.get("version") or options.get("id") or os.environ.get("WANDB_RUN_ID")
+    return str(named) if named else None
+
+
+def _kept(options: dict[str, Any], folder: Path) -> str | None:
+    """The id in the folder; None without one, and where the user wants a new run (`resume: never`)."""
+    path = folder / ID_FILE
+    if options.get("resume") == "never" or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        text = file.read(1000).decode(errors="replace").strip()
+    if not _ID.fullmatch(text):
+        raise ConfigError(f"{path} holds no id of a W&B run. Remove it to begin a new run of W&B, or write the id there.")
+    return text

@@ -54,7 +54,7 @@ def note(message: str) -> None:
 
 def is_first_process() -> bool:
     """Whether this is rank 0 of a distributed run, or no such run at all."""
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
     return all(rank == "0" for rank in ranks)
 
 

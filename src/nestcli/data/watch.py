@@ -24,6 +24,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDat
 from nestcli.data import remote, transfer
 from nestcli.data.manifest import Manifest
 from nestcli.data.notes import Note, Notes
+from nestcli.data.workers import START_METHOD
 from nestcli.errors import DataError, RunFailedError
 
 _POLL = 1.0  # s between looks while a batch is waited for
@@ -161,6 +162,10 @@ class WatchedLoader(DataLoader[Any]):
     def __init__(self, *arguments: Any, watch: Watch | None = None, **options: Any) -> None:
         if watch is not None:
             options["worker_init_fn"] = watch.notes.enter
+            if START_METHOD != "fork":  # nothing tells what a process does
+                watch.timeout = None
+        if options.get("num_workers"):
+            options.setdefault("multiprocessing_context", START_METHOD)
         super().__init__(*arguments, **options)
         self.watch = watch
 

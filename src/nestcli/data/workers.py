@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import weakref
 from typing import Any
 
 from torch.utils.data import DataLoader
+
+# How loader processes are started. What they note for the main one (`notes`) lies in memory that only forked ones
+# share; Python 3.14 would start them by a server.
+START_METHOD = "fork" if sys.platform == "linux" else multiprocessing.get_start_method()
 
 _SIGNALS = {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM}
 

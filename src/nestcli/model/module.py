@@ -60,6 +60,8 @@ class NestModule(LightningModule):
             from torch.distributed.fsdp import fully_shard
 
             mesh = self._device_mesh["data_parallel"]
+            for part in self.model.parts_in_fp32():  # the weights that are sharded together are of one type
+                fully_shard(part, mesh=mesh)
             for layer in self.model.encoder.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
@@ -84,8 +86,8 @@ class NestModule(LightningModule):
     @property
     def learning_rate(self) -> float:
         """The rate of the coming optimiser step."""
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, torch.optim.Optimizer | _HasGroups)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
         return float(optimizer.param_groups[0]["lr"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -143,10 +145,6 @@ class NestModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state: Mapping[str, Tensor] = checkpoint["state_dict"]
         checkpoint["state_dict"] = {f"model.{_bare(name)}": value for name, value in state.items()}
-
-
-class _HasGroups(Protocol):
-    param_groups: list[dict[str, Any]]
 
 
 def _bare(name: str) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nestcli.config import section
 from nestcli.errors import ConfigError
@@ -126,9 +127,21 @@ class NestModel(nn.Module):
         self.loss = MaskedTokenLoss(config.loss)
 
     def use_half(self, dtype: torch.dtype) -> None:
-        """Keep the trained weights in a shorter type; features and tokens stay in fp32."""
+        """Keep the trained weights in a shorter type; features, tokens and batch norm stay in fp32.
+
+        A running mean takes over a tenth of what a batch differs by, which bf16 rounds away.
+        """
         self.encoder.to(dtype)
         self.decoder.to(dtype)
+        for part in self.encoder.modules():
+            if isinstance(part, _BatchNorm):
+                part.float()
+
+    def parts_in_fp32(self) -> list[nn.Module]:
+        """The encoder's parts that `use_half` has left in fp32; none without it."""
+        if self._dtype == torch.float32:
+            return []
+        return [part for part in self.encoder.modules() if isinstance(part, _BatchNorm)]
 
     @property
     def _dtype(self) -> torch.dtype:

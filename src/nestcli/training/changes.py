@@ -111,7 +111,9 @@ class Changes:
                 f"The former one is kept as {self.kept_name}."
             )
         if "seed" in told:
-            note("Order of the data, augmentation, masks and dropout follow the new seed; all weights and codebooks stay.")
+            note(
+                "The new seed draws the order of the data, augmentation, masks and dropout; weights and codebooks stay."
+            )
         if any(key in self.keys for key in _BEST):
             note("The best model is looked for anew; the best checkpoints of before stay in the folder.")
 
@@ -127,7 +129,9 @@ class Changes:
 
 def record_start(config: DictConfig, former: Mapping[str, Any] | None) -> None:
     """Have the configuration of a run that goes on name the weights that it began with; others are not used."""
-    for key in START_KEYS if former is not None else ():
+    if former is None:
+        return
+    for key in START_KEYS:
         if key in config or former.get(key) is not None:
             OmegaConf.update(config, key, former.get(key), merge=False, force_add=True)
 

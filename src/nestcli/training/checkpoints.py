@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from nestcli.checkpoint.nemo import write_nemo
 from nestcli.model.module import NestModule
 
 LAST_KEPT = 2  # newest checkpoints: a damaged one has one before it
+_FIELD = re.compile(r"(?:[A-Za-z_/]+=)?\{(?P<name>[\w/-]+)(?::[^{}]*)?\}[-_ ]?")
 _STEP = re.compile(r"step=(\d+)(-last)?(-v\d+)?\.ckpt")
 
 
@@ -26,11 +28,20 @@ def step_in_name(path: Path) -> int | None:
     return int(found[1]) if found and found.end() == len(path.name) else None
 
 
+def without_unknown(template: str, known: Collection[str]) -> str:
+    """A template of names such as `{val_loss:.3f}-{step}` without the values that are not among the known ones."""
+    for field in _FIELD.finditer(template):
+        if field["name"] not in known:
+            template = template.replace(field[0], "", 1)
+    return template.strip("-_ ") or "{step}"
+
+
 class NestCheckpoint(ModelCheckpoint):
     """Checkpoints named as NeMo names them: `NAME--val_loss=8.123-step=100.ckpt`, and the newest two with `-last`.
 
     A last one is written whenever a best one could be, and at the end of training, where validation may not have come
-    by. `nemo` is a .nemo file of the best model to keep beside them, or of the newest as long as there is no best one.
+    by. A value that is not known yet, as before the first validation, has no part in a name. `nemo` is a .nemo file of
+    the best model to keep beside them, or of the newest as long as there is no best one.
     Weights that are not finite are not written: the last good checkpoint stays.
     """
 
@@ -44,6 +55,7 @@ class NestCheckpoint(ModelCheckpoint):
         self.CHECKPOINT_NAME_LAST = f"{filename}-last" if filename.endswith(step) else f"{filename}-{step}-last"
         self.nemo = nemo
         self._best_before: set[str] = set()
+        self._unknown = torch.tensor(-math.inf if self.mode == "max" else math.inf)  # of the monitor, before it has one
         self._left_over: list[str] = []  # names of former best ones that a kill may have kept from being removed
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,8 +69,19 @@ class NestCheckpoint(ModelCheckpoint):
             moved[key] = self._here(state_dict.get(key, ""))
         best = state_dict.get("best_k_models", {})
         moved["best_k_models"] = {self._here(path): score for path, score in best.items()}
+        surplus = self._beyond_top_k(moved)
         super().load_state_dict(moved)
-        self._left_over = list(state_dict.get("outdated", ()))
+        self._left_over = [*state_dict.get("outdated", ()), *surplus]
+
+    def _beyond_top_k(self, state: dict[str, Any]) -> list[str]:
+        """Take the best models that a smaller `save_top_k` leaves no room for out of a state; their files' names."""
+        best = sorted(state["best_k_models"].items(), key=lambda each: float(each[1]), reverse=self.mode == "max")
+        if not 0 < self.save_top_k < len(best):
+            return []
+        kept = best[: self.save_top_k]
+        state["best_k_models"] = dict(kept)
+        state["kth_best_model_path"], state["kth_value"] = kept[-1]
+        return [Path(path).name for path, _ in best[self.save_top_k :]]
 
     def _here(self, path: str) -> str:
         return str(Path(str(self.dirpath)) / Path(path).name) if path else ""
@@ -126,9 +149,17 @@ class NestCheckpoint(ModelCheckpoint):
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
-        if self.monitor is not None:  # before the first validation the name still needs a number
-            candidates.setdefault(self.monitor, torch.tensor(math.inf))
+        if self.monitor is not None:  # before the first validation any model may be the best
+            candidates.setdefault(self.monitor, self._unknown)
         return candidates
+
+    def format_checkpoint_name(
+        self, metrics: dict[str, Tensor], filename: str | None = None, ver: int | None = None, prefix: str | None = None
+    ) -> str:
+        """As Lightning does it; a value that is not known is left out, where Lightning writes 0."""
+        known = [name for name, value in metrics.items() if value is not self._unknown]
+        kept = without_unknown(filename or str(self.filename), known)
+        return super().format_checkpoint_name(metrics, kept, ver, prefix)
 
 
 def _outdated(newest: Path) -> list[Path]:
@@ -140,10 +171,8 @@ def _outdated(newest: Path) -> list[Path]:
 
 
 def _is_finite(trainer: Trainer) -> bool:
-    """Whether all weights are; running statistics, too."""
+    """Whether all weights and running statistics are, in all processes: these must not differ in what they write."""
     state = trainer.lightning_module.state_dict().values()
     own = [value.to_local() if isinstance(value, DTensor) else value for value in state]
     finite = bool(torch.stack([value.isfinite().all() for value in own]).all())
-    if any(isinstance(value, DTensor) for value in state):  # each process has its share
-        return bool(trainer.strategy.reduce_boolean_decision(finite, all=True))
-    return finite
+    return bool(trainer.strategy.reduce_boolean_decision(finite, all=True))

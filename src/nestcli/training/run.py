@@ -26,6 +26,7 @@ from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.changes import Changes, ConfiguredOptimizer, record_start
 from nestcli.training.checkpoints import NestCheckpoint
+from nestcli.training.launchers import check_launch, cluster_plugins
 from nestcli.training.metrics import Reporter
 from nestcli.training.processes import ended_together
 from nestcli.training.resume import SameResume, find_resume
@@ -36,7 +37,6 @@ from nestcli.training.settings import (
     TrainerConfig,
     accelerator,
     check_compiler,
-    cluster_plugins,
     device_name,
     make_loggers,
     n_processes,
@@ -112,11 +112,12 @@ class Pretraining:
         self.config, self.reporter = config, reporter
         section(TrainerConfig, config, "trainer")
         SafetyConfig.of(config)
+        processes = n_processes(config)
+        check_launch(processes, int(config.trainer.num_nodes))
         check_compiler(config)
         self.folder = experiment_folder(config)
         check_shared_memory(config)
         self.data = NestDataModule(config, reporter.note)
-        processes = n_processes(config)
         self.data.check_ready(processes // int(config.trainer.num_nodes))
         batches = self.data.train_plan(processes).batches(0)
         self.length = Length.of(config.trainer, len(batches), processes)

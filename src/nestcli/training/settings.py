@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
@@ -174,13 +172,6 @@ def _strategy(config: DictConfig, processes: int) -> str | Strategy:
 
         return ShardedStrategy(processes)
     return name
-
-
-def cluster_plugins() -> list[Any]:
-    """Slurm's environment, where srun started us, without Lightning's own way of queueing a job again."""
-    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
-        return []
-    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def accelerator(config: DictConfig) -> str:

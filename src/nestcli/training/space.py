@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from nestcli.checkpoint.atomic import UnwrittenError
+from nestcli.data.workers import START_METHOD
 from nestcli.errors import ConfigError, DataError, NestError, RunFailedError
 from nestcli.files import refuse_links
 from nestcli.training.checkpoints import LAST_KEPT, NestCheckpoint
@@ -67,7 +68,7 @@ def check_shared_memory(config: DictConfig) -> None:
     if not any(part is not None and part.get("num_workers") for part in parts):
         return
     try:
-        multiprocessing.get_context().Lock()
+        multiprocessing.get_context(START_METHOD).Lock()
     except OSError as error:
         raise ConfigError(_unshared(error)) from None
 

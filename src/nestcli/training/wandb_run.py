@@ -21,20 +21,21 @@ _ID = re.compile(r"[^\s/\\#?%:]{1,128}")  # what W&B takes
 def wandb_options(config: DictConfig, folder: Path) -> dict[str, Any]:
     """`exp_manager.wandb_logger_kwargs` with the id that is kept in the folder, where the user names none."""
     options = dict(resolved(config)["exp_manager"].get("wandb_logger_kwargs") or {})
-    if _own_id(options) is None and (kept := _kept(options, folder)):
+    if _own_id(options) is None and (kept := _kept(folder)):
         options["id"] = kept
     return options
 
 
 def keep_id(config: DictConfig, folder: Path) -> None:
-    """Keep the id of the coming run of W&B, drawn where neither the user nor the folder has one.
+    """Keep the id of the coming run of W&B: the user's, that of the folder (but for `resume: never`), or a new one.
 
     Raises ConfigError for a file that holds no id, and NestError where the disk fails.
     """
     if not config.exp_manager.create_wandb_logger:
         return
     options = dict(resolved(config)["exp_manager"].get("wandb_logger_kwargs") or {})
-    chosen = _own_id(options) or _kept(options, folder) or secrets.token_hex(4)
+    kept = None if options.get("resume") == "never" else _kept(folder)
+    chosen = _own_id(options) or kept or secrets.token_hex(4)
     write_text(folder / ID_FILE, [f"{chosen}\n"])
 
 
@@ -44,13 +45,15 @@ def _own_id(options: dict[str, Any]) -> str | None:
     return str(named) if named else None
 
 
-def _kept(options: dict[str, Any], folder: Path) -> str | None:
-    """The id in the folder; None without one, and where the user wants a new run (`resume: never`)."""
+def _kept(folder: Path) -> str | None:
+    """The id in the folder; None without one."""
     path = folder / ID_FILE
-    if options.get("resume") == "never" or not path.is_file():
+    if not path.is_file():
         return None
     with path.open("rb") as file:
         text = file.read(1000).decode(errors="replace").strip()
     if not _ID.fullmatch(text):
-        raise ConfigError(f"{path} holds no id of a W&B run. Remove it to begin a new run of W&B, or write the id there.")
+        raise ConfigError(
+            f"{path} holds no id of a W&B run. Remove it to begin a new run of W&B, or write the id there."
+        )
     return text

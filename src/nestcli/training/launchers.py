@@ -1,0 +1,152 @@
+"""Who starts the processes of a run, and whether there are as many as the trainer block says.
+
+A launcher that starts more than the trainer knows of would make as many trainings, all of them in one folder; one that
+starts fewer leaves the others to be waited for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from nestcli.errors import ConfigError
+
+_TORCHRUN = "torchrun --nproc-per-node DEVICES -m nestcli pretrain ... trainer.devices=DEVICES"
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What a launcher has started: processes in all and on each machine; `remedy` makes others of them."""
+
+    by: str
+    processes: int
+    on_each: int | None
+    remedy: str
+
+
+def check_launch(processes: int, nodes: int) -> None:
+    """Raise ConfigError unless what started this process has started as many as `trainer` asks for.
+
+    `processes` is their number on all `nodes` together.
+    """
+    found = _launch()
+    devices = processes // nodes
+    if found is None:
+        if nodes > 1 and not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
+            raise ConfigError(
+                f"trainer.num_nodes={nodes}: nothing has started the run on the other machines. Start it with srun or "
+                "torchrun on all of them (docs/clusters.md), or set NODE_RANK, MASTER_ADDR and MASTER_PORT on each; "
+                "for this machine alone, set trainer.num_nodes=1."
+            )
+        return
+    if found.processes == processes and found.on_each in (None, devices):
+        return
+    each = f", {found.on_each} on each machine" if found.on_each and found.on_each != found.processes else ""
+    raise ConfigError(
+        f"{found.by} has started {found.processes} process{'es' if found.processes > 1 else ''}{each}; "
+        f"trainer.devices and trainer.num_nodes make {devices} x {nodes} = {processes}. {found.remedy}"
+    )
+
+
+def cluster_plugins() -> list[Any]:
+    """The environment that tells Lightning its place: Slurm's without its way of queueing a job again, or none.
+
+    In a job of one task there is no other process to wait for: those of the run are started here.
+    """
+    if TorchElasticEnvironment.detect() or not _in_slurm():
+        return []
+    return [LightningEnvironment()] if _is_single_task() else [SLURMEnvironment(auto_requeue=False)]
+
+
+def _launch() -> _Launch | None:
+    """What has started this process, in the order in which Lightning looks; None for a plain command."""
+    if TorchElasticEnvironment.detect():
+        return _of_variables("torchrun")
+    if _in_slurm():
+        return None if _is_single_task() else _slurm()
+    _refuse_unseen_tasks()
+    if LSFEnvironment.detect():
+        tasks = _number("JSM_NAMESPACE_SIZE")
+        return _Launch("jsrun", tasks, None, _remedy(tasks, None))
+    for name in _MPI:
+        if name in os.environ and "LOCAL_RANK" not in os.environ and _number(name) > 1:
+            raise ConfigError(
+                f"mpirun has started {_number(name)} processes ({name}), and nest does not know their places. Start "
+                f"the run without it, or with torchrun: {_TORCHRUN}"
+            )
+    if "LOCAL_RANK" in os.environ:
+        return _of_variables("the launcher (LOCAL_RANK, WORLD_SIZE)") if "WORLD_SIZE" in os.environ else None
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and _number("WORLD_SIZE") > 1:  # Kubeflow's PyTorchJob
+        raise ConfigError(
+            f"RANK and WORLD_SIZE say that this is one of {_number('WORLD_SIZE')} processes, and LOCAL_RANK, which "
+            "tells its GPU, is not set. Let every machine (every pod of a PyTorchJob) start torchrun: torchrun "
+            "--nnodes $WORLD_SIZE --node-rank $RANK --master-addr $MASTER_ADDR --master-port $MASTER_PORT "
+            "--nproc-per-node DEVICES -m nestcli pretrain ...; for a run of one process, unset both."
+        )
+    return None
+
+
+def _of_variables(by: str) -> _Launch:
+    tasks = _number("WORLD_SIZE")
+    each = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else None
+    return _Launch(by, tasks, each, _remedy(tasks, each))
+
+
+def _slurm() -> _Launch:
+    tasks = _number("SLURM_NTASKS")
+    each = _number("SLURM_NTASKS_PER_NODE") if "SLURM_NTASKS_PER_NODE" in os.environ else None
+    if tasks > 1 and each is None:
+        raise ConfigError(
+            f"Slurm has {tasks} tasks and does not say how many on each machine. Use --ntasks-per-node in place of "
+            "--ntasks (docs/clusters.md)."
+        )
+    where = "" if os.environ.get("SLURM_STEP_ID") else " (or, for one process in this job, --ntasks-per-node=1)"
+    seen = " Every task has to see all GPUs of its machine: --gpus-per-node, not --gpus-per-task."
+    return _Launch("Slurm", tasks, each, _remedy(tasks, each) + where + seen)
+
+
+def _in_slurm() -> bool:
+    """Whether Lightning takes this process for a task of Slurm, as it does in no interactive job."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def _is_single_task() -> bool:
+    """Whether a Slurm job has one task, and so no processes but those that a run starts itself."""
+    return _number("SLURM_NTASKS") == 1 and os.environ.get("SLURM_NNODES", "1") == "1"
+
+
+def _refuse_unseen_tasks() -> None:
+    """Raise ConfigError for tasks of srun in an interactive job, which Lightning takes for single processes."""
+    if "SLURM_STEP_NUM_TASKS" not in os.environ or "SLURM_PTY_PORT" in os.environ:
+        return
+    tasks = _number("SLURM_STEP_NUM_TASKS")
+    if tasks > 1:
+        raise ConfigError(
+            f"srun has started {tasks} processes in a job named {os.environ.get('SLURM_JOB_NAME')!r}, and each would "
+            "train alone. Give them a name: srun --job-name=nest ..., or start one: srun --ntasks=1 ..."
+        )
+
+
+def _remedy(tasks: int, each: int | None) -> str:
+    if each is None or each == tasks or tasks % each:
+        wanted = f"trainer.devices={tasks}"
+    else:
+        wanted = f"trainer.devices={each} trainer.num_nodes={tasks // each}"
+    return f"Set {wanted}, or start as many processes as the trainer has."
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, which is no number of processes. Unset it, or start the run "
+            "with torchrun or srun."
+        )
+    return int(text)

@@ -62,7 +62,7 @@ def test_the_rate_is_that_of_the_plain_optimiser(corpus: dict[str, Path], precis
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.25)
     wrapper = SimpleNamespace(param_groups=[{"lr": 7.0}])
     strategy = SimpleNamespace(optimizers=[optimizer], _lightning_optimizers=[wrapper])
-    module._trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(strategy=strategy, optimizers=[optimizer])  # type: ignore[assignment]
     assert module.learning_rate == 0.25
 
 

@@ -302,7 +302,7 @@ class DyingPool:
     def __exit__(self, *_):
         pass
 
-    def in_order(self, work, tasks):
+    def in_order(self, work, tasks, limit=None):
         for task in tasks:
             yield Died("killed by SIGSEGV") if task.first <= 5 < task.end else work(task)
 

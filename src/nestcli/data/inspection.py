@@ -25,9 +25,9 @@ _CLIPPED_RUN = 3  # samples in a row at full scale; a loud but whole signal has 
 class AudioReport:
     """What decoding a whole file showed; `reason` is None for a good one.
 
-    `frames` were decoded at `sample_rate` Hz and last `duration` s. `peak` and `rms_db` (dBFS) are those of
-    the average of the channels, which is what `load_audio` returns. `clipped` is the share of samples in runs at full
-    scale, `digest` a hash of the samples and their rate. `detail` says in words what is wrong.
+    `frames` were decoded at `sample_rate` Hz and last `duration` s. `peak` and `rms_db` (dBFS) are those of the channel
+    that was looked at, or of the average of all, which is what `load_audio` returns. `clipped` is the share of samples
+    in runs at full scale, `digest` a hash of the samples and their rate. `detail` says in words what is wrong.
     """
 
     sample_rate: int = 0
@@ -42,15 +42,17 @@ class AudioReport:
     detail: str = ""
 
 
-def inspect_audio(path: str | os.PathLike[str]) -> AudioReport:
+def inspect_audio(path: str | os.PathLike[str], channel: int | None = None) -> AudioReport:
     """Decode a whole file in bounded memory and report the first thing that is wrong with it.
 
-    Reasons: outside_jail, missing, not_a_file, empty, unreadable, bad_rate, too_many_channels, not_finite,
+    All but what is wrong with the file itself is judged on one channel, from 0, or on the average of all. Reasons:
+    outside_jail, missing, not_a_file, empty, unreadable, bad_rate, too_many_channels, no_such_channel, not_finite,
     truncated, silent. Raises nothing.
     """
     path = os.fspath(path)
     try:
         with decoder(path) as sound:
+            sound.keep(channel)
             return _inspect(path, sound)
     except BadAudioError as bad:
         return AudioReport(reason=bad.reason, detail=bad.detail)

@@ -16,18 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from nestcli.data import remote
+from nestcli.data.channel import KEY as CHANNEL
+from nestcli.data.channel import Channel, parsed_channel
 from nestcli.data.scan import Scan, Source, parse, scan
 from nestcli.errors import DataError, NestError
 from nestcli.files import expand_home, write_text
 
-_KEY_ORDER = ("audio_filepath", "duration", "offset", "speaker", "text", "lang", "reason", "detail")
+_KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL, "speaker", "text", "lang", "reason", "detail")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One utterance: `duration` s of a file from `offset` s on, and the line (from 1) that says so.
 
-    Where `shard` is given, the file is a member of that tar.
+    Where `shard` is given, the file is a member of that tar. `channel` is the one that the line chooses, if it does.
     """
 
     audio_filepath: str
@@ -39,6 +41,7 @@ class Entry:
     line: int
     manifest: str
     shard: str | None = None
+    channel: Channel | None = None
 
     @property
     def name(self) -> str:
@@ -104,6 +107,7 @@ class Manifest:
             line=int(self.lines[index]),
             manifest=source.path,
             shard=self.shards[shard] if shard >= 0 else None,
+            channel=parsed_channel(row.get(CHANNEL)),
         )
 
 

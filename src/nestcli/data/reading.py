@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from nestcli.data import remote
 from nestcli.data.audio import load_audio
+from nestcli.data.channel import Channel, kept_channel
 from nestcli.data.manifest import Entry
 from nestcli.data.shards import file_id, without_sub
 from nestcli.data.sound import Samples
@@ -30,19 +31,25 @@ class Skipped:
 
 
 def read_audio(
-    entry: Entry, *, sample_rate: int, offset: float | None = None, duration: float | None = None
+    entry: Entry,
+    *,
+    sample_rate: int,
+    offset: float | None = None,
+    duration: float | None = None,
+    channel: Channel | None = None,
 ) -> Samples:
     """An entry's audio, or a part of it, as mono float32 at `sample_rate` Hz; times in seconds.
 
-    Raises DataError if nothing can be read.
+    `channel` is for entries that choose none themselves. Raises DataError if nothing can be read.
     """
     start = entry.offset if offset is None else offset
     length = entry.duration if duration is None else duration
+    kept = kept_channel(entry.channel, channel)
     if entry.shard is None and not remote.is_remote(entry.audio_filepath):
-        return load_audio(entry.audio_filepath, sample_rate=sample_rate, offset=start, duration=length)
+        return load_audio(entry.audio_filepath, sample_rate=sample_rate, offset=start, duration=length, channel=kept)
     with _as_file(_content(entry)) as path:
         try:
-            return load_audio(path, sample_rate=sample_rate, offset=start, duration=length)
+            return load_audio(path, sample_rate=sample_rate, offset=start, duration=length, channel=kept)
         except DataError as error:
             raise DataError(str(error).replace(path, entry.name)) from None
 

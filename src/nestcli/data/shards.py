@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from nestcli.data import remote
-from nestcli.data.cuts import supervision
+from nestcli.data.channel import KEY as CHANNEL
+from nestcli.data.cuts import source_of, supervision
 from nestcli.data.manifest import Manifest, joined, of_scan, split_paths
 from nestcli.data.scan import NO_SHARD, scan
 from nestcli.data.tar_index import open_shard
@@ -165,11 +166,17 @@ def _shar_row(cut: dict[str, Any]) -> dict[str, Any]:
     recording = cut.get("recording")
     sources = recording.get("sources") if isinstance(recording, dict) else None
     kinds = [isinstance(each, dict) and each.get("type") for each in sources] if isinstance(sources, list) else []
-    if not kinds or any(kind != "shar" for kind in kinds) or not isinstance(cut.get("id"), str):
+    if (
+        not isinstance(recording, dict)
+        or not kinds
+        or any(kind != "shar" for kind in kinds)
+        or not isinstance(cut.get("id"), str)
+    ):
         raise ValueError("this is no cut of a Shar; its recording must be a placeholder of type shar")
     if cut.get("type", "MonoCut") != "MonoCut":
         raise ValueError(f"a {str(cut['type'])[:60]} cannot be read; save MonoCuts")
     row = {
+        CHANNEL: source_of(recording, cut.get("channel"))[1],
         "duration": cut.get("duration"),
         "offset": cut.get("start", 0.0),
         **supervision(cut.get("supervisions")),

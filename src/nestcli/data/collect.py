@@ -21,6 +21,7 @@ from nestcli.data.kaldi import is_kaldi, read_kaldi
 from nestcli.data.manifest import Manifest, of_scan
 from nestcli.data.scan import check_path, scan, to_row
 from nestcli.errors import DataError
+from nestcli.files import user_path
 
 # also what nobody here can read: it shall be rejected with its reason, not passed over
 AUDIO_SUFFIXES = frozenset(
@@ -107,6 +108,7 @@ def is_manifest(path: Path) -> bool:
 
 def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
     """The input, or, where there is no such file, those that it matches as a glob."""
+    given = user_path(given)
     if os.path.lexists(given):
         return [Path(given)]
     if remote.is_remote(given):

@@ -21,7 +21,7 @@ from nestcli.data.manifest import Manifest, joined, read_manifests
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.shards import expand, read_shar, read_tarred
 from nestcli.errors import ConfigError, DataError
-from nestcli.files import expand_home
+from nestcli.files import user_path
 from nestcli.untrusted import check_plain, read_yaml
 
 _DEEPEST_GROUP, _MOST_ENTRIES = 8, 10_000  # of an input_cfg
@@ -156,7 +156,7 @@ def _parts_of_input(
             f"input_cfg: {which}more than {_DEEPEST_GROUP} groups are inside of each other. Does a file name itself?"
         )
     if isinstance(entries, str):
-        path = Path(expand_home(entries))
+        path = Path(user_path(entries))
         entries = read_yaml(path)
         check_plain(entries, str(path))
     if not isinstance(entries, list) or not entries or not all(isinstance(each, dict) for each in entries):

@@ -20,7 +20,7 @@ from nestcli.data.channel import KEY as CHANNEL
 from nestcli.data.channel import Channel, parsed_channel
 from nestcli.data.scan import Scan, Source, parse, scan
 from nestcli.errors import DataError, NestError
-from nestcli.files import expand_home, write_text
+from nestcli.files import user_path, write_text
 
 _KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL, "speaker", "text", "lang", "reason", "detail")
 
@@ -122,7 +122,7 @@ def read_manifests(paths: str | Sequence[str], *, require_duration: bool = True)
     names = split_paths(paths) if isinstance(paths, str) else [os.fspath(path) for path in paths]
     if not names:
         raise DataError("no manifest is given; name a file of JSON lines, as `nest prepare-data` writes")
-    return joined([of_scan(scan(name, require_duration=require_duration)) for name in names])
+    return joined([of_scan(scan(user_path(name), require_duration=require_duration)) for name in names])
 
 
 def of_scan(found: Scan) -> Manifest:
@@ -176,7 +176,7 @@ def write_manifest(
 def split_paths(paths: str) -> list[str]:
     """The names in a string that may join several by commas."""
     # its name may have a comma
-    if os.path.isfile(paths):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
+    if os.path.isfile(user_path(paths)):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
         return [paths]
     return [name.strip() for name in paths.split(",") if name.strip()]
 
@@ -197,8 +197,10 @@ def _resolve(path: str, folder: str) -> str:
         return path
     if remote.is_remote(folder):
         return remote.join(folder, path)
+    if path.startswith("file:"):
+        return user_path(path)
     beside = os.path.join(folder, path)  # noqa: PTH118  (pathlib is slower, and this runs for every utterance)
-    return beside if os.path.exists(beside) else expand_home(path)  # noqa: PTH110
+    return beside if os.path.exists(beside) else user_path(path)  # noqa: PTH110
 
 
 def _text(value: object) -> str | None:

@@ -27,6 +27,7 @@ from nestcli.data.cores import available_cores
 from nestcli.data.cuts import cut_to_row, looks_like_cut
 from nestcli.data.pool import Died, local_pool
 from nestcli.errors import DataError
+from nestcli.files import user_path
 
 MAX_LINE = 1 << 20  # bytes
 MAX_SECONDS = 1e6
@@ -315,6 +316,8 @@ def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
 def check_path(path: object) -> None:
     if not isinstance(path, str) or not path:
         raise ValueError(f'"audio_filepath" is {_short(path)}; it must name one file')
+    if path.startswith("file:"):
+        path = user_path(path)
     if path.startswith(("pipe:", "|")) or path.endswith("|") or "\0" in path:
         raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
     if "://" in path:

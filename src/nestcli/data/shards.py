@@ -20,7 +20,7 @@ from nestcli.data.manifest import Manifest, joined, of_scan, split_paths
 from nestcli.data.scan import NO_SHARD, scan
 from nestcli.data.tar_index import open_shard
 from nestcli.errors import DataError
-from nestcli.files import expand_home
+from nestcli.files import user_path
 
 # `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; it takes the other brackets too.
 _RANGE = re.compile(r"(?:_OP_|[{(\[<])([0-9]+)\.\.([0-9]+)(?:_CL_|[})\]>])")
@@ -43,9 +43,10 @@ def expand(paths: str | Sequence[str]) -> list[str]:
 
 def _expanded(path: str) -> list[str]:
     elsewhere = remote.is_remote(path)
+    path = user_path(path)
     found = _RANGE.search(path)
     if found is None or (not elsewhere and os.path.exists(path)):  # noqa: PTH110  (pathlib raises for long names)
-        return [path if elsewhere else str(Path(expand_home(path)))]
+        return [path if elsewhere else str(Path(path))]
     _check_ranges(path)
     first, last = found.groups()
     width = len(first) if first.startswith("0") else 0
@@ -151,7 +152,7 @@ def _shar_files(path: str | dict[str, Any]) -> tuple[list[str], list[str]]:
                 f"{path}: a remote folder is not listed; name its files: shar_path={{cuts: "
                 ".../cuts._OP_000000..000007_CL_.jsonl.gz, recording: .../recording._OP_000000..000007_CL_.tar}"
             )
-        folder = Path(expand_home(path))
+        folder = Path(user_path(path))
         cuts = sorted(str(file) for pattern in ("cuts.*.jsonl.gz", "cuts.*.jsonl") for file in folder.glob(pattern))
         return cuts, sorted(str(file) for file in folder.glob("recording.*.tar"))
     if missing := {_CUTS, _AUDIO} - path.keys():

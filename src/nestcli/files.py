@@ -37,6 +37,7 @@ def atomic_file(
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     foreign: OSError | None = None
+    raw: _Watched | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # of a killed process, or a planted link
@@ -56,7 +57,8 @@ def atomic_file(
     except OSError as problem:
         if problem is foreign:
             raise
-        raise error(f"{target} cannot be written: {problem.strerror or problem}. {remedy}".rstrip()) from None
+        cause = problem if raw is None or raw.failed is None else raw.failed  # a library may have another word for it
+        raise error(f"{target} cannot be written: {cause.strerror or cause}. {remedy}".rstrip()) from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -65,13 +67,13 @@ def atomic_file(
 class _Watched(io.FileIO):
     """A file that remembers that it could not be written: what calls it may raise an error of its own for that."""
 
-    failed = False
+    failed: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except OSError:
-            self.failed = True
+        except OSError as problem:
+            self.failed = problem
             raise
 
 

@@ -10,6 +10,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -89,11 +90,18 @@ class _RayPool:
 
 
 def _within(work: Callable[[Task], Result], task: Task, seconds: float) -> Result | Died:
-    """On a machine of the cluster: the result of a process that is ended after so many seconds; 0 for no limit."""
+    """On a machine of the cluster: the result of a process that is ended after so many seconds; 0 for no limit.
+
+    The process stays for the next task: it ends with Ray's own, which has started it.
+    """
     if not seconds:
         return work(task)
-    with local_pool(1) as pool:
-        return next(pool.in_order(work, [task], lambda _: seconds))
+    return next(_own_process().in_order(work, [task], lambda _: seconds))
+
+
+@lru_cache(maxsize=1)
+def _own_process() -> Pool:
+    return local_pool(1)
 
 
 def _check_reachable(address: str) -> None:

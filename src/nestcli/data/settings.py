@@ -74,7 +74,7 @@ class DatasetConfig:
         try:
             self.channel  # noqa: B018  # it is checked here
         except ValueError as error:
-            raise ValueError(f"channel_selector: {error}.") from None
+            raise ValueError(f"channel_selector: {str(error).partition(' is ')[2]}.") from None
         self._check_concat()
         self._check_buckets()
 

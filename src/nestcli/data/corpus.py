@@ -17,6 +17,7 @@ import numpy.typing as npt
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.config import require, section
+from nestcli.data.channel import KEY as CHANNEL
 from nestcli.data.manifest import Manifest, joined, read_manifests
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.shards import expand, read_shar, read_tarred
@@ -198,6 +199,8 @@ def _parts_of_entry(
             "lhotse_shar": "shar_path", "group": "input_cfg"}  # fmt: skip
     if kind not in keys:
         raise ConfigError(f"input_cfg: the type {kind!r} is not one of {', '.join(keys)}.")
+    if CHANNEL in entry:
+        raise ConfigError(f"input_cfg: {CHANNEL} is no key of an entry. Set it beside input_cfg, or in the lines.")
     if keys[kind] not in entry or (kind == "nemo_tarred" and "manifest_filepath" not in entry):
         raise ConfigError(f"input_cfg: an entry of type {kind} lacks {keys[kind]}: {entry}.")
     if kind == "group":

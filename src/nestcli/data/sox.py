@@ -14,8 +14,10 @@ from tempfile import TemporaryDirectory
 
 import soundfile as sf
 
+from nestcli.data.patience import seconds_for
+
 _MOST_EXPANSION, _LEAST_LIMIT = 100, 256 << 20  # of a file's bytes as 32-bit samples, and bytes that any may have
-_PATIENCE = 600  # s
+_PATIENCE = 200  # s, and more for long files
 _FFMPEG = "convert it, for example with `ffmpeg -i FILE -ac 1 FILE.flac`"
 
 
@@ -58,12 +60,13 @@ def decoded_by_sox(path: str) -> Iterator[str]:
         # no shell here, and an absolute path is no option, no pipe ("|command") and no address to SoX either
         source = ["--no-glob", "-V1", "-t", kind, os.path.abspath(path)]  # noqa: PTH100
         decoded = ["-t", "w64", "-e", "floating-point", "-b", "32", copy]
-        _run([program, *source, *decoded], max(_LEAST_LIMIT, _MOST_EXPANSION * Path(path).stat().st_size))
+        size = Path(path).stat().st_size
+        _run([program, *source, *decoded], max(_LEAST_LIMIT, _MOST_EXPANSION * size), _PATIENCE + seconds_for(size))
         yield copy
 
 
-def _run(command: list[str], limit: int) -> None:
-    """Run SoX, which may write a file of `limit` bytes: silence of months is packed into kilobytes."""
+def _run(command: list[str], limit: int, patience: float) -> None:
+    """Run SoX for `patience` s at most; it may write `limit` bytes: silence of months is packed into kilobytes."""
     with subprocess.Popen(  # noqa: S603  (no shell)
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
@@ -71,10 +74,10 @@ def _run(command: list[str], limit: int) -> None:
             with suppress(OSError):  # it has ended already
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            complaint = process.communicate(timeout=_PATIENCE)[1].decode("utf-8", "replace").strip()
+            complaint = process.communicate(timeout=patience)[1].decode("utf-8", "replace").strip()
         except subprocess.TimeoutExpired:
             process.kill()
-            raise UnreadableError(f"SoX has not decoded it in {_PATIENCE} s") from None
+            raise UnreadableError(f"SoX has not decoded it in {patience:.0f} s") from None
     if process.returncode == -signal.SIGXFSZ or "File too large" in complaint:
         raise UnreadableError(f"decoded it has more than {limit:,} bytes, as no recording of its size has")
     if process.returncode != 0 or complaint:  # SoX ends with 0 after some failures

@@ -103,6 +103,18 @@ def test_a_manifest_of_any_name_is_read(tmp_path):
         assert len(read_inputs(tmp_path / name, tmp_path).manifest) == 1
 
 
+def test_a_glob_means_what_it_ends_with(tmp_path):
+    sound(tmp_path / "a.wav")
+    for name in ("1.txt", "2.txt"):
+        (tmp_path / name).write_text(json.dumps({"audio_filepath": "a.wav"}) + "\n")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    assert prepare([f"{tmp_path}/1*.txt"], tmp_path / "out", ALL).accepted == 1
+    with pytest.raises(DataError, match=r"x\.parquet: this is a Parquet table"):
+        prepare([f"{tmp_path}/*.parquet"], tmp_path / "out", ALL)
+    with pytest.raises(DataError, match=r"a file of the ending \.parquet: a Parquet table"):
+        prepare([f"{tmp_path}/*.p*"], tmp_path / "out", ALL)
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("x.parquet", "a Parquet table"), ("x.arrow", "Arrow"), ("x.tar", "is_tarred")]
 )

@@ -123,14 +123,21 @@ def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
 def _wanted(pattern: str, found: Sequence[Path], out: Path, collection: Collection) -> list[Path]:
     """What a glob found, without what is in a folder that it found too, in `out`, or no audio by its name.
 
-    Manifests are meant where the pattern says so: `corpus/**` also finds JSON of other kinds.
+    Other files, such as manifests, are meant where the pattern ends so: `corpus/**` also finds JSON of other kinds.
     """
-    endings = (*AUDIO_SUFFIXES, *(MANIFEST_SUFFIXES if pattern.lower().endswith(MANIFEST_SUFFIXES) else ()))
+    named = Path(pattern).suffix.lower()
+    own_ending = (named,) if named and not glob.has_magic(named) else ()
+    endings = (
+        *AUDIO_SUFFIXES,
+        *own_ending,
+        *(MANIFEST_SUFFIXES if pattern.lower().endswith(MANIFEST_SUFFIXES) else ()),
+    )
     folders = {path for path in found if path.is_dir()}
     own = out.absolute()
     alone = [path for path in found if folders.isdisjoint(path.parents) and own not in path.absolute().parents]
     wanted = [path for path in alone if path in folders or path.name.lower().endswith((*endings, "wav.scp"))]
     collection.passed_over += len(alone) - len(wanted)
+    collection.endings.update(path.suffix.lower() for path in set(alone).difference(wanted))
     return wanted
 
 

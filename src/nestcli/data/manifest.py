@@ -197,8 +197,8 @@ def _resolve(path: str, folder: str) -> str:
         return path
     if remote.is_remote(folder):
         return remote.join(folder, path)
-    if path.startswith("file:"):
-        return user_path(path)
+    if path.startswith("file:") and (local := user_path(path)) != path:
+        return local
     beside = os.path.join(folder, path)  # noqa: PTH118  (pathlib is slower, and this runs for every utterance)
     return beside if os.path.exists(beside) else user_path(path)  # noqa: PTH110
 

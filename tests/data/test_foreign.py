@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from nestcli.data.augment import AugmentOptions, augment
 from nestcli.data.foreign import foreign
+from nestcli.data.mixing import AugmentationConfig
+from nestcli.data.noisy_copy import CopyOptions
 from nestcli.data.prepare import PrepareOptions, prepare
 from nestcli.errors import DataError
 from nestcli.evaluation.inputs import read_inputs
@@ -172,3 +175,18 @@ def test_a_decoder_that_hangs_costs_its_file_only(tmp_path, monkeypatch):
 def test_a_patience_that_is_none(tmp_path, patience):
     with pytest.raises(DataError, match="--patience"):
         prepare([tmp_path], tmp_path / "out", PrepareOptions(patience=patience))
+
+
+def test_a_line_that_gives_no_answer_costs_its_copies_only(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "sox"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    (tmp_path / "hangs.wv").write_bytes(b"wvpk" + bytes(2000))
+    paths = [sound(tmp_path / "a.wav"), tmp_path / "hangs.wv", sound(tmp_path / "b.wav", 1)]
+    lines = (json.dumps({"audio_filepath": str(path), "duration": 1.0}) + "\n" for path in paths)
+    (tmp_path / "m.json").write_text("".join(lines))
+    nothing = CopyOptions(AugmentationConfig(0.0, 0.5, -5, 5, -5, 5, 0.5, 0.5))
+    summary = augment(str(tmp_path / "m.json"), None, tmp_path / "out", AugmentOptions(nothing, jobs=1, patience=2.0))
+    assert (summary.written, summary.reasons) == (2, {"timed_out": 1})

@@ -195,10 +195,10 @@ def _dump(row: Mapping[str, Any]) -> str:
 def _resolve(path: str, folder: str) -> str:
     if path.startswith("/") or remote.is_remote(path):
         return path
-    if remote.is_remote(folder):
-        return remote.join(folder, path)
     if path.startswith("file:") and (local := user_path(path)) != path:
         return local
+    if remote.is_remote(folder):
+        return remote.join(folder, path)
     beside = os.path.join(folder, path)  # noqa: PTH118  (pathlib is slower, and this runs for every utterance)
     return beside if os.path.exists(beside) else user_path(path)  # noqa: PTH110
 

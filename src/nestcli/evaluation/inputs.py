@@ -49,7 +49,8 @@ def read_inputs(given: str | os.PathLike[str], out: Path) -> Inputs:
             offset = {"offset": item.offset} if item.offset else {}
             rows.append({**known, "audio_filepath": item.path, "duration": round(stated, 6), **offset})
     if not rows:
-        raise DataError(f"{given}: there is no audio in it that can be read.")
+        why = f" The first: {refused[0]['audio_filepath']}: {refused[0]['detail']}." if refused else ""
+        raise DataError(f"{given}: there is no audio in it that can be read.{why}")
     write_manifest(out / LISTING, rows)
     return Inputs(read_manifests([os.fspath(out / LISTING)]), tuple(refused))
 

@@ -96,7 +96,7 @@ class Walk:
         try:
             samples = read_audio(manifest.entry(index), sample_rate=self.sample_rate)
         except DataError as error:
-            return Walked(index, reason="unreadable", detail=str(error))
+            return Walked(index, reason=getattr(error, "reason", "unreadable"), detail=str(error))
         if len(samples) < self.shortest:
             return Walked(index, reason="too_short", detail=f"{len(samples)} samples are less than one frame")
         if not np.isfinite(samples).all():

@@ -20,7 +20,7 @@ from nestcli.data.streams import NO_FAULT, SLACK, Fault, flac_fault, more_follow
 READ_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "VOC", "NIST", "HTK", "FLAC", "OGG", "MP3")
 
 _CHUNKED = ("WAV", "WAVEX", "AIFF", "RF64", "W64", "CAF", "VOC", "AU")
-_STOP_AS_DECLARED = ("WAV", "WAVEX", "AIFF", "RF64", "CAF", "AU")  # libsndfile reads the others to the file's end
+_READ_ON = ("W64", "VOC", "G721_32", "G723_24", "G723_40")  # formats and codecs that are decoded to the file's end
 _CHUNK_SLACK = 64  # bytes: sizes that count the header too, or forget a padding byte, are common and harmless
 _UNKNOWN_SIZE = 0x7F00_0000  # SoX writes 0x7F000008 or 0x7FFFF000 into a pipe, ffmpeg 0xFFFFFFFF
 _UNKNOWN_LENGTH = 1 << 62  # frames: libsndfile's for a FLAC that states none, as encoders write into a pipe
@@ -30,10 +30,10 @@ _IGNORE_LENGTH = (  # a plain call of either stops where the header says so
 _MAX_CHUNKS = 1000  # before the samples, and behind them; a file with more is not worth the time
 
 
-def length_fault(sound: sf.SoundFile, frames: int, *, thorough: bool = False) -> Fault:
+def length_fault(sound: sf.SoundFile, frames: int) -> Fault:
     """The reason and the words for a file that holds more or less audio than is decoded; two empty texts for none.
 
-    `frames` is where the decoder stopped: at `sound.frames`, or before. With `thorough`, all of the file may be read.
+    `frames` is where the decoder stopped: at `sound.frames`, or before.
     """
     if not isinstance(sound.name, int):  # the file that SoX wrote
         return NO_FAULT
@@ -42,13 +42,17 @@ def length_fault(sound: sf.SoundFile, frames: int, *, thorough: bool = False) ->
     if sound.format in _CHUNKED:
         fault = _chunk_fault(file, sound)
     elif sound.format == "OGG":
-        fault = ogg_fault(file, thorough)
+        fault = ogg_fault(file)
     elif sound.format == "MP3":
         return mpeg_fault(file, sound, frames)
     elif sound.format == "FLAC" and states_length(sound):
-        fault = flac_fault(file, sound, thorough)
-    elif sound.format == "NIST" and frames < (declared := _nist_frames(file)):
-        fault = shorter(declared, frames, sound.samplerate)
+        fault = flac_fault(file, sound)
+    elif sound.format == "NIST":
+        declared = _nist_frames(file)
+        if frames < declared:
+            fault = shorter(declared, frames, sound.samplerate)
+        elif declared and frames - declared > SLACK * sound.samplerate:
+            fault = more_follows(declared, sound.samplerate, _IGNORE_LENGTH)
     slack = SLACK * sound.samplerate if sound.format == "OGG" else 0
     if fault == NO_FAULT and states_length(sound) and sound.frames - frames > slack:
         fault = shorter(sound.frames, frames, sound.samplerate)
@@ -76,12 +80,16 @@ def _chunk_fault(file: FileBytes, sound: sf.SoundFile) -> Fault:
     held = file.size - found.start
     if found.declared > held + _CHUNK_SLACK:
         return "truncated", f"the header declares {found.declared} bytes of audio, the file holds {held}; {RECOVER}"
-    if sound.format not in _STOP_AS_DECLARED or (found.declared == 0 and sound.frames > 0):
+    if held - found.declared <= _CHUNK_SLACK or (found.declared == 0 and sound.frames > 0):
         return NO_FAULT
-    behind = _behind_samples(file, found.start + found.declared, found.form)
-    empty = found.declared == 0 and behind > _CHUNK_SLACK
-    if empty or behind * sound.frames > SLACK * sound.samplerate * found.declared:
-        return more_follows(sound.frames, sound.samplerate, _IGNORE_LENGTH)
+    if sound.format in _READ_ON or sound.subtype in _READ_ON:
+        behind, decoded = held - found.declared, held
+    else:
+        behind, decoded = _behind_samples(file, found.start + found.declared, found.form), found.declared
+    empty = found.declared == 0 and behind > 0
+    if empty or behind * sound.frames > SLACK * sound.samplerate * decoded:
+        declared = sound.frames * found.declared // max(1, decoded)
+        return more_follows(declared, sound.samplerate, _IGNORE_LENGTH)
     return NO_FAULT
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 _PIECE = 1 << 20
+_HEAD = 1 << 12
 _MOST_TAGS = 16  # in a row
 _MOST_PADDING = 64 << 20  # bytes: zeros are not looked for in more
 
@@ -15,9 +16,12 @@ class FileBytes:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.size = os.fstat(descriptor).st_size
+        self._head = os.pread(descriptor, _HEAD, 0)
 
     def at(self, place: int, count: int) -> bytes:
         """Up to `count` bytes from `place` on; fewer where the file ends."""
+        if 0 <= place <= _HEAD - count:  # most calls: headers are read field by field
+            return self._head[place : place + count]
         return os.pread(self.descriptor, count, place) if 0 <= place < self.size else b""
 
     def tail(self, count: int) -> bytes:
@@ -26,15 +30,6 @@ class FileBytes:
     def place(self) -> int:
         """Where the decoder has read to."""
         return os.lseek(self.descriptor, 0, os.SEEK_CUR)
-
-    def holds(self, marker: bytes, start: int, end: int | None = None) -> bool:
-        """Whether `marker` begins between two places."""
-        end = self.size if end is None else min(end, self.size)
-        while start < end:
-            if marker in self.at(start, min(_PIECE, end - start) + len(marker) - 1):
-                return True
-            start += _PIECE
-        return False
 
     def only_zeros(self, start: int, end: int) -> bool:
         if end - start > _MOST_PADDING:

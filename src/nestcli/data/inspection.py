@@ -116,7 +116,7 @@ def _first_fault(path: str, sound: Sound, frames: int, peak: float, energy: floa
             "not_finite",
             "some samples are not a number, infinite, or absurdly large; leave it out, or write it again",
         )
-    if (fault := length_fault(sound, frames, thorough=True)) != ("", ""):
+    if (fault := length_fault(sound, frames)) != ("", ""):
         return fault
     if frames == 0:
         return "empty", "the file has a header but no audio; copy or record it again"

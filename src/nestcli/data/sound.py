@@ -118,7 +118,7 @@ def _checked(sound: Sound) -> Sound:
     if sound.format not in READ_FORMATS:
         raise BadAudioError(
             "unreadable",
-            f"it cannot be told whether a {sound.format} file is whole; convert it with SoX or ffmpeg, "
+            f"it cannot be told whether a file in the format {sound.format} is whole; convert it with SoX or ffmpeg, "
             "for example with `sox FILE FILE.wav` or `ffmpeg -i FILE FILE.flac`",
         )
     return sound

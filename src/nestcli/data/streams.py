@@ -18,8 +18,7 @@ NO_FAULT: Fault = ("", "")
 SLACK = 0.1  # s: what a file may hold beyond its declared length; no word fits into it
 
 _TAIL = 1 << 16  # bytes: an Ogg page is never longer, and the last FLAC frames are seldom
-_NEAR = 1 << 20  # bytes of a file that are searched even where time is short
-_READ_AHEAD = 1 << 19  # bytes around the decoder's place where the end of a FLAC stream must lie
+_READ_AHEAD, _LEFT = 1 << 16, 1 << 18  # bytes before and behind the decoder's place where its stream must end
 _MPEG_SLACK = 2 * 1152  # samples: encoder delay and padding may or may not be counted
 _CHUNK_SLACK = 64  # bytes
 _MOST_RESYNCS = 5000  # places in a damaged MP3 that are tried
@@ -34,14 +33,19 @@ def shorter(declared: int, frames: int, rate: int) -> Fault:
     return "truncated", detail
 
 
+def _holds_near_end(file: FileBytes, marker: bytes, start: int) -> bool:
+    """Whether another stream begins near the place, behind `start`, where the decoder has stopped."""
+    first = max(start, file.place() - _READ_AHEAD)
+    return re.search(marker, file.at(first, _READ_AHEAD + _LEFT)) is not None
+
+
 # --- Ogg
 
 
-def ogg_fault(file: FileBytes, thorough: bool) -> Fault:
-    """Look for a cut last page, and for a second stream behind the first.
+def ogg_fault(file: FileBytes) -> Fault:
+    """Look for a cut last page, and for a second stream behind the first, where the decoder has stopped.
 
-    A missing end flag proves nothing: live streams lack it. Not `thorough`, a file above a megabyte is judged by its
-    ends: a later stream that repeats the number of the first is then not seen.
+    A missing end flag proves nothing: live streams lack it.
     """
     tail = file.tail(_TAIL)
     page = tail[max(0, tail.rfind(b"OggS")) :]
@@ -54,7 +58,7 @@ def ogg_fault(file: FileBytes, thorough: bool) -> Fault:
         streams.add(head[14:18])
         place += 27 + head[26] + sum(head[27 : 27 + head[26]])
     other = bool(streams) and page[14:18] not in streams
-    if other or ((thorough or file.size <= _NEAR) and file.holds(b"OggS\0\x02", place)):
+    if other or _holds_near_end(file, rb"OggS\0\x02", place):
         return "wrong_duration", f"several Ogg streams stand one after the other, and only one would be read; {CONVERT}"
     return NO_FAULT
 
@@ -62,7 +66,7 @@ def ogg_fault(file: FileBytes, thorough: bool) -> Fault:
 # --- FLAC
 
 
-def flac_fault(file: FileBytes, sound: sf.SoundFile, thorough: bool) -> Fault:
+def flac_fault(file: FileBytes, sound: sf.SoundFile) -> Fault:
     """Compare the declared length with the number that the last frame carries, and look for a second stream."""
     begin = file.behind_id3()
     info = file.at(begin, 42)
@@ -70,10 +74,7 @@ def flac_fault(file: FileBytes, sound: sf.SoundFile, thorough: bool) -> Fault:
         end = _flac_end(file.tail(_TAIL), int.from_bytes(info[8:10], "big"), int.from_bytes(info[10:12], "big"))
         if end is not None and end - sound.frames > SLACK * sound.samplerate:
             return more_follows(sound.frames, sound.samplerate)
-    first, last = begin + 42, file.size
-    if not thorough:
-        first, last = max(first, file.place() - _READ_AHEAD), file.place() + _READ_AHEAD
-    if any(file.holds(b"fLaC" + kind + b"\0\0\x22", first, last) for kind in (b"\0", b"\x80")):
+    if _holds_near_end(file, rb"fLaC[\0\x80]\0\0\x22", begin + 42):
         return more_follows(sound.frames, sound.samplerate)
     return NO_FAULT
 
@@ -81,12 +82,15 @@ def flac_fault(file: FileBytes, sound: sf.SoundFile, thorough: bool) -> Fault:
 def _flac_end(tail: bytes, least_block: int, most_block: int) -> int | None:
     """The sample behind the last frame; None where no two frames in a row are found."""
     found = re.finditer(rb"\xff[\xf8\xf9]", tail)
-    frames = [_flac_frame(tail[at.start() : at.start() + 16], least_block, most_block) for at in found]
-    good = [frame for frame in frames if frame is not None]
-    for before, frame in zip(reversed(good[:-1]), reversed(good), strict=False):
-        if before[1] == frame[0]:
-            return frame[1]
-    return good[0][1] if len(good) == 1 and good[0][0] == 0 else None
+    later: tuple[int, int] | None = None
+    for at in reversed([each.start() for each in found]):
+        frame = _flac_frame(tail[at : at + 16], least_block, most_block)
+        if frame is None:
+            continue
+        if later is not None and frame[1] == later[0]:
+            return later[1]
+        later = frame
+    return later[1] if later is not None and later[0] == 0 else None
 
 
 def _flac_frame(head: bytes, least_block: int, most_block: int) -> tuple[int, int] | None:
@@ -114,10 +118,16 @@ def _flac_frame(head: bytes, least_block: int, most_block: int) -> tuple[int, in
 def _crc8(content: bytes) -> int:
     value = 0
     for byte in content:
-        value ^= byte
-        for _ in range(8):
-            value = value << 1 ^ (0x107 if value & 0x80 else 0)
+        value = _crc8_table()[value ^ byte]
     return value
+
+
+@lru_cache(maxsize=1)
+def _crc8_table() -> list[int]:
+    table = list(range(256))
+    for _ in range(8):
+        table = [value << 1 & 0xFF ^ (7 if value & 0x80 else 0) for value in table]
+    return table
 
 
 # --- MP3

@@ -25,6 +25,7 @@ Samples = npt.NDArray[np.float32]
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
 MAX_LOADED = 1 << 28  # frames of one utterance: 4 hours and 40 minutes at 16 kHz, a gigabyte of memory
+LENGTH_FAULTS = ("truncated", "wrong_duration")  # the reasons of files that hold less or more than is said
 END_SLACK = 0.5  # s: a part that ends this close to the end of a file stands for all of it
 STREAM_BLOCK = 1 << 18  # samples of all channels, where a file is walked through
 

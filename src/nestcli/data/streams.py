@@ -95,9 +95,9 @@ def _flac_end(tail: bytes, least_block: int, most_block: int) -> int | None:
 
 def _flac_frame(head: bytes, least_block: int, most_block: int) -> tuple[int, int] | None:
     """The first sample of a frame and the one behind it, by its header; None for bytes that are not one."""
-    if len(head) < 16 or head[3] & 1 or head[3] >> 4 > 10:
+    code, rate_code = (head[2] >> 4, head[2] & 15) if len(head) == 16 else (0, 0)
+    if code == 0 or head[3] & 1 or head[3] >> 4 > 10:
         return None
-    code, rate_code = head[2] >> 4, head[2] & 15
     more = 0 if head[4] < 0x80 else 8 - (~head[4] & 0xFF).bit_length() - 1  # bytes behind the first, as in UTF-8
     number = head[4] if more == 0 else head[4] & (0x3F >> more)
     for byte in head[5 : 5 + more]:
@@ -107,9 +107,9 @@ def _flac_frame(head: bytes, least_block: int, most_block: int) -> tuple[int, in
         block = int.from_bytes(head[at : at + code - 5], "big") + 1
         at += code - 5
     else:
-        block = 192 if code == 1 else 576 << (code - 2) if code < 6 else 256 << (code - 8) if code > 7 else 0
+        block = 192 if code == 1 else 576 << (code - 2) if code < 6 else 256 << (code - 8)
     at += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
-    if code == 0 or block > most_block or at >= len(head) or _crc8(head[:at]) != head[at]:
+    if block > most_block or at >= len(head) or _crc8(head[:at]) != head[at]:
         return None
     start = number if head[1] & 1 else number * least_block
     return start, start + block

@@ -132,15 +132,15 @@ def test_without_an_augmentor_noise_is_added_as_it_is(corpus: dict[str, Path]) -
 def test_a_clip_that_is_a_little_shorter_than_it_says_is_repeated_to_a_second(
     tmp_path: Path, corpus: dict[str, Path]
 ) -> None:
-    write_noise_wav(tmp_path / "short.wav", 0.4, 1)
+    write_noise_wav(tmp_path / "short.wav", 0.96, 1)
     manifest = tmp_path / "m.json"
-    manifest.write_text(json.dumps({"audio_filepath": "short.wav", "duration": 0.5}) + "\n")
+    manifest.write_text(json.dumps({"audio_filepath": "short.wav", "duration": 1.1}) + "\n")
     [batch] = batches(
         corpus, f"model.train_ds.manifest_filepath={manifest}", "model.train_ds.batch_size=1",
         "model.train_ds.noise_manifest=null",
     )  # fmt: skip
     assert batch.audio_len.tolist() == [16000]
-    assert torch.equal(batch.audio[0, :6400], batch.audio[0, 6400:12800])
+    assert torch.equal(batch.audio[0, :640], batch.audio[0, 15360:])
 
 
 def test_collating_cuts_and_pads_noise_to_the_longest_speech() -> None:

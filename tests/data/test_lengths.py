@@ -234,7 +234,7 @@ def test_a_promise_is_kept_but_for_rounding(tmp_path):
             found.append(error.reason)
     assert found == [4.0, 4.0, "truncated", 1.0, "truncated", "truncated", "empty"]
     done = prepare([manifest], tmp_path / "out", PrepareOptions(jobs=1, val_fraction=0.0))
-    assert done.rejections == {"truncated": 4, "duplicate_path": 2}
+    assert done.rejections == {"truncated": 4, "duplicate_path": 1}
 
 
 # --- what cannot be read, and what to do

@@ -21,7 +21,8 @@ _TAIL = 1 << 16  # bytes: an Ogg page is never longer, and the last FLAC frames 
 _READ_AHEAD, _LEFT = 1 << 16, 1 << 18  # bytes before and behind the decoder's place where its stream must end
 _MPEG_SLACK = 2 * 1152  # samples: encoder delay and padding may or may not be counted
 _CHUNK_SLACK = 64  # bytes
-_MOST_RESYNCS = 5000  # places in a damaged MP3 that are tried
+_MOST_TRIES = 5_000  # places between the frames of a damaged MP3 that are looked at
+_MOST_STREAMS = 64  # that an Ogg file begins with
 
 
 def more_follows(declared: int, rate: int, remedy: str = CONVERT) -> Fault:
@@ -54,7 +55,10 @@ def ogg_fault(file: FileBytes) -> Fault:
         return "truncated", f"the last page of the Ogg stream is cut off; {RECOVER}"
     place = file.behind_id3()
     streams = set()
-    while (head := file.at(place, 27 + 255))[:4] == b"OggS" and len(head) > 27 and head[5] & 2:
+    for _ in range(_MOST_STREAMS):
+        head = file.at(place, 27 + 255)
+        if head[:4] != b"OggS" or len(head) < 28 or not head[5] & 2:
+            break
         streams.add(head[14:18])
         place += 27 + head[26] + sum(head[27 : 27 + head[26]])
     other = bool(streams) and page[14:18] not in streams
@@ -159,7 +163,7 @@ _XING = re.compile(rb"(?:Xing|Info)\0\0\0(.)((?:.{4})?)(.{4})", re.DOTALL)
 def _stated_mpeg_frames(head: bytes) -> int | None:
     """How many frames the first one states, itself not counted."""
     if (found := _XING.search(head)) and found[1][0] & 1:
-        return int.from_bytes(found[2], "big")
+        return int.from_bytes(found[2], "big") or None
     at = head.find(b"VBRI")
     return int.from_bytes(head[at + 14 : at + 18], "big") if at >= 0 and len(head) >= at + 18 else None
 
@@ -203,7 +207,8 @@ def _frame_lengths() -> dict[int, tuple[int, int]]:
 def _mpeg_frames(file: FileBytes, place: int) -> tuple[int, int]:
     """Walk from frame to frame over tags and damage; how many there are, and the samples of each."""
     lengths, end = _frame_lengths(), file.before_tags()
-    count = samples = lost = base = 0
+    count = samples = base = 0
+    tries = _MOST_TRIES
     piece = b""
     while place + 4 <= end:
         at = place - base
@@ -216,23 +221,24 @@ def _mpeg_frames(file: FileBytes, place: int) -> tuple[int, int]:
             count += 1
             place, samples = place + found[0], found[1]
             continue
-        lost += 1
-        if lost > _MOST_RESYNCS:
+        if tries <= 0:
             break
         tags_end = file.behind_id3(place)
-        place = tags_end if tags_end > place else _next_frame(piece, at + 1, lengths) + base
+        at, tries = (tags_end - base, tries - 1) if tags_end > place else _next_frame(piece, at + 1, lengths, tries)
+        place = base + at
     return count, samples
 
 
-def _next_frame(piece: bytes, at: int, lengths: dict[int, tuple[int, int]]) -> int:
-    """The place of the next frame that another one follows; the end of `piece` where there is none."""
-    for _ in range(_MOST_RESYNCS):
+def _next_frame(piece: bytes, at: int, lengths: dict[int, tuple[int, int]], tries: int) -> tuple[int, int]:
+    """The place of the next frame that another one follows, else the end of `piece`; and the tries that are left."""
+    while tries > 0:
+        tries -= 1
         at = piece.find(b"\xff", at)
         if at < 0 or at + 4 > len(piece):
-            return len(piece)
+            break
         found = lengths.get(piece[at + 1] << 8 | piece[at + 2])
         after = at + found[0] if found else len(piece)
         if after + 3 <= len(piece) and piece[after] == 0xFF and piece[after + 1] << 8 | piece[after + 2] in lengths:
-            return at
+            return at, tries
         at += 1
-    return len(piece)
+    return len(piece), tries

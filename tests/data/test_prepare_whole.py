@@ -221,10 +221,8 @@ def test_a_header_that_declares_too_little_is_noticed(tmp_path, ending, share):
     write(tmp_path / "in" / "b.wav")
     prepare([tmp_path / "in"], tmp_path / "out", ALL)
     assert rejections(tmp_path / "out") == {f"a.{ending}": "wrong_duration"}
-    assert (
-        rows(tmp_path / "out" / "rejected.jsonl")[0]["detail"]
-        == f"the header declares {4 * share:.2f} s, and more follows"
-    )
+    detail = rows(tmp_path / "out" / "rejected.jsonl")[0]["detail"]
+    assert detail.startswith(f"the header declares {4 * share:.2f} s, and more follows; convert it")
 
 
 @pytest.mark.parametrize("behind", [b"LIST" + (60000).to_bytes(4, "little") + bytes(60000), bytes(60000), b"x" * 1000])

@@ -16,8 +16,6 @@ import numpy.typing as npt
 import soundfile as sf
 
 from nestcli.data.channel import KEY as CHANNEL
-from nestcli.data.channel import kept_channel
-from nestcli.data.inspection import inspect_audio
 from nestcli.data.manifest import Entry, Manifest, read_manifests
 from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into
 from nestcli.data.noise import Clip, NoisePool
@@ -69,7 +67,7 @@ def write_copy(
     except _RejectedError as error:
         return CopyResult(_rejection(entry, error.reason, str(error)), size=None, noise=[])
     except DataError as error:
-        return CopyResult(_rejection(entry, _reason(entry), str(error)), size=None, noise=[])
+        return CopyResult(_rejection(entry, getattr(error, "reason", "unreadable"), str(error)), size=None, noise=[])
     rng = random.Random(f"{options.seed}/augment/{copy}/{line}")  # noqa: S311  (no secrets)
     others = _Others(speech, line, options.sample_rate, rng)
     sources = _Sources(clean, others, others.draw(options.mixing.max_num_speakers))
@@ -130,13 +128,6 @@ def _finite(clean: Samples, entry: Entry) -> Samples:
     if not np.isfinite(clean).all():
         raise _RejectedError("not_finite", f"{entry.name}: some samples are not a number, or infinite")
     return clean
-
-
-def _reason(entry: Entry) -> str:
-    """The code of `nest prepare-data` for what is wrong with a file, where it is a file of its own."""
-    if entry.shard is not None:
-        return "unreadable"
-    return inspect_audio(entry.audio_filepath, kept_channel(entry.channel, None)).reason or "unreadable"
 
 
 def _rejection(entry: Entry, reason: str, detail: str) -> _Row:

@@ -12,9 +12,9 @@ from nestcli.data.channel import kept_channel
 from nestcli.data.check import File
 from nestcli.data.collect import Item
 from nestcli.data.inspection import AudioReport
+from nestcli.data.sound import stated_slack
 
 MAX_CLIPPED = 0.01  # share of samples in runs at full scale; speech with one in a hundred is audibly distorted
-_STATED_SLACK = 0.5  # s by which a manifest may promise more than its file holds, in rounded durations
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,10 @@ def _fault(
     stated_end = item.offset + (0.0 if math.isnan(item.duration) else item.duration)
     if not math.isnan(item.duration) and item.duration <= 0:
         return "bad_duration", f"its manifest gives it {item.duration:g} s"
-    if duration <= 0 or stated_end > report.duration + _STATED_SLACK:
-        return "truncated", f"{item.where()} goes beyond the file's {report.duration:.2f} s"
+    slack = 0.5 if math.isnan(item.duration) else stated_slack(item.duration)
+    if duration <= 0 or stated_end > report.duration + slack:
+        detail = f"{item.where()} goes beyond the file's {report.duration:.2f} s"
+        return "truncated", f"{detail}; copy the file again, or correct the line"
     if seen:  # after its own faults: of broken files each has its own reason
         return "duplicate_path", "the same audio is in the inputs already"
     if report.clipped > limits.max_clipped:

@@ -28,7 +28,7 @@ PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
 
 # Keys that are understood although NeMo's file does not carry them. docs/configuration.md describes each.
 _DATASET_KEYS = (
-    "batch_augmentor.nemo_exact", "max_failed_share", "read_timeout",
+    "batch_augmentor.nemo_exact", "max_failed_share", "read_timeout", "channel_selector",
     "concat_sampling_scale", "concat_sampling_probabilities", "concat_sampling_seed", "concat_shuffle",
     "bucketing_weights",
     "use_lhotse", "cuts_path", "shar_path", "input_cfg", "reweight_temperature", "use_bucketing", "batch_duration",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+from urllib.parse import unquote
 
 from nestcli.errors import NestError
 
@@ -28,16 +30,24 @@ def atomic_file(
 ) -> Iterator[BinaryIO]:
     """A temporary file in the folder of `path`, synced and given that name when the block ends without an exception.
 
-    What stood at `path` before is untouched until then. An OSError becomes `error`, with `remedy` as its last words.
+    What stood at `path` before is untouched until then. An OSError of this file becomes `error`, with `remedy` as its
+    last words; one of another file, such as a source that the block cannot read, passes as it is.
     Without `sync` a file is whole after a kill, and perhaps not after a power cut: for many that can be made again.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    foreign: OSError | None = None
+    raw: _Watched | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # of a killed process, or a planted link
-        with temporary.open("x+b") as file:
-            yield file
+        raw = _Watched(temporary, "x+b")
+        with io.BufferedRandom(raw) as file:
+            try:
+                yield file
+            except OSError as problem:
+                foreign = None if raw.failed or _is_of(problem, temporary) else problem
+                raise
             file.flush()
             if sync:
                 os.fsync(file.fileno())
@@ -45,10 +55,36 @@ def atomic_file(
         if sync:
             _sync_folder(target.parent)
     except OSError as problem:
-        raise error(f"{target} cannot be written: {problem.strerror or problem}. {remedy}".rstrip()) from None
+        if problem is foreign:
+            raise
+        cause = problem if raw is None or raw.failed is None else raw.failed  # a library may have another word for it
+        raise error(f"{target} cannot be written: {cause.strerror or cause}. {remedy}".rstrip()) from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+class _Watched(io.FileIO):
+    """A file that remembers that it could not be written: what calls it may raise an error of its own for that."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as problem:
+            self.failed = problem
+            raise
+
+
+def _is_of(problem: OSError, place: Path) -> bool:
+    """Whether an error is one of writing to a file or folder: it names it, or names none and is no error of reading."""
+    if problem.filename is None:
+        return problem.errno in _WRITE_ERRORS
+    return Path(os.fsdecode(problem.filename)).absolute().is_relative_to(place.absolute())
+
+
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -57,8 +93,10 @@ def new_folder(
 ) -> Iterator[Path]:
     """A temporary folder beside `path`, given that name when the block ends without an exception.
 
-    A folder that is there already and not empty stays as it is, unless `force` replaces it. An OSError becomes `error`.
+    A folder that is there already and not empty stays as it is, unless `force` replaces it. An OSError of this folder
+    becomes `error`; one of another file passes as it is.
     """
+    foreign: OSError | None = None
     target = Path(path)
     temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
@@ -66,7 +104,11 @@ def new_folder(
             raise error(f"{target} is there already. Name a new folder, or add --force to replace it.")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        yield temporary
+        try:
+            yield temporary
+        except OSError as problem:
+            foreign = None if _is_of(problem, temporary) else problem
+            raise
         if target.exists():
             target.rename(old)
         try:
@@ -75,18 +117,27 @@ def new_folder(
             old.rename(target)
             raise
     except OSError as problem:
+        if problem is foreign:
+            raise
         raise error(f"{target} cannot be written: {problem.strerror or problem}.") from None
     finally:
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def expand_home(path: str) -> str:
-    """A path with its `~` or `~USER` replaced; as it stands where there is no such user.
+def user_path(path: str) -> str:
+    """A path as a person writes it, in a call, a configuration or a manifest, as one of this machine.
 
-    pathlib's raises for that, and os.path's for a user whose name has a zero byte or is not UTF-8.
+    A `~` or `~USER` in front is that user's home, and `file:///a%20b` is `/a b`. Environment variables are not looked
+    at: a shell replaces them. An address of another kind, and `~USER` of nobody, stay as they are.
     """
-    try:
+    if path.startswith("file:"):
+        address = path.removeprefix("file:")
+        local = (
+            address.removeprefix("//localhost") if address.startswith("//localhost/") else address.removeprefix("//")
+        )
+        return unquote(local) if local.startswith("/") and not local.startswith("//") else path
+    try:  # pathlib's raises where there is no such user, and os.path's for a name with a zero byte or not in UTF-8
         return os.path.expanduser(path)  # noqa: PTH111
     except ValueError:
         return path

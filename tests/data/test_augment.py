@@ -175,10 +175,16 @@ def test_nothing_to_mix_leaves_speech_as_it_is(tmp_path, speech, noise):
 
 def test_what_cannot_be_read_is_left_out_and_told(tmp_path, speech, noise):
     (tmp_path / "speech" / "3.wav").write_text("<html>")
+    cut = tmp_path / "speech" / "7.wav"
+    cut.write_bytes(cut.read_bytes()[:16044])
     (tmp_path / "noise" / "1.wav").unlink()
     summary = augment(speech, noise, tmp_path / "out", AugmentOptions(CopyOptions(MIXING)))
-    assert (summary.written, summary.rejected) == (23, 1)
-    assert rows(tmp_path / "out", "rejected.jsonl")[0]["audio_filepath"].endswith("3.wav")
+    assert (summary.written, summary.rejected) == (22, 2)
+    rejected = rows(tmp_path / "out", "rejected.jsonl")
+    assert [(Path(row["audio_filepath"]).name, row["reason"]) for row in rejected if "kind" not in row] == [
+        ("3.wav", "unreadable"),
+        ("7.wav", "truncated"),
+    ]
 
 
 def test_sounds_that_cannot_be_mixed(tmp_path, noise):
@@ -302,7 +308,7 @@ class DyingPool:
     def __exit__(self, *_):
         pass
 
-    def in_order(self, work, tasks):
+    def in_order(self, work, tasks, limit=None):
         for task in tasks:
             yield Died("killed by SIGSEGV") if task.first <= 5 < task.end else work(task)
 

@@ -129,16 +129,18 @@ def test_without_an_augmentor_noise_is_added_as_it_is(corpus: dict[str, Path]) -
     assert torch.equal(clean.noisy_audio, clean.audio)
 
 
-def test_a_clip_that_is_shorter_than_it_says_is_repeated_to_a_second(tmp_path: Path, corpus: dict[str, Path]) -> None:
-    write_noise_wav(tmp_path / "short.wav", 0.4, 1)
+def test_a_clip_that_is_a_little_shorter_than_it_says_is_repeated_to_a_second(
+    tmp_path: Path, corpus: dict[str, Path]
+) -> None:
+    write_noise_wav(tmp_path / "short.wav", 0.96, 1)
     manifest = tmp_path / "m.json"
-    manifest.write_text(json.dumps({"audio_filepath": "short.wav", "duration": 1.5}) + "\n")
+    manifest.write_text(json.dumps({"audio_filepath": "short.wav", "duration": 1.1}) + "\n")
     [batch] = batches(
         corpus, f"model.train_ds.manifest_filepath={manifest}", "model.train_ds.batch_size=1",
         "model.train_ds.noise_manifest=null",
     )  # fmt: skip
     assert batch.audio_len.tolist() == [16000]
-    assert torch.equal(batch.audio[0, :6400], batch.audio[0, 6400:12800])
+    assert torch.equal(batch.audio[0, :640], batch.audio[0, 15360:])
 
 
 def test_collating_cuts_and_pads_noise_to_the_longest_speech() -> None:
@@ -216,6 +218,23 @@ def test_what_cannot_be_read_is_left_out_and_named(corpus: dict[str, Path], part
     assert [line for line, _ in skipped] == ["4", "8"]
     assert "broken.wav" in skipped[0][1]
     assert "gone.wav" in skipped[1][1]
+
+
+def test_audio_that_is_shorter_than_was_promised_is_left_out_with_its_reason(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in corpus["train"].read_text().splitlines()]
+    write_noise_wav(tmp_path / "cut.wav", 2.0, 1)
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "cut.wav").read_bytes()[:32044])
+    write_noise_wav(tmp_path / "short.wav", 1.0, 2)
+    for line, name in ((3, "cut.wav"), (7, "short.wav")):
+        rows[line] = {"audio_filepath": str(tmp_path / name), "duration": 2.0}
+    (tmp_path / "m.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = batches(corpus, f"model.train_ds.manifest_filepath={tmp_path / 'm.json'}", "model.train_ds.drop_last=false")
+    why = {each.line.rpartition(" ")[2]: each.why for batch in found for each in batch.skipped}
+    assert sorted(why) == ["4", "8"]
+    assert "the header declares 64000 bytes of audio, the file holds 32000" in why["4"]
+    assert "the manifest promises 2.00 s from 0 s on, the file has 1.00 s there" in why["8"]
 
 
 def test_what_is_left_out_is_told_once_and_counted(corpus: dict[str, Path], partly_rotten: Path) -> None:

@@ -244,7 +244,11 @@ def test_cuts_are_read(tmp_path, packed):
         ({"recording": {"sources": [{"type": "url", "channels": [0], "source": "http://x"}]}}, "url"),
         ({"recording": {"sources": [{"type": "memory", "channels": [0], "source": "AA"}]}}, "memory"),
         ({"recording": {"sources": [{"type": "file", "channels": [0], "source": "pipe:x"}]}}, "pipe:x"),
-        ({"recording": {"sources": [{"type": "file", "channels": [0, 1], "source": "x"}]}}, "2 channels"),
+        (
+            {"channel": None, "recording": {"sources": [{"type": "file", "channels": [0, 1], "source": "x"}]}},
+            "2 channels and the cut names none",
+        ),
+        ({"channel": 2}, "the cut's channel is 2, and none of the recording's sources has it"),
         ({"recording": {"sources": [{"type": "file", "channels": [0], "source": 3}]}}, "no file"),
         ({"recording": {"sources": []}}, "one source"),
         ({"recording": {"transforms": [{"name": "Speed", "kwargs": {"factor": 1.1}}]}}, "Speed"),

@@ -127,3 +127,52 @@ def children_of(pid: int) -> list[int]:
             if parent == pid:
                 found.append(int(folder.name))
     return found
+
+
+def stopped(number):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)  # as by a disk that does not answer
+    return number
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_task_that_gives_no_answer_costs_itself_only(jobs):
+    with local_pool(jobs) as pool:
+        results = list(pool.in_order(stopped, range(5), lambda _: 3.0))
+    assert results == [0, 1, Died("there was no answer after 3 s", timed_out=True), 3, 4]
+
+
+def patient(number):
+    time.sleep(1.2)
+    return number
+
+
+def test_the_limit_is_of_each_task_not_of_all():
+    with local_pool(1) as pool:
+        assert list(pool.in_order(patient, range(4), lambda _: 3.0)) == [0, 1, 2, 3]
+        assert list(pool.in_order(patient, range(2), lambda number: 60.0 if number else 0.1)) == [
+            Died("there was no answer after 0 s", timed_out=True), 1
+        ]  # fmt: skip
+
+
+def starts_a_program(path):
+    with subprocess.Popen(["sleep", "600"]) as program:
+        Path(path).write_text(str(program.pid))
+        program.wait()
+
+
+def test_programs_that_a_task_has_started_end_with_it(tmp_path):
+    with local_pool(1) as pool:
+        assert next(pool.in_order(starts_a_program, [str(tmp_path / "pid")], lambda _: 2.0)).timed_out
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

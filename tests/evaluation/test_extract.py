@@ -152,12 +152,19 @@ def test_bad_lines_are_left_out_and_named(checkpoint: str, folder: Path, tmp_pat
         {"audio_filepath": "gone.wav", "duration": 1.0},
         {"audio_filepath": str(folder / good["audio_filepath"]), "duration": 300.0},
         {"audio_filepath": "nan.wav", "duration": 9000 / 16_000},
+        {"audio_filepath": "half.wav", "duration": 2.0},
+        {"audio_filepath": str(folder / good["audio_filepath"]), "duration": 2.0},
     ]
+    write_noise_wav(tmp_path / "half.wav", 2.0, 7)
+    (tmp_path / "half.wav").write_bytes((tmp_path / "half.wav").read_bytes()[:32044])
     (tmp_path / "m.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = extract(str(tmp_path / "m.json"), checkpoint, tmp_path / "out", ExtractOptions())
-    assert (done.utterances, done.rejected) == (1, 5)
+    assert (done.utterances, done.rejected) == (1, 7)
     rejected = rows_of(tmp_path / "out" / "rejected.jsonl")
-    assert [row["reason"] for row in rejected] == ["unreadable", "too_short", "unreadable", "too_long", "not_finite"]
+    assert [row["reason"] for row in rejected] == [
+        "unreadable", "too_short", "unreadable", "too_long", "not_finite", "truncated", "truncated"
+    ]  # fmt: skip
+    assert "the manifest promises 2.00 s from 0 s on, the file has 1.50 s there" in rejected[-1]["detail"]
     assert all("audio_filepath" in row and row["detail"] for row in rejected)
     (tmp_path / "m2.json").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(DataError, match="none of 1 utterances could be used"):

@@ -274,7 +274,6 @@ def manifests(folder: Path) -> Iterator[Case]:
         "pipe.json": line(audio_filepath=f"pipe:{touch}"),
         "pipe-after.json": line(audio_filepath=f"{touch} |"),
         "pipe-before.json": line(audio_filepath=f"| {touch}"),
-        "file-address.json": line(audio_filepath="file:///etc/passwd"),
         "chained-address.json": line(audio_filepath="s3://bucket/x::file:///etc/passwd"),
         "password.json": line(audio_filepath="http://user:word@host/x.wav"),
         "nul.json": line(audio_filepath="a\0b.wav"),
@@ -297,15 +296,7 @@ def manifests(folder: Path) -> Iterator[Case]:
         "long-line.json": b"GIANT",
         "gzip-bomb.json.gz": gzip.compress((good + "\n").encode() * 600_000, 9),
         "gzip-broken.json.gz": gzip.compress((good + "\n").encode() * 100)[:-30],
-        "cut-command.jsonl.gz": gzip.compress(recording("command", touch).encode()),
-        "cut-memory.jsonl.gz": gzip.compress(recording("memory", "UklGRg==").encode()),
-        "cut-memory-raw.jsonl": recording("memory_raw", pickle.dumps(Runs(os.system, touch)).hex()),
-        "cut-pipe.jsonl": recording("file", f"{touch} |"),
-        "cut-transform.jsonl": json.dumps({
-            **cut, "recording": {"id": "r", "transforms": [{"name": "os.system", "kwargs": {}}],
-                                 "sources": [{"type": "file", "channels": [0], "source": "a.wav"}]},
-        }),
-    }  # fmt: skip
+    }
     for name, text in texts.items():
         path = folder / "manifests" / name
         path.parent.mkdir(exist_ok=True)
@@ -313,12 +304,27 @@ def manifests(folder: Path) -> Iterator[Case]:
         if text == b"GIANT":
             os.truncate(path, 1 << 30)  # zeros without a newline; takes no room on the disk
         yield Case(name, path, ("prepare-data", "{path}", "--out", "{out}", "--jobs", "1"))
+    cuts = {  # each costs itself, and the good line after it is kept
+        "cut-command.jsonl.gz": recording("command", touch),
+        "cut-memory.jsonl.gz": recording("memory", "UklGRg=="),
+        "cut-memory-raw.jsonl": recording("memory_raw", pickle.dumps(Runs(os.system, touch)).hex()),
+        "cut-pipe.jsonl": recording("file", f"{touch} |"),
+        "cut-transform.jsonl": json.dumps({
+            **cut, "recording": {"id": "r", "transforms": [{"name": "os.system", "kwargs": {}}],
+                                 "sources": [{"type": "file", "channels": [0], "source": "a.wav"}]},
+        }),
+    }  # fmt: skip
+    for name, text in cuts.items():
+        path, content = folder / "manifests" / name, f"{text}\n{good}\n".encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        yield Case(name, path, ("prepare-data", "{path}", "--out", "{out}", "--jobs", "1"), "unsupported_line")
     # files that exist and are none to read, and, in a jail, such as are outside of it
     rejected = {
         "device.json": ("/dev/zero", "not_a_file"),
         "proc.json": ("/proc/self/mem", "empty"),
         "folder.json": (str(folder), "not_a_file"),
         "passwd.json": ("/etc/passwd", "unreadable"),
+        "file-address.json": ("file:///etc/passwd", "unreadable"),
     }
     for name, (named, reason) in rejected.items():
         path = folder / "manifests" / name
@@ -329,6 +335,7 @@ def manifests(folder: Path) -> Iterator[Case]:
         link.symlink_to(folder / SECRET)
     for name, named in {
         "jail-absolute.json": str(folder / SECRET),
+        "jail-address.json": f"file://{folder}/good/%2e%2e/{SECRET}",
         "jail-climbing.json": f"../good/../{SECRET}",
         "jail-link.json": str(link),
     }.items():

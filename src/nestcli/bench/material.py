@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from omegaconf import DictConfig
 
 from nestcli.data.manifest import Manifest, read_manifests
 from nestcli.errors import ConfigError, DataError
+from nestcli.files import user_path
 
 _NOT_FILES = ("is_tarred", "shar_path", "input_cfg", "cuts_path")
 
@@ -43,5 +43,5 @@ def read_material(config: DictConfig) -> Material:
 
 def _paths(value: Any) -> str | list[str]:
     if isinstance(value, str):
-        return str(Path(value).expanduser())
-    return [str(Path(path).expanduser()) for path in value]
+        return user_path(value)
+    return [user_path(str(path)) for path in value]

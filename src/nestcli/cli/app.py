@@ -26,6 +26,7 @@ from nestcli.cli import (
     pretrain,
     probe,
 )
+from nestcli.cli.paths import PathsCommand
 from nestcli.errors import NestError
 
 app = typer.Typer(
@@ -53,17 +54,17 @@ def root(
     pass  # --debug is taken from the words of the call in `main`, so that it may stand anywhere
 
 
-app.command("prepare-data")(prepare_data.prepare_data)
-app.command("augment")(augment.augment)
-app.command("pretrain")(pretrain.pretrain)
-app.command("count-params")(count_params.count_params)
-app.command("compare")(compare.compare)
-app.command("extract")(extract.extract)
-app.command("probe")(probe.probe)
-app.command("export")(export.export)
-app.command("bench")(bench.bench)
-app.command("doctor")(doctor.doctor)
-app.command("demo")(demo.demo)
+app.command("prepare-data", cls=PathsCommand)(prepare_data.prepare_data)
+app.command("augment", cls=PathsCommand)(augment.augment)
+app.command("pretrain", cls=PathsCommand)(pretrain.pretrain)
+app.command("count-params", cls=PathsCommand)(count_params.count_params)
+app.command("compare", cls=PathsCommand)(compare.compare)
+app.command("extract", cls=PathsCommand)(extract.extract)
+app.command("probe", cls=PathsCommand)(probe.probe)
+app.command("export", cls=PathsCommand)(export.export)
+app.command("bench", cls=PathsCommand)(bench.bench)
+app.command("doctor", cls=PathsCommand)(doctor.doctor)
+app.command("demo", cls=PathsCommand)(demo.demo)
 
 
 def main() -> None:
@@ -90,5 +91,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             console.trace(traceback.format_exc())
+        if isinstance(error, OSError) and error.filename:  # of the disk, or of who may use it
+            console.error(f"{error.filename}: {error.strerror}. --debug shows where.")
+            sys.exit(1)
         console.error(f"internal error, {type(error).__name__}: {error}\nThis is a bug in nest; --debug shows where.")
         sys.exit(1)

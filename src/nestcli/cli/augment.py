@@ -44,6 +44,12 @@ def augment(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", metavar="N", min=1, help="Processes that work. Default: one a core.")
     ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(
+            "--patience", metavar="SECONDS", help="Leave out a line whose files give no answer for this long."
+        ),
+    ] = 120.0,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -52,11 +58,11 @@ def augment(
     DIR/manifest.json says of every utterance what was mixed in, where, and how loud. Mixing is what `nest pretrain`
     does while it trains; its keys and defaults are those of model.train_ds.batch_augmentor.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from nestcli.data.augment import augment as write
 
-    options = _options(words or [], copies, seed, sample_rate, jobs)
+    options = replace(_options(words or [], copies, seed, sample_rate, jobs), patience=patience)
     with console.progress("mixing") as advance:
         summary = write(speech, noise, out, options, advance)
     pictures = _previews(summary, out, preview, sample_rate)

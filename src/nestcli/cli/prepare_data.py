@@ -64,7 +64,11 @@ def prepare_data(
     ] = 16000,
     channel: Annotated[
         int | None,
-        typer.Option("--channel", metavar="N", help="Keep this channel, from 0, instead of the average of all."),
+        typer.Option(
+            "--channel",
+            metavar="N",
+            help="Check and keep this channel, from 0, not the average of all. A manifest's own choice comes first.",
+        ),
     ] = None,
     shards: Annotated[
         int | None, typer.Option("--shards", metavar="N", help="Also pack the audio into N tars for training.")
@@ -80,6 +84,10 @@ def prepare_data(
         str | None,
         typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: local, auto, HOST:PORT."),
     ] = None,
+    patience: Annotated[
+        float,
+        typer.Option("--patience", metavar="SECONDS", help="Leave out a file that gives no answer for this long."),
+    ] = 120.0,
     only_below: Annotated[
         Path | None,
         typer.Option("--jail", metavar="DIR", help="Read audio below this folder only, links followed: $NEST_JAIL."),
@@ -116,6 +124,7 @@ def prepare_data(
         shard_format=shard_format,
         jobs=jobs,
         ray=ray,
+        patience=patience,
     )
     with console.progress("checking audio") as advance:
         summary = prepare(inputs, out, options, advance)

@@ -40,8 +40,8 @@ def load_audio(
     """Read a file, or `duration` s of it from `offset` s on, as mono float32 at `sample_rate` Hz.
 
     Channels are averaged, unless one is named, from 0. Times are the file's own and truncated to its samples, as in
-    NeMo's AudioSegment; the result is shorter than `duration` where the file ends before. Raises DataError if nothing
-    can be read.
+    NeMo's AudioSegment; the result is shorter than `duration` where the file ends before. Raises AudioError if nothing
+    can be read, or if the end is reached and the file holds more audio than its header says, or less.
     """
     try:
         with decoder(os.fspath(path)) as sound:
@@ -50,7 +50,7 @@ def load_audio(
             sound.keep(channel)
             samples = read_mono(sound, int(offset * file_rate), count)
     except BadAudioError as bad:
-        raise _data_error(path, bad.detail) from None
+        raise _data_error(path, bad.detail, bad.reason) from None
     except sf.LibsndfileError as error:
         raise _data_error(path, words(error)) from None
     return samples if file_rate == sample_rate else _resample(samples, file_rate, sample_rate)
@@ -70,7 +70,7 @@ def stream_audio(
                 seek(sound, start)
             yield sound.samplerate, blocks_of(sound, STREAM_BLOCK // sound.channels, count)
     except BadAudioError as bad:
-        raise _data_error(path, bad.detail) from None
+        raise _data_error(path, bad.detail, bad.reason) from None
     except sf.LibsndfileError as error:
         raise _data_error(path, words(error)) from None
 
@@ -109,11 +109,19 @@ def audio_header(path: str | os.PathLike[str]) -> tuple[int, int, int]:
         with decoder(os.fspath(path)) as sound:
             return sound.samplerate, sound.channels, sound.frames
     except BadAudioError as bad:
-        raise _data_error(path, bad.detail) from None
+        raise _data_error(path, bad.detail, bad.reason) from None
 
 
-def _data_error(path: str | os.PathLike[str], why: str) -> DataError:
-    return DataError(f"{os.fspath(path)}: {why}. Run `nest prepare-data`: it finds and leaves out such files.")
+class AudioError(DataError):
+    """Audio that cannot be used, for one of the reasons of `inspect_audio`."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _data_error(path: str | os.PathLike[str], why: str, reason: str = "unreadable") -> AudioError:
+    return AudioError(f"{os.fspath(path)}: {why}. Run `nest prepare-data`: it finds and leaves out such files.", reason)
 
 
 def _resample(samples: Samples, rate: int, target: int) -> Samples:

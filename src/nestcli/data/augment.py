@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nestcli.data.cores import available_cores
 from nestcli.data.journal import Journal, file_version, open_journal
 from nestcli.data.manifest import read_manifests, write_manifest
 from nestcli.data.noisy_copy import CopyOptions, write_copy
+from nestcli.data.patience import PATIENCE, seconds_for
 from nestcli.data.pool import Died, local_pool
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import refuse_links
@@ -22,17 +24,23 @@ _LINES = 16  # of a task
 
 @dataclass(frozen=True, slots=True)
 class AugmentOptions:
-    """Every utterance `copies` times, each time with other draws; by default in one process a core."""
+    """Every utterance `copies` times, each time with other draws; by default in one process a core.
+
+    `patience` is how long a file may give no answer, in seconds.
+    """
 
     copy: CopyOptions
     copies: int = 1
     jobs: int | None = None
+    patience: float = PATIENCE
 
     def __post_init__(self) -> None:
         if self.copies < 1:
             raise DataError(f"{self.copies} copies are none; give 1 or more")
         if self.jobs is not None and self.jobs < 1:
             raise DataError(f"{self.jobs} processes cannot work; give --jobs 1 or more")
+        if not self.patience > 0:
+            raise DataError(f"{self.patience:g} s are too short for any file; give --patience more than 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,9 @@ def augment(
     for path in (speech, noise):
         if path is not None and target.exists() and Path(path).exists() and target.samefile(path):
             raise DataError(f"--out {out} would replace {path}, which is to be read; give another folder")
-    n_lines = len(read_manifests(speech))
+    lines = read_manifests(speech)
+    n_lines, longest = len(lines), float(lines.durations.max())
+    del lines
     if noise is not None:
         read_manifests(noise)
     try:
@@ -95,12 +105,19 @@ def augment(
         for first in range(0, n_lines, _LINES)
     ]
     with open_journal(folder) as journal:
-        _make_all(tasks, journal, options.jobs or available_cores(), target, progress)
+        _make_all(
+            tasks, journal, options.jobs or available_cores(), target, progress, partial(_limit, options, longest)
+        )
         return _write_manifests(tasks, journal, folder, target)
 
 
 def _make_all(
-    tasks: list[_Task], journal: Journal, jobs: int, target: Path, progress: Callable[[int, int], None]
+    tasks: list[_Task],
+    journal: Journal,
+    jobs: int,
+    target: Path,
+    progress: Callable[[int, int], None],
+    limit: Callable[[_Task], float],
 ) -> None:
     """Have every task done and in the journal."""
     todo = [task for task in tasks if _made_before(journal, task) is None]
@@ -110,8 +127,8 @@ def _make_all(
     total = sum(task.end - task.first for task in tasks)
     done = total - sum(task.end - task.first for task in todo)
     with local_pool(jobs) as pool:
-        for task, result in zip(todo, pool.in_order(_make_copies, todo), strict=True):
-            journal.add(repr(task), _one_by_one(task) if isinstance(result, Died) else result)
+        for task, result in zip(todo, pool.in_order(_make_copies, todo, limit), strict=True):
+            journal.add(repr(task), _one_by_one(task, limit) if isinstance(result, Died) else result)
             journal.flush()
             done += task.end - task.first
             progress(done, total)
@@ -180,15 +197,22 @@ def _size(path: str) -> int:
         return -1
 
 
-def _one_by_one(task: _Task) -> dict[str, list[Any]]:
+def _limit(options: AugmentOptions, longest: float, task: _Task) -> float:
+    """How long a task may take, of lines of up to `longest` s: each is read, and others with it."""
+    a_line = 1.0 + seconds_for(0, longest) * (1 + options.copy.mixing.max_num_speakers)
+    return options.patience + a_line * (task.end - task.first)
+
+
+def _one_by_one(task: _Task, limit: Callable[[_Task], float]) -> dict[str, list[Any]]:
     """The lines of a task whose process died, each in a task of its own: a crash is charged to one line."""
     found: dict[str, list[Any]] = {key: [] for key in ("written", "sizes", "rejected", "noise")}
     with local_pool(1) as pool:
         singles = [replace(task, first=line, end=line + 1) for line in range(task.first, task.end)]
-        for single, result in zip(singles, pool.in_order(_make_copies, singles), strict=True):
+        for single, result in zip(singles, pool.in_order(_make_copies, singles, limit), strict=True):
             if isinstance(result, Died):
                 entry = read_manifests(task.speech).entry(single.first)
-                row = {"audio_filepath": entry.audio_filepath, "reason": "crashed", "detail": result.detail}
+                reason = "timed_out" if result.timed_out else "crashed"
+                row = {"audio_filepath": entry.audio_filepath, "reason": reason, "detail": result.detail}
                 found["rejected"].append({**row, "line": entry.line})
                 continue
             for key, more in result.items():

@@ -5,18 +5,23 @@ from __future__ import annotations
 import glob
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nestcli.data import remote
-from nestcli.data.cuts import recording_to_row
+from nestcli.data.channel import KEY as CHANNEL
+from nestcli.data.channel import Channel, parsed_channel
+from nestcli.data.cuts import looks_like_cut, recording_to_row
+from nestcli.data.foreign import foreign, has_json_lines, is_json_array
 from nestcli.data.journal import NAME as JOURNAL
 from nestcli.data.kaldi import is_kaldi, read_kaldi
 from nestcli.data.manifest import Manifest, of_scan
-from nestcli.data.scan import scan, to_row
+from nestcli.data.scan import check_path, scan, to_row
 from nestcli.errors import DataError
+from nestcli.files import user_path
 
 # also what nobody here can read: it shall be rejected with its reason, not passed over
 AUDIO_SUFFIXES = frozenset(
@@ -25,6 +30,7 @@ AUDIO_SUFFIXES = frozenset(
 )
 OUTPUTS = frozenset(["train_manifest.json", "val_manifest.json", "rejected.jsonl", "summary.json", "summary.svg"])
 OUTPUT_FOLDERS = frozenset(["audio", "train_shards", "val_shards"])
+_REFUSED = "nest_cannot_use"  # why, in the row of a line that is of no use
 MANIFEST_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
@@ -34,7 +40,8 @@ class Item:
 
     `path` is absolute; `key` is the path relative to the input that it came with, or as its manifest writes
     it, or Kaldi's name of the recording. Times are in seconds; the duration is NaN where no manifest states one.
-    `facts` is what is known without a manifest to read it from again; `refused` says why the item cannot be looked at.
+    `facts` is what is known without a manifest to read it from again; `refused` says why the item cannot be looked at,
+    and `reason` is the code of that. `channel` is the one that the manifest chooses.
     """
 
     path: str
@@ -46,6 +53,8 @@ class Item:
     index: int = -1
     facts: dict[str, Any] | None = None
     refused: str | None = None
+    reason: str = "not_a_file"
+    channel: Channel | None = None
 
     def known(self) -> dict[str, Any]:
         """All that the item's manifest says about it, read again from there."""
@@ -61,16 +70,17 @@ class Item:
 
 @dataclass(slots=True)
 class Collection:
-    """The items found, and how many files in folders were no audio by their names."""
+    """The items found, and how many files in folders were no audio by their names, by ending."""
 
     items: list[Item] = field(default_factory=list)
     passed_over: int = 0
+    endings: Counter[str] = field(default_factory=Counter)
 
 
 def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
     """List everything in the inputs; folders are walked, except `out` and what is hidden.
 
-    Raises DataError, before anything is listed, for an input that does not exist.
+    Raises DataError, before anything is listed, for an input that does not exist, and where no input is audio.
     """
     collection = Collection()
     for path in [path for each in inputs for path in _existing(os.fspath(each), out, collection)]:
@@ -78,15 +88,27 @@ def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
             collection.items.extend(_kaldi_items(path.parent if path.is_file() else path))
         elif path.is_dir():
             _add_folder(path, out, collection)
-        elif path.name.lower().endswith(MANIFEST_SUFFIXES):
+        elif is_manifest(path):
             collection.items.extend(_manifest_items(str(path)))
         else:
-            collection.items.append(Item(str(path.absolute()), path.name))
+            why = "" if path.suffix.lower() in AUDIO_SUFFIXES else foreign(path)
+            collection.items.append(Item(str(path.absolute()), path.name, refused=why or None, reason="not_audio"))
+    if all(item.reason == "not_audio" and item.refused for item in collection.items) and collection.items:
+        first = collection.items[0]
+        raise DataError(f"{first.path}: {first.refused}")
     return collection
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a named file is a manifest: by its ending, or, unless it claims to be audio, by its first bytes."""
+    if path.name.lower().endswith(MANIFEST_SUFFIXES):
+        return not is_json_array(path)
+    return path.suffix.lower() not in AUDIO_SUFFIXES and has_json_lines(path)
 
 
 def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
     """The input, or, where there is no such file, those that it matches as a glob."""
+    given = user_path(given)
     if os.path.lexists(given):
         return [Path(given)]
     if remote.is_remote(given):
@@ -101,14 +123,21 @@ def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
 def _wanted(pattern: str, found: Sequence[Path], out: Path, collection: Collection) -> list[Path]:
     """What a glob found, without what is in a folder that it found too, in `out`, or no audio by its name.
 
-    Manifests are meant where the pattern says so: `corpus/**` also finds JSON of other kinds.
+    Other files, such as manifests, are meant where the pattern ends so: `corpus/**` also finds JSON of other kinds.
     """
-    endings = (*AUDIO_SUFFIXES, *(MANIFEST_SUFFIXES if pattern.lower().endswith(MANIFEST_SUFFIXES) else ()))
+    named = Path(pattern).suffix.lower()
+    own_ending = (named,) if named and not glob.has_magic(named) else ()
+    endings = (
+        *AUDIO_SUFFIXES,
+        *own_ending,
+        *(MANIFEST_SUFFIXES if pattern.lower().endswith(MANIFEST_SUFFIXES) else ()),
+    )
     folders = {path for path in found if path.is_dir()}
     own = out.absolute()
     alone = [path for path in found if folders.isdisjoint(path.parents) and own not in path.absolute().parents]
     wanted = [path for path in alone if path in folders or path.name.lower().endswith((*endings, "wav.scp"))]
     collection.passed_over += len(alone) - len(wanted)
+    collection.endings.update(path.suffix.lower() for path in set(alone).difference(wanted))
     return wanted
 
 
@@ -133,6 +162,7 @@ def _add_folder(root: Path, out: Path, collection: Collection) -> None:
                 collection.items.append(Item(path, path[len(base) + 1 :]))
             else:
                 collection.passed_over += 1
+                collection.endings[os.path.splitext(name)[1].lower()] += 1  # noqa: PTH122
 
 
 def _walk(root: str, out: str) -> Iterator[tuple[str, list[str]]]:
@@ -153,25 +183,39 @@ def _walk(root: str, out: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _any_row(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of a manifest, or one of Lhotse's recordings, which is all of its file."""
+    """A line of a manifest, or one of Lhotse's recordings, which is all of its file; or why it cannot be used."""
     is_recording = "sources" in record and "recording" not in record and "audio_filepath" not in record
-    return recording_to_row(record) if is_recording else to_row(record)
+    try:
+        row = recording_to_row(record) if is_recording else to_row(record)
+        parsed_channel(row.get(CHANNEL))
+        if is_recording or looks_like_cut(record):
+            check_path(row["audio_filepath"])
+    except ValueError as error:
+        name = record.get("id", record.get("audio_filepath", ""))
+        return {"audio_filepath": "-", "id": str(name)[:200], _REFUSED: str(error)}
+    return row
 
 
 def _manifest_items(path: str) -> Iterator[Item]:
     manifest = of_scan(scan(path, require_duration=False, to_row=_any_row))
     for index in range(len(manifest)):
+        row = manifest.row(index)
+        if (why := row.get(_REFUSED)) is not None:
+            name = f"{manifest.where(index)}: {row.get('id', '')}"
+            yield Item(name, name, manifest=manifest, index=index, refused=str(why), reason="unsupported_line")
+            continue
         entry = manifest.entry(index)
         elsewhere = remote.is_remote(entry.audio_filepath)
         yield Item(
             # abspath folds "..", as pathlib does not
             path=entry.audio_filepath if elsewhere else os.path.abspath(entry.audio_filepath),  # noqa: PTH100
-            key=str(manifest.row(index)["audio_filepath"]),
+            key=str(row["audio_filepath"]),
             offset=entry.offset,
             duration=entry.duration,
             speaker=entry.speaker,
             manifest=manifest,
             index=index,
+            channel=entry.channel,
             refused="it is at a remote address; copy it to this machine first" if elsewhere else None,
         )
 

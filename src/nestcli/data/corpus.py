@@ -17,11 +17,12 @@ import numpy.typing as npt
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.config import require, section
+from nestcli.data.channel import KEY as CHANNEL
 from nestcli.data.manifest import Manifest, joined, read_manifests
 from nestcli.data.settings import DatasetConfig
 from nestcli.data.shards import expand, read_shar, read_tarred
 from nestcli.errors import ConfigError, DataError
-from nestcli.files import expand_home
+from nestcli.files import user_path
 from nestcli.untrusted import check_plain, read_yaml
 
 _DEEPEST_GROUP, _MOST_ENTRIES = 8, 10_000  # of an input_cfg
@@ -156,7 +157,7 @@ def _parts_of_input(
             f"input_cfg: {which}more than {_DEEPEST_GROUP} groups are inside of each other. Does a file name itself?"
         )
     if isinstance(entries, str):
-        path = Path(expand_home(entries))
+        path = Path(user_path(entries))
         entries = read_yaml(path)
         check_plain(entries, str(path))
     if not isinstance(entries, list) or not entries or not all(isinstance(each, dict) for each in entries):
@@ -198,6 +199,8 @@ def _parts_of_entry(
             "lhotse_shar": "shar_path", "group": "input_cfg"}  # fmt: skip
     if kind not in keys:
         raise ConfigError(f"input_cfg: the type {kind!r} is not one of {', '.join(keys)}.")
+    if CHANNEL in entry:
+        raise ConfigError(f"input_cfg: {CHANNEL} is no key of an entry. Set it beside input_cfg, or in the lines.")
     if keys[kind] not in entry or (kind == "nemo_tarred" and "manifest_filepath" not in entry):
         raise ConfigError(f"input_cfg: an entry of type {kind} lacks {keys[kind]}: {entry}.")
     if kind == "group":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 
+from nestcli.files import user_path
+
 VARIABLE = "NEST_JAIL"
 REASON = "outside_jail"
 
@@ -28,4 +30,4 @@ def outside(path: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _roots(folders: str) -> tuple[str, ...]:
-    return tuple(os.path.join(os.path.realpath(each), "") for each in folders.split(os.pathsep) if each)  # noqa: PTH118
+    return tuple(os.path.join(os.path.realpath(user_path(each)), "") for each in folders.split(os.pathsep) if each)  # noqa: PTH118

@@ -21,7 +21,8 @@ from nestcli.files import held_alone, open_kept
 NAME = ".prepared.jsonl"
 _VERSION = 3  # part of every key: results that a former version wrote are not found
 _KEY_BYTES = 16
-REMEDY = "Is the disk full? The same command goes on where it was."
+_GOES_ON = "The same command goes on where it was."
+REMEDY = f"Is the disk full? {_GOES_ON}"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _HEAD = b'{"key": "'
 _HEX = slice(len(_HEAD), len(_HEAD) + 2 * _KEY_BYTES)
@@ -100,6 +101,11 @@ def disk_faults_told(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
+        place = folder if error.filename is None else Path(os.fsdecode(error.filename))
+        if error.errno == errno.EIO and not place.absolute().is_relative_to(folder.absolute()):
+            raise RunFailedError(
+                f"{error.filename} cannot be read: {error.strerror}. Look whether its disk is well. {_GOES_ON}"
+            ) from None
         raise RunFailedError(f"{error.filename or folder} cannot be written: {error.strerror}. {REMEDY}") from None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nestcli.data.scan import MAX_LINE, MAX_SECONDS
 from nestcli.errors import DataError
-from nestcli.files import expand_home
+from nestcli.files import user_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _audio_file(folder: Path, rest: str) -> str | None:
     if rest.endswith("|") or rest.startswith("|"):
         return None
-    path = Path(expand_home(rest))
+    path = Path(user_path(rest))
     # Kaldi's paths are relative to where its scripts are run
     if path.is_absolute() or os.path.exists(path):  # noqa: PTH110  (pathlib raises for a name that is too long)
         return str(path.absolute())

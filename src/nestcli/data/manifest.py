@@ -16,18 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from nestcli.data import remote
+from nestcli.data.channel import KEY as CHANNEL
+from nestcli.data.channel import Channel, parsed_channel
 from nestcli.data.scan import Scan, Source, parse, scan
 from nestcli.errors import DataError, NestError
-from nestcli.files import expand_home, write_text
+from nestcli.files import user_path, write_text
 
-_KEY_ORDER = ("audio_filepath", "duration", "offset", "speaker", "text", "lang", "reason", "detail")
+_KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL, "speaker", "text", "lang", "reason", "detail")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One utterance: `duration` s of a file from `offset` s on, and the line (from 1) that says so.
 
-    Where `shard` is given, the file is a member of that tar.
+    Where `shard` is given, the file is a member of that tar. `channel` is the one that the line chooses, if it does.
     """
 
     audio_filepath: str
@@ -39,6 +41,7 @@ class Entry:
     line: int
     manifest: str
     shard: str | None = None
+    channel: Channel | None = None
 
     @property
     def name(self) -> str:
@@ -104,6 +107,7 @@ class Manifest:
             line=int(self.lines[index]),
             manifest=source.path,
             shard=self.shards[shard] if shard >= 0 else None,
+            channel=parsed_channel(row.get(CHANNEL)),
         )
 
 
@@ -118,7 +122,7 @@ def read_manifests(paths: str | Sequence[str], *, require_duration: bool = True)
     names = split_paths(paths) if isinstance(paths, str) else [os.fspath(path) for path in paths]
     if not names:
         raise DataError("no manifest is given; name a file of JSON lines, as `nest prepare-data` writes")
-    return joined([of_scan(scan(name, require_duration=require_duration)) for name in names])
+    return joined([of_scan(scan(user_path(name), require_duration=require_duration)) for name in names])
 
 
 def of_scan(found: Scan) -> Manifest:
@@ -172,7 +176,7 @@ def write_manifest(
 def split_paths(paths: str) -> list[str]:
     """The names in a string that may join several by commas."""
     # its name may have a comma
-    if os.path.isfile(paths):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
+    if os.path.isfile(user_path(paths)):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
         return [paths]
     return [name.strip() for name in paths.split(",") if name.strip()]
 
@@ -191,10 +195,12 @@ def _dump(row: Mapping[str, Any]) -> str:
 def _resolve(path: str, folder: str) -> str:
     if path.startswith("/") or remote.is_remote(path):
         return path
+    if path.startswith("file:") and (local := user_path(path)) != path:
+        return local
     if remote.is_remote(folder):
         return remote.join(folder, path)
     beside = os.path.join(folder, path)  # noqa: PTH118  (pathlib is slower, and this runs for every utterance)
-    return beside if os.path.exists(beside) else expand_home(path)  # noqa: PTH110
+    return beside if os.path.exists(beside) else user_path(path)  # noqa: PTH110
 
 
 def _text(value: object) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile as sf
 
-from nestcli.data.inspection import inspect_audio
+from nestcli.data.channel import KEY as CHANNEL
 from nestcli.data.manifest import Entry, Manifest, read_manifests
 from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into
 from nestcli.data.noise import Clip, NoisePool
@@ -67,7 +67,7 @@ def write_copy(
     except _RejectedError as error:
         return CopyResult(_rejection(entry, error.reason, str(error)), size=None, noise=[])
     except DataError as error:
-        return CopyResult(_rejection(entry, _reason(entry), str(error)), size=None, noise=[])
+        return CopyResult(_rejection(entry, getattr(error, "reason", "unreadable"), str(error)), size=None, noise=[])
     rng = random.Random(f"{options.seed}/augment/{copy}/{line}")  # noqa: S311  (no secrets)
     others = _Others(speech, line, options.sample_rate, rng)
     sources = _Sources(clean, others, others.draw(options.mixing.max_num_speakers))
@@ -85,12 +85,13 @@ def write_copy(
     path = folder / f"{file_name(own['audio_filepath'], repr((entry.name, line, draws)))}-{copy}.flac"
     size = _write(path, noisy, min(_level_db(clean), _level_db(added)) + 20 * math.log10(scale), options.sample_rate)
     row = {
-        **{key: value for key, value in own.items() if key not in ("offset", "shard_id")},
+        **{key: value for key, value in own.items() if key not in ("offset", "shard_id", CHANNEL)},
         "audio_filepath": str(path),
         "duration": len(noisy) * 1_000_000 // options.sample_rate / 1e6,
         "clean_filepath": entry.audio_filepath,
         "clean_offset": entry.offset,
         "clean_duration": entry.duration,
+        **({} if entry.channel is None else {"clean_channel": entry.channel}),
         **({} if entry.shard is None else {"clean_shard": entry.shard}),
         "augmentation": {**_described(mixture, clean, added, sources, noise), "scale": scale},
     }
@@ -127,13 +128,6 @@ def _finite(clean: Samples, entry: Entry) -> Samples:
     if not np.isfinite(clean).all():
         raise _RejectedError("not_finite", f"{entry.name}: some samples are not a number, or infinite")
     return clean
-
-
-def _reason(entry: Entry) -> str:
-    """The code of `nest prepare-data` for what is wrong with a file, where it is a file of its own."""
-    if entry.shard is not None:
-        return "unreadable"
-    return inspect_audio(entry.audio_filepath).reason or "unreadable"
 
 
 def _rejection(entry: Entry, reason: str, detail: str) -> _Row:
@@ -232,12 +226,12 @@ def _segment(segment: Segment, sources: _Sources, noise: str | None) -> _Row:
     first = segment.source_start
     if segment.source is not None:
         other = _opened(sources.others.path).entry(sources.lines[segment.source - 1])
-        source = {"source": other.audio_filepath}
+        source = _source(other)
         first += int(other.offset * rate)
         if other.speaker is not None:
             source["speaker"] = other.speaker
     elif sources.clip is not None and sources.clip.line is not None and noise is not None:
-        source = {"source": _opened(noise).entry(sources.clip.line).audio_filepath}
+        source = _source(_opened(noise).entry(sources.clip.line))
         first += int(sources.clip.offset * rate)  # as a file is read
     return {
         "start": round(segment.start / rate, 6),
@@ -248,6 +242,11 @@ def _segment(segment: Segment, sources: _Sources, noise: str | None) -> _Row:
         "samples": segment.length,
         "source_sample": first,
     }
+
+
+def _source(entry: Entry) -> _Row:
+    chosen_there = {} if entry.channel is None else {"source_channel": entry.channel}
+    return {"source": entry.audio_filepath, **chosen_there}
 
 
 def _span_ratio_db(mixture: Mixture, clean: Samples, added: Samples) -> float | None:

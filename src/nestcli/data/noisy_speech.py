@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from nestcli.config import section
 from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
 from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate, empty
+from nestcli.data.channel import Channel, parsed_channel
 from nestcli.data.manifest import Manifest
 from nestcli.data.noise import NoisePool
 from nestcli.data.notes import Noted
@@ -43,7 +44,12 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
 
     def __init__(self, speech: Manifest, noise: NoisePool | None, seed: int, config: DictConfig, key: str) -> None:
         self.speech, self.noise, self.seed = speech, noise, seed
-        self.sample_rate = section(DatasetConfig, config, key).sample_rate
+        settings = section(DatasetConfig, config, key)
+        self.sample_rate, self.channel, self.channel_field = (
+            settings.sample_rate,
+            settings.channel,
+            settings.channel_field,
+        )
         self.mix, self.augmentation = _mixer(config, key)
         self.slabs: Slabs | None = None
 
@@ -111,9 +117,21 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
 
     def _speech(self, item: int) -> Samples:
         with Noted(self.speech, item % len(self.speech)) as entry:
-            audio = read_audio(entry, sample_rate=self.sample_rate)
+            field, line = self.channel_field, item % len(self.speech)
+            channel = self.channel if field is None else self._named_channel(line, field)
+            audio = read_audio(entry, sample_rate=self.sample_rate, channel=channel)
         shortest = int(MIN_SECONDS * self.sample_rate)
         return np.resize(audio, shortest) if len(audio) < shortest else audio
+
+    def _named_channel(self, line: int, field: str) -> Channel | None:
+        """The channel in the field that channel_selector names. Raises DataError for a line without one."""
+        value = self.speech.row(line).get(field)
+        try:
+            if value is None:
+                raise ValueError(f"there is no {field!r}, which channel_selector names")
+            return parsed_channel(value)
+        except ValueError as error:
+            raise DataError(f"{self.speech.where(line)}: {error}") from None
 
     def _noise(self, epoch: int, item: int, n_samples: int, keep: int | None = None) -> Samples:
         exact = self.augmentation is not None and self.augmentation.nemo_exact

@@ -7,11 +7,13 @@ has, and nothing of the caller's is imported but what a task needs.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import signal
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,17 +25,24 @@ from nestcli import interpreter
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Limit = Callable[[Task], float] | None
 
 _AHEAD = 8  # tasks for each worker that may wait for an earlier one's result
+_LOOK = 1.0  # s between looks at tasks that may take too long
+_ENDING = 5.0  # s for a killed process to go
 _SMALL = 1 << 15  # bytes of a task that may wait in a socket while its worker is busy
 _DONE, _RAISED = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """Stands for the result of a task whose process died: a crash in a decoder, a kill, no memory."""
+    """Stands for the result of a task whose process died: a crash in a decoder, a kill, no memory.
+
+    `timed_out`: it was ended because the task took longer than it may.
+    """
 
     detail: str
+    timed_out: bool = False
 
 
 class Pool(Protocol):
@@ -41,10 +50,13 @@ class Pool(Protocol):
 
     jobs: int
 
-    def in_order(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result | Died]:
+    def in_order(
+        self, work: Callable[[Task], Result], tasks: Iterable[Task], limit: Limit[Task] = None
+    ) -> Iterator[Result | Died]:
         """Results in the order of the tasks, whatever finishes first; few are ever waiting.
 
-        `work` is a function of a module; what it raises is raised here.
+        `work` is a function of a module; what it raises is raised here. `limit` tells the seconds after which the
+        process of a task is ended; without it a task may take for ever.
         """
 
     def __enter__(self) -> Pool: ...
@@ -72,7 +84,9 @@ class _LocalPool:
             worker.stop()
         self._workers.clear()
 
-    def in_order(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result | Died]:
+    def in_order(
+        self, work: Callable[[Task], Result], tasks: Iterable[Task], limit: Limit[Task] = None
+    ) -> Iterator[Result | Died]:
         waiting = enumerate(tasks)
         again: deque[_Sent] = deque()  # tasks behind one that its worker died of
         results: dict[int, Result | Died] = {}
@@ -88,14 +102,22 @@ class _LocalPool:
                     if task is None and more and len(results) < _AHEAD * self.jobs:
                         number, content = next(waiting, (-1, None))
                         more = number >= 0
-                        task = _Sent(number, pickle.dumps((work, content))) if more else None
+                        if more:
+                            seconds = math.inf if limit is None else limit(content)  # type: ignore[arg-type]
+                            task = _Sent(number, pickle.dumps((work, content)), seconds)
                     if task is None:
                         break
                     worker.give(task)
                 busy = {worker.connection: worker for worker in self._workers if worker.given}
                 if busy:
-                    for connection in wait(list(busy)):
-                        self._take(busy[connection], results, again)  # type: ignore[index]
+                    began = time.monotonic()
+                    ready = wait(list(busy), None if limit is None else _LOOK)
+                    passed = min(time.monotonic() - began, 2 * _LOOK)  # more: this process was stopped, perhaps all
+                    for connection, worker in busy.items():
+                        if connection in ready:
+                            self._take(worker, results, again)
+                        elif worker.late(passed):
+                            self._end(worker, results, again)
                 elif not more and not again and turn not in results:
                     return
         finally:
@@ -119,15 +141,23 @@ class _LocalPool:
         try:
             outcome, value = pickle.loads(worker.connection.recv_bytes())  # noqa: S301  (our own process)
         except (EOFError, OSError):
-            culprit, *behind = worker.given
-            results[culprit.number] = Died(worker.cause_of_death())
-            again.extend(behind)
-            self._drop([worker])
+            self._lose(worker, Died(worker.cause_of_death()), results, again)
             return
-        task = worker.given.popleft()
+        task = worker.done()
         if outcome == _RAISED:
             raise value
         results[task.number] = value
+
+    def _end(self, worker: _Worker, results: dict[int, Any], again: deque[_Sent]) -> None:
+        """End a worker whose first task has taken too long."""
+        seconds = worker.given[0].seconds
+        self._lose(worker, Died(f"there was no answer after {seconds:.0f} s", timed_out=True), results, again)
+
+    def _lose(self, worker: _Worker, died: Died, results: dict[int, Any], again: deque[_Sent]) -> None:
+        culprit, *behind = worker.given
+        results[culprit.number] = died
+        again.extend(behind)
+        self._drop([worker])
 
     def _drop(self, workers: Iterable[_Worker]) -> None:
         for worker in list(workers):
@@ -139,6 +169,7 @@ class _LocalPool:
 class _Sent:
     number: int
     content: bytes
+    seconds: float
 
 
 class _Worker:
@@ -149,6 +180,7 @@ class _Worker:
         self._alive, life = os.pipe()  # closed when this process ends, however it does
         os.set_inheritable(self._alive, False)
         self.given: deque[_Sent] = deque()
+        self._worked = 0.0  # s on the first of them
         code = f"from nestcli.data.pool import serve; serve({theirs.fileno()}, {self._alive})"
         self._life = life
         self._process = subprocess.Popen(  # noqa: S603  (ourselves)
@@ -157,6 +189,7 @@ class _Worker:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # what C libraries have to say about damaged files
             pass_fds=(theirs.fileno(), self._alive),
+            start_new_session=True,  # so that it can be ended with the decoders that it has started
             env=interpreter.environment(),
         )
         theirs.close()
@@ -171,6 +204,16 @@ class _Worker:
         with contextlib.suppress(OSError):  # dead: its end of the socket tells
             self.connection.send_bytes(task.content)
 
+    def done(self) -> _Sent:
+        """Take away the first task."""
+        self._worked = 0.0
+        return self.given.popleft()
+
+    def late(self, passed: float) -> bool:
+        """Whether the first task has taken longer than it may, now that `passed` more seconds are over."""
+        self._worked += passed
+        return self._worked > self.given[0].seconds
+
     def cause_of_death(self) -> str:
         self._process.wait()
         code = self._process.returncode
@@ -183,8 +226,11 @@ class _Worker:
     def stop(self) -> None:
         self.connection.close()
         os.close(self._life)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk ends when that answers
+            self._process.wait(_ENDING)
 
 
 def serve(connection_descriptor: int, alive_descriptor: int) -> None:
@@ -216,4 +262,4 @@ def _raised(error: Exception) -> bytes:
 
 def _end_with_the_caller(alive_descriptor: int) -> None:
     os.read(alive_descriptor, 1)
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)

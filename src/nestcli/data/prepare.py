@@ -21,9 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nestcli.data.channel import KEY as CHANNEL
+from nestcli.data.channel import kept_channel
 from nestcli.data.check import check_files
 from nestcli.data.collect import OUTPUTS, Collection, collect, made_before
 from nestcli.data.cores import available_cores
+from nestcli.data.foreign import known_ending
 from nestcli.data.journal import REMEDY, Journal, disk_faults_told, open_journal
 from nestcli.data.manifest import write_manifest
 from nestcli.data.picture import draw_summary, duration_bins, level_bins
@@ -100,10 +103,11 @@ def prepare(
         _without_leftovers(folder),
         _pool(options) as pool,
     ):
-        paths = list(dict.fromkeys(item.path for item in collection.items if item.refused is None))
-        reports = check_files(paths, pool, journal, progress)
+        usable = (item for item in collection.items if item.refused is None)
+        files = list(dict.fromkeys((item.path, kept_channel(item.channel, options.channel)) for item in usable))
+        reports = check_files(files, pool, journal, progress, options.patience)
         limits = Limits(options.min_duration, options.max_duration, options.segment is not None, options.max_clipped)
-        accepted, rejected = judge(collection.items, reports, limits, find_speaker)
+        accepted, rejected = judge(collection.items, reports, limits, find_speaker, options.channel)
         reports.clear()
         accepted, rejected = _shaped(accepted, rejected, folder, options, limits, pool, journal, progress)
         in_val = for_validation(_groups(accepted, options.split_by), fraction) if accepted else []
@@ -166,6 +170,10 @@ def _check_folders(folder: Path, options: PrepareOptions) -> None:
 def _nothing_found(inputs: Sequence[str | os.PathLike[str]], collection: Collection) -> str:
     where = ", ".join(os.fspath(each) for each in inputs)
     others = f"; {collection.passed_over} other files were passed over" if collection.passed_over else ""
+    for ending, count in collection.endings.most_common():
+        if about := known_ending(ending):
+            held = "a file" if count == 1 else f"{count} files"
+            return f"there is no audio file in {where}, but {held} of the ending {ending}: {about}{others}."
     return f"there is no audio in {where}{others}. Give folders, audio files or manifests."
 
 
@@ -186,11 +194,12 @@ def _shaped(
     if options.segment is None and not options.convert:
         return accepted, rejected
     audio = folder.absolute() / "audio"
-    how = ShapeOptions(options.segment, str(audio) if options.convert else None, options.sample_rate, options.channel)
-    tasks = [_shape_task(each, how) for each in accepted]
+    how = ShapeOptions(options.segment, str(audio) if options.convert else None, options.sample_rate)
+    of_channel = {channel: replace(how, channel=channel) for channel in {each.channel for each in accepted}}
+    tasks = [_shape_task(each, of_channel[each.channel]) for each in accepted]
     final = Limits(limits.min_duration, limits.max_duration, cut=False)
     with _audio_journal(audio) if options.convert else nullcontext(journal) as pieces_made:
-        shaped = shape(tasks, pool, pieces_made, partial(progress, doing="(cutting and converting)"))
+        shaped = shape(tasks, pool, pieces_made, partial(progress, doing="(cutting and converting)"), options.patience)
         return _piecewise(accepted, rejected, shaped, options, final)
 
 
@@ -277,7 +286,7 @@ def _packed(
             shards=min(max(1, round(options.shards * share)), count),
             format=options.shard_format,
             sample_rate=options.sample_rate,
-            channel=options.channel,
+            patience=options.patience,
             pool=pool,
             progress=partial(progress, doing=f"(packing the shards of {side})"),
         )
@@ -325,6 +334,9 @@ def _row(utterance: Accepted) -> dict[str, Any]:
     row = utterance.item.known()
     row.update(audio_filepath=utterance.audio, duration=utterance.duration)
     row.pop("offset", None)
+    chosen_there = row.pop(CHANNEL, None)
+    if utterance.path is None and (utterance.channel is not None or chosen_there == "average"):
+        row[CHANNEL] = chosen_there if utterance.channel is None else utterance.channel
     if utterance.offset:
         row["offset"] = utterance.offset
     if utterance.speaker is not None:

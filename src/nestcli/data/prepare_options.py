@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nestcli.data.collect import Item
+from nestcli.data.patience import PATIENCE
 from nestcli.data.sound import RATES
 from nestcli.data.verdict import MAX_CLIPPED
 from nestcli.errors import DataError
@@ -21,8 +22,8 @@ class PrepareOptions:
     """What to make of the inputs; durations in seconds, None for no limit; `max_clipped` as a share of the samples.
 
     `val_fraction` None is 0.05 for speech and 0 for noise. `jobs` None is one process a core; `ray` is the address of
-    a cluster that works instead. `channel` None averages all channels; it and `sample_rate` are those of converted
-    files and shards.
+    a cluster that works instead. `channel` is for files whose manifest chooses none; None averages all channels.
+    `sample_rate` is that of converted files and shards. `patience` is how long a file may give no answer, in seconds.
     """
 
     kind: Literal["speech", "noise"] = "speech"
@@ -40,6 +41,7 @@ class PrepareOptions:
     shard_format: Literal["nemo-tar", "shar"] = "nemo-tar"
     jobs: int | None = None
     ray: str | None = None
+    patience: float = PATIENCE
 
 
 def checked_fraction(options: PrepareOptions) -> float:
@@ -62,8 +64,8 @@ def checked_fraction(options: PrepareOptions) -> float:
         )
     if options.channel is not None and options.channel < 0:
         raise DataError(f"there is no channel {options.channel}; the first is 0")
-    if options.channel is not None and not (options.convert or options.shards):
-        raise DataError("a channel is chosen for converted files and shards; add --convert or --shards")
+    if not options.patience > 0:
+        raise DataError(f"{options.patience:g} s are too short for any file; give --patience more than 0")
     if options.shards is not None and options.shards < 1:
         raise DataError(f"{options.shards} shards hold nothing; give 1 or more")
     if options.jobs is not None and options.jobs < 1:

@@ -96,6 +96,7 @@ def _clean(row: Mapping[str, Any], sample_rate: int) -> Samples:
         line=0,
         manifest="",
         shard=row.get("clean_shard"),
+        channel=row.get("clean_channel"),
     )
     return read_audio(entry, sample_rate=sample_rate)
 

@@ -10,10 +10,11 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-from nestcli.data.pool import Died, Pool, Result, Task
+from nestcli.data.pool import Died, Limit, Pool, Result, Task, local_pool
 from nestcli.errors import DataError, MissingDependencyError
 
 _RETRIES = 3  # of a task whose process or machine is lost
@@ -61,13 +62,15 @@ class _RayPool:
     def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
 
-    def in_order(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result | Died]:
+    def in_order(
+        self, work: Callable[[Task], Result], tasks: Iterable[Task], limit: Limit[Task] = None
+    ) -> Iterator[Result | Died]:
         ray = self._ray
-        run = ray.remote(num_cpus=1, max_retries=_RETRIES)(work)
+        run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_within)
         waiting: deque[Any] = deque()
         try:
             for task in tasks:
-                waiting.append(run.remote(task))
+                waiting.append(run.remote(work, task, 0.0 if limit is None else limit(task)))
                 if len(waiting) > _AHEAD * self.jobs:
                     yield self._result(waiting.popleft())
             while waiting:
@@ -84,6 +87,21 @@ class _RayPool:
             raise error.cause from None
         except ray.exceptions.RayError as error:  # its process died, again and again
             return Died(f"its process was lost {1 + _RETRIES} times on the cluster ({type(error).__name__})")
+
+
+def _within(work: Callable[[Task], Result], task: Task, seconds: float) -> Result | Died:
+    """On a machine of the cluster: the result of a process that is ended after so many seconds; 0 for no limit.
+
+    The process stays for the next task: it ends with Ray's own, which has started it.
+    """
+    if not seconds:
+        return work(task)
+    return next(_own_process().in_order(work, [task], lambda _: seconds))
+
+
+@lru_cache(maxsize=1)
+def _own_process() -> Pool:
+    return local_pool(1)
 
 
 def _check_reachable(address: str) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nestcli.data import remote
-from nestcli.data.audio import load_audio
+from nestcli.data.audio import AudioError, load_audio
+from nestcli.data.channel import Channel, kept_channel
 from nestcli.data.manifest import Entry
 from nestcli.data.shards import file_id, without_sub
-from nestcli.data.sound import Samples
+from nestcli.data.sound import Samples, stated_slack
 from nestcli.data.tar_index import TarMembers, open_shard
 from nestcli.errors import DataError
 
@@ -30,21 +31,41 @@ class Skipped:
 
 
 def read_audio(
-    entry: Entry, *, sample_rate: int, offset: float | None = None, duration: float | None = None
+    entry: Entry,
+    *,
+    sample_rate: int,
+    offset: float | None = None,
+    duration: float | None = None,
+    channel: Channel | None = None,
 ) -> Samples:
     """An entry's audio, or a part of it, as mono float32 at `sample_rate` Hz; times in seconds.
 
-    Raises DataError if nothing can be read.
+    `channel` is for entries that choose none themselves. Raises DataError if nothing can be read, or if the file holds
+    less than was asked for: by more than 0.1 s and a twentieth of the length, at most 0.5 s.
     """
     start = entry.offset if offset is None else offset
     length = entry.duration if duration is None else duration
+    kept = kept_channel(entry.channel, channel)
     if entry.shard is None and not remote.is_remote(entry.audio_filepath):
-        return load_audio(entry.audio_filepath, sample_rate=sample_rate, offset=start, duration=length)
+        samples = load_audio(entry.audio_filepath, sample_rate=sample_rate, offset=start, duration=length, channel=kept)
+        return _as_promised(samples, entry, sample_rate, start, length)
     with _as_file(_content(entry)) as path:
         try:
-            return load_audio(path, sample_rate=sample_rate, offset=start, duration=length)
-        except DataError as error:
-            raise DataError(str(error).replace(path, entry.name)) from None
+            samples = load_audio(path, sample_rate=sample_rate, offset=start, duration=length, channel=kept)
+        except AudioError as error:
+            raise AudioError(str(error).replace(path, entry.name), error.reason) from None
+    return _as_promised(samples, entry, sample_rate, start, length)
+
+
+def _as_promised(samples: Samples, entry: Entry, sample_rate: int, start: float, length: float) -> Samples:
+    held = len(samples) / sample_rate
+    if length - held > stated_slack(length):
+        raise AudioError(
+            f"{entry.name}: the manifest promises {length:.2f} s from {start:g} s on, the file has {held:.2f} s there. "
+            "Correct the manifest: `nest prepare-data` measures every file.",
+            "truncated",
+        )
+    return samples
 
 
 def _content(entry: Entry) -> bytes:

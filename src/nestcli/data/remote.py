@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 
 from nestcli.data import copies, jail, transfer
 from nestcli.errors import DataError
+from nestcli.files import user_path
 
 SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "http", "https", "hdfs", "oci")
 CACHE_VARIABLE, SIZE_VARIABLE = copies.CACHE_VARIABLE, copies.SIZE_VARIABLE
@@ -102,7 +103,7 @@ def local_copy(path: str, cache: str | None = None, *, keep: bool = False) -> st
 
 def cache_folder() -> Path:
     """Where copies of remote files are kept: $NEST_CACHE/remote, or ~/.cache/nest/remote."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nest").expanduser() / "remote"
+    return Path(user_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nest")) / "remote"
 
 
 def _check(path: str) -> None:

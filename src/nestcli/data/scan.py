@@ -21,10 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from nestcli.data import remote
+from nestcli.data.channel import KEY as CHANNEL
+from nestcli.data.channel import parsed_channel
 from nestcli.data.cores import available_cores
 from nestcli.data.cuts import cut_to_row, looks_like_cut
 from nestcli.data.pool import Died, local_pool
 from nestcli.errors import DataError
+from nestcli.files import user_path
 
 MAX_LINE = 1 << 20  # bytes
 MAX_SECONDS = 1e6
@@ -246,6 +249,7 @@ def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed:
                     and 0 <= offset <= MAX_SECONDS
                     and path
                     and not (":" in path or "|" in path or "\0" in path)
+                    and CHANNEL not in row
                 ):
                     found.add(number, start, size, duration, offset, _shard(row))
                     continue
@@ -303,14 +307,17 @@ def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
         raise ValueError(_why_no_json(line, error)) from None
     if not isinstance(record, dict):
         raise ValueError(f"{_short(record)} is no JSON object; a manifest has one {{...}} a line")
-    row = to_row(record) if "audio_filepath" not in record else record
-    _check_path(row["audio_filepath"])
+    row = to_row(record)
+    check_path(row["audio_filepath"])
+    parsed_channel(row.get(CHANNEL))
     return row, _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)
 
 
-def _check_path(path: object) -> None:
+def check_path(path: object) -> None:
     if not isinstance(path, str) or not path:
         raise ValueError(f'"audio_filepath" is {_short(path)}; it must name one file')
+    if path.startswith("file:"):
+        path = user_path(path)
     if path.startswith(("pipe:", "|")) or path.endswith("|") or "\0" in path:
         raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
     if "://" in path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nestcli.data.channel import Channel, parsed_channel
+
 TECHNIQUES = ("temperature", "random", "round-robin")
 STRATEGIES = ("fixed_order", "synced_randomized", "fully_randomized")
 
@@ -23,6 +25,7 @@ class DatasetConfig:
     max_failed_share: float = 0.1
     read_timeout: float | None = 50.0  # s
     trim_silence: bool = False
+    channel_selector: int | str | tuple[int, ...] | None = None
     # several data sets
     is_concat: bool = False
     concat_sampling_technique: str = "temperature"
@@ -68,6 +71,10 @@ class DatasetConfig:
             raise ValueError(f"max_failed_share: {self.max_failed_share} is no share; give 0 to 1.")
         if self.trim_silence:
             raise ValueError("trim_silence: silence is not trimmed here: trim the files beforehand.")
+        try:
+            self.channel  # noqa: B018  # it is checked here
+        except ValueError as error:
+            raise ValueError(f"channel_selector: {str(error).partition(' is ')[2]}.") from None
         self._check_concat()
         self._check_buckets()
 
@@ -96,6 +103,17 @@ class DatasetConfig:
         by_bins = self.use_lhotse and sizes is not None
         if self.batch_size is None and self.batch_duration is None and not by_bins:
             raise ValueError("batch_size: give it, or batch_duration, or bucket_batch_size.")
+
+    @property
+    def channel(self) -> Channel | None:
+        """The channel of utterances whose line chooses none. Raises ValueError."""
+        return None if self.channel_field else parsed_channel(self.channel_selector)
+
+    @property
+    def channel_field(self) -> str | None:
+        """The field of every line that holds its channel: in NeMo, another word than "average" with use_lhotse."""
+        word = self.channel_selector
+        return word if self.use_lhotse and isinstance(word, str) and word != "average" else None
 
     @property
     def buckets(self) -> bool:

@@ -19,6 +19,8 @@ import soundfile as sf
 
 from nestcli.data.audio import resampled, stream_audio
 from nestcli.data.journal import REMEDY, Journal, file_version
+from nestcli.data.patience import PATIENCE, file_size, seconds_for
+from nestcli.data.patience import REMEDY as REMEDY_OF_PATIENCE
 from nestcli.data.pool import Died, Pool
 from nestcli.data.sound import Samples
 from nestcli.errors import DataError, RunFailedError
@@ -63,17 +65,25 @@ class Piece:
 
 
 def shape(
-    tasks: Sequence[ShapeTask], pool: Pool, journal: Journal, progress: Callable[[int, int], None]
+    tasks: Sequence[ShapeTask],
+    pool: Pool,
+    journal: Journal,
+    progress: Callable[[int, int], None],
+    patience: float = PATIENCE,
 ) -> Iterator[list[Piece] | str]:
     """The pieces of every task, or what is wrong with it. What an earlier run made, and is still there, stays."""
     todo = [number for number, task in enumerate(tasks) if _made_before(journal, task) is None]
-    results = pool.in_order(_shape_one, (tasks[number] for number in todo))
+    results = pool.in_order(
+        _shape_one,
+        (tasks[number] for number in todo),
+        lambda task: patience + seconds_for(file_size(task.path), task.offset + task.duration),
+    )
     for number, result in _filled(len(tasks), todo, results):
         if result is None:  # asked for again: a list of all pieces would be as large as the corpus's
             yield _made_before(journal, tasks[number]) or "it changed while this ran; run the same command again"
             continue
         if isinstance(result, Died):
-            yield f"its process died: {result.detail}"
+            yield f"{result.detail}; {REMEDY_OF_PATIENCE}" if result.timed_out else f"its process died: {result.detail}"
             continue
         version, outcome = result
         if isinstance(outcome, list):

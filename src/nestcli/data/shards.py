@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from nestcli.data import remote
-from nestcli.data.cuts import supervision
+from nestcli.data.channel import KEY as CHANNEL
+from nestcli.data.cuts import source_of, supervision
 from nestcli.data.manifest import Manifest, joined, of_scan, split_paths
 from nestcli.data.scan import NO_SHARD, scan
 from nestcli.data.tar_index import open_shard
 from nestcli.errors import DataError
-from nestcli.files import expand_home
+from nestcli.files import user_path
 
 # `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; it takes the other brackets too.
 _RANGE = re.compile(r"(?:_OP_|[{(\[<])([0-9]+)\.\.([0-9]+)(?:_CL_|[})\]>])")
@@ -42,9 +43,10 @@ def expand(paths: str | Sequence[str]) -> list[str]:
 
 def _expanded(path: str) -> list[str]:
     elsewhere = remote.is_remote(path)
+    path = user_path(path)
     found = _RANGE.search(path)
     if found is None or (not elsewhere and os.path.exists(path)):  # noqa: PTH110  (pathlib raises for long names)
-        return [path if elsewhere else str(Path(expand_home(path)))]
+        return [path if elsewhere else str(Path(path))]
     _check_ranges(path)
     first, last = found.groups()
     width = len(first) if first.startswith("0") else 0
@@ -150,7 +152,7 @@ def _shar_files(path: str | dict[str, Any]) -> tuple[list[str], list[str]]:
                 f"{path}: a remote folder is not listed; name its files: shar_path={{cuts: "
                 ".../cuts._OP_000000..000007_CL_.jsonl.gz, recording: .../recording._OP_000000..000007_CL_.tar}"
             )
-        folder = Path(expand_home(path))
+        folder = Path(user_path(path))
         cuts = sorted(str(file) for pattern in ("cuts.*.jsonl.gz", "cuts.*.jsonl") for file in folder.glob(pattern))
         return cuts, sorted(str(file) for file in folder.glob("recording.*.tar"))
     if missing := {_CUTS, _AUDIO} - path.keys():
@@ -165,11 +167,17 @@ def _shar_row(cut: dict[str, Any]) -> dict[str, Any]:
     recording = cut.get("recording")
     sources = recording.get("sources") if isinstance(recording, dict) else None
     kinds = [isinstance(each, dict) and each.get("type") for each in sources] if isinstance(sources, list) else []
-    if not kinds or any(kind != "shar" for kind in kinds) or not isinstance(cut.get("id"), str):
+    if (
+        not isinstance(recording, dict)
+        or not kinds
+        or any(kind != "shar" for kind in kinds)
+        or not isinstance(cut.get("id"), str)
+    ):
         raise ValueError("this is no cut of a Shar; its recording must be a placeholder of type shar")
     if cut.get("type", "MonoCut") != "MonoCut":
         raise ValueError(f"a {str(cut['type'])[:60]} cannot be read; save MonoCuts")
     row = {
+        CHANNEL: source_of(recording, cut.get("channel"))[1],
         "duration": cut.get("duration"),
         "offset": cut.get("start", 0.0),
         **supervision(cut.get("supervisions")),

@@ -19,8 +19,11 @@ import numpy as np
 import soundfile as sf
 
 from nestcli.data.audio import load_audio
+from nestcli.data.channel import KEY as CHANNEL
+from nestcli.data.channel import kept_channel, parsed_channel
 from nestcli.data.journal import REMEDY, Journal, file_version
 from nestcli.data.manifest import read_manifests, write_manifest
+from nestcli.data.patience import PATIENCE, file_size, seconds_for
 from nestcli.data.pool import Died, Pool
 from nestcli.data.sound import Samples
 from nestcli.errors import DataError, RunFailedError
@@ -53,7 +56,6 @@ class _Packing:
     rows: list[tuple[int, dict[str, Any]]]
     format: Format
     sample_rate: int
-    channel: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +72,21 @@ def write_shards(
     format: Format,
     pool: Pool,
     sample_rate: int = 16000,
-    channel: int | None = None,
+    patience: float = PATIENCE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ShardSet:
     """Pack the utterances of a checked manifest, shuffled, into `shards` files in `out`.
 
     A shard that an earlier run has finished from the same rows is left as it is. What cannot be read is left out and
-    told in `skipped`; raises DataError if that is everything.
+    told in `skipped`; raises DataError if that is everything, or if a shard's files give no answer for `patience` s.
     """
     out = Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    tasks = _tasks(os.fspath(manifest), out, shards, format, sample_rate, channel)
+    tasks = _tasks(os.fspath(manifest), out, shards, format, sample_rate)
     _clear_others(out, format, shards)
     journal = Journal(out)
     try:
-        packed = _all_packed(tasks, pool, journal, progress)
+        packed = _all_packed(tasks, pool, journal, progress, patience)
     finally:
         journal.close()
     skipped = [row for each in packed for row in each.skipped]
@@ -96,9 +98,7 @@ def write_shards(
     return ShardSet(format, str(out), config, shards, written, skipped)
 
 
-def _tasks(
-    manifest: str, out: Path, shards: int, format: Format, sample_rate: int, channel: int | None
-) -> list[_Packing]:
+def _tasks(manifest: str, out: Path, shards: int, format: Format, sample_rate: int) -> list[_Packing]:
     lines = read_manifests([manifest])
     order = np.random.default_rng(0).permutation(len(lines))  # every shard is a fair sample of all
     tasks = []
@@ -108,12 +108,12 @@ def _tasks(
             entry = lines.entry(line)
             place = {"audio_filepath": entry.audio_filepath, "duration": entry.duration, "offset": entry.offset}
             rows.append((line, {**lines.row(line), **place}))
-        tasks.append(_Packing(str(out), number, rows, format, sample_rate, channel))
+        tasks.append(_Packing(str(out), number, rows, format, sample_rate))
     return tasks
 
 
 def _all_packed(
-    tasks: Sequence[_Packing], pool: Pool, journal: Journal, progress: Callable[[int, int], None]
+    tasks: Sequence[_Packing], pool: Pool, journal: Journal, progress: Callable[[int, int], None], patience: float
 ) -> list[_Packed]:
     keys = [_digest(task) for task in tasks]
     packed: dict[int, _Packed] = {}
@@ -123,7 +123,12 @@ def _all_packed(
             packed[number] = _Packed(*known)
     todo = [number for number in range(len(tasks)) if number not in packed]
     work = _pack_tar if tasks[0].format == "nemo-tar" else _pack_shar
-    for number, result in zip(todo, pool.in_order(work, (tasks[number] for number in todo)), strict=True):
+
+    def limit(task: _Packing) -> float:
+        places = ((file_size(row["audio_filepath"]), row["offset"] + row["duration"]) for _, row in task.rows)
+        return patience + sum(seconds_for(*place) for place in places)
+
+    for number, result in zip(todo, pool.in_order(work, (tasks[number] for number in todo), limit), strict=True):
         if isinstance(result, Died):
             raise DataError(f"shard {number} could not be written: {result.detail}. Run the same command again.")
         packed[number] = result
@@ -135,7 +140,7 @@ def _all_packed(
 
 def _digest(task: _Packing) -> str:
     versions = [file_version(row["audio_filepath"]) for _, row in task.rows]
-    content = json.dumps([task.rows, versions, task.format, task.sample_rate, task.channel])
+    content = json.dumps([task.rows, versions, task.format, task.sample_rate])
     return blake2b(content.encode(), digest_size=16).hexdigest()
 
 
@@ -187,7 +192,7 @@ def _pack_tar(task: _Packing) -> _Packed:
             info = tarfile.TarInfo(f"{line:07d}-{_plain(Path(row['audio_filepath']).stem)}.{ending}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-            kept = {key: value for key, value in row.items() if key != "offset"}
+            kept = {key: value for key, value in row.items() if key not in ("offset", CHANNEL)}
             packed.rows.append({**kept, "audio_filepath": info.name, "duration": duration, "shard_id": task.number})
     return packed
 
@@ -205,6 +210,7 @@ def _content(row: dict[str, Any], task: _Packing) -> tuple[bytes, str, float]:
         with sf.SoundFile(path) as sound:
             untouched = (
                 (sound.samplerate, sound.channels, sound.subtype) == (task.sample_rate, 1, "PCM_16")
+                and not _channel(row)
                 and sound.format in _AS_THEY_ARE
                 and not row["offset"]
                 and abs(sound.frames / sound.samplerate - row["duration"]) < 1e-4
@@ -224,8 +230,12 @@ def _samples(row: dict[str, Any], task: _Packing) -> Samples:
         sample_rate=task.sample_rate,
         offset=row["offset"],
         duration=row["duration"],
-        channel=task.channel,
+        channel=_channel(row),
     )
+
+
+def _channel(row: dict[str, Any]) -> int | None:
+    return kept_channel(parsed_channel(row.get(CHANNEL)), None)
 
 
 def _flac(samples: Samples, rate: int) -> bytes:
@@ -292,4 +302,4 @@ def _cut(line: int, row: dict[str, Any], samples: Samples, rate: int) -> Any:
     return cut
 
 
-_OWN_KEYS = ("audio_filepath", "duration", "offset", "text", "lang", "speaker")
+_OWN_KEYS = ("audio_filepath", "duration", "offset", CHANNEL, "text", "lang", "speaker")

@@ -17,14 +17,16 @@ import numpy.typing as npt
 import soundfile as sf
 
 from nestcli.data import jail
-from nestcli.data.containers import states_length
-from nestcli.data.sox import UnreadableError, decoded_by_sox
+from nestcli.data.containers import READ_FORMATS, length_fault, states_length
+from nestcli.data.sox import CONVERT, RECOVER, UnreadableError, decoded_by_sox, unreadable
 
 Samples = npt.NDArray[np.float32]
 
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
 MAX_LOADED = 1 << 28  # frames of one utterance: 4 hours and 40 minutes at 16 kHz, a gigabyte of memory
+LENGTH_FAULTS = ("truncated", "wrong_duration")  # the reasons of files that hold less or more than is said
+END_SLACK = 0.5  # s: a part that ends this close to the end of a file stands for all of it
 STREAM_BLOCK = 1 << 18  # samples of all channels, where a file is walked through
 
 _LOAD_BLOCK = 1 << 23  # samples of all channels decoded in one go: 32 MiB, a minute of 48 kHz stereo
@@ -83,7 +85,7 @@ def decoder(path: str) -> Iterator[Sound]:
             sound = Sound(descriptor, closefd=False)
         except sf.LibsndfileError as error:
             if error.code != _UNRECOGNISED:
-                raise BadAudioError("unreadable", words(error)) from None
+                raise BadAudioError("unreadable", unreadable(path, os.pread(descriptor, 64, 0), words(error))) from None
         else:
             with sound:
                 yield _checked(sound)
@@ -101,15 +103,25 @@ def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise BadAudioError("not_a_file", "this is a folder, a pipe, a socket or a device, not a file")
     if status.st_size == 0:
-        raise BadAudioError("empty", "the file has no bytes")
+        raise BadAudioError("empty", "the file has no bytes; copy or record it again")
 
 
 def _checked(sound: Sound) -> Sound:
     lowest, highest = RATES
     if not lowest <= sound.samplerate <= highest:
-        raise BadAudioError("bad_rate", f"{sound.samplerate} Hz is no rate from {lowest} to {highest} Hz")
+        raise BadAudioError(
+            "bad_rate", f"{sound.samplerate} Hz is no rate from {lowest} to {highest} Hz; mend the header, or {CONVERT}"
+        )
     if sound.channels > MAX_CHANNELS:
-        raise BadAudioError("too_many_channels", f"{sound.channels} channels are more than {MAX_CHANNELS}")
+        detail = f"{sound.channels} channels are more than {MAX_CHANNELS}"
+        remedy = "take one of them with `ffmpeg -i FILE -af 'pan=mono|c0=c0' FILE.flac`"
+        raise BadAudioError("too_many_channels", f"{detail}; {remedy}")
+    if sound.format not in READ_FORMATS:
+        raise BadAudioError(
+            "unreadable",
+            f"it cannot be told whether a file in the format {sound.format} is whole; convert it with SoX or ffmpeg, "
+            "for example with `sox FILE FILE.wav` or `ffmpeg -i FILE FILE.flac`",
+        )
     return sound
 
 
@@ -117,23 +129,55 @@ def _checked(sound: Sound) -> Sound:
 
 
 def read_mono(sound: Sound, start: int, count: int | None) -> Samples:
-    """Decode `count` frames from `start` on, or as many as there are."""
+    """Decode `count` frames from `start` on, or as many as there are.
+
+    Raises BadAudioError, also where this reaches the end and the file holds more than its header says, or less.
+    """
     count = available(sound, start, count)
     if count > MAX_LOADED and states_length(sound):
         raise _too_long(sound)
     count = min(count, MAX_LOADED + 1)
+    try:
+        samples = _read(sound, start, count)
+    except sf.LibsndfileError as error:
+        raise BadAudioError(*decoding_failure(sound, error)) from None
+    if len(samples) == 0:
+        check_length(sound, start)
+        raise BadAudioError("empty", f"no audio could be decoded; {CONVERT}")
+    stopped = start + len(samples)
+    if len(samples) < count or sound.frames - stopped <= END_SLACK * sound.samplerate:
+        check_length(sound, stopped if len(samples) < count else sound.frames)
+    if len(samples) > MAX_LOADED:
+        raise _too_long(sound)
+    return samples
+
+
+def _read(sound: Sound, start: int, count: int) -> Samples:
     if start:
         seek(sound, start)
     limit = _LOAD_BLOCK // sound.channels
     if count <= limit:
-        samples = _decode(sound, count)
-    else:
-        samples = np.concatenate(list(blocks_of(sound, limit, count)) or [np.zeros(0, np.float32)])
-    if len(samples) == 0:
-        raise BadAudioError("empty", "no audio could be decoded")
-    if len(samples) > MAX_LOADED:
-        raise _too_long(sound)
-    return samples
+        return _decode(sound, count)
+    return np.concatenate(list(blocks_of(sound, limit, count)) or [np.zeros(0, np.float32)])
+
+
+def decoding_failure(sound: Sound, error: sf.LibsndfileError) -> tuple[str, str]:
+    """Tell a file that ends too early from one that is broken in the middle, by where the decoder stopped."""
+    if isinstance(sound.name, int) and os.lseek(sound.name, 0, os.SEEK_CUR) >= os.fstat(sound.name).st_size:
+        return "truncated", f"the file ends in the middle of its audio ({words(error)}); {RECOVER}"
+    return "unreadable", f"the audio is damaged ({words(error)}); {RECOVER}"
+
+
+def check_length(sound: Sound, frames: int) -> None:
+    """Raise BadAudioError where a file holds more or less than what was decoded up to the frame `frames`."""
+    reason, detail = length_fault(sound, frames)
+    if reason:
+        raise BadAudioError(reason, detail)
+
+
+def stated_slack(seconds: float) -> float:
+    """By how many seconds a manifest may promise more than there is: for rounded durations and codecs' padding."""
+    return min(0.5, 0.1 + 0.05 * seconds)
 
 
 def _too_long(sound: Sound) -> BadAudioError:
@@ -146,6 +190,7 @@ def available(sound: Sound, start: int, count: int | None) -> int:
     left = sound.frames - start
     count = left if count is None else min(count, left)
     if count <= 0:
+        check_length(sound, sound.frames)
         begin, end = start / sound.samplerate, sound.frames / sound.samplerate
         raise BadAudioError("empty", f"there is no audio to read at {begin:g} s: the file lasts {end:g} s")
     return count

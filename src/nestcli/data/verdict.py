@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from nestcli.data.channel import kept_channel
+from nestcli.data.check import File
 from nestcli.data.collect import Item
 from nestcli.data.inspection import AudioReport
+from nestcli.data.sound import stated_slack
 
 MAX_CLIPPED = 0.01  # share of samples in runs at full scale; speech with one in a hundred is audibly distorted
-_STATED_SLACK = 0.5  # s by which a manifest may promise more than its file holds, in rounded durations
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Accepted:
     speaker: str | None
     sample_rate: int
     rms_db: float
+    channel: int | None = None  # None for the average of all, or for the only one
     path: str | None = None  # of a file that was made of it
 
     @property
@@ -53,11 +56,15 @@ class Rejected:
 
 def judge(
     items: Sequence[Item],
-    reports: dict[str, AudioReport],
+    reports: dict[File, AudioReport],
     limits: Limits,
     find_speaker: Callable[[Item], str | None],
+    channel: int | None = None,
 ) -> tuple[list[Accepted], list[Rejected]]:
-    """Sort the items into those to take and those to leave out. Of what is there twice, the first is taken."""
+    """Sort the items into those to take and those to leave out. Of what is there twice, the first is taken.
+
+    `channel` is for items that choose none; there is a report of each item's file and channel.
+    """
     accepted: list[Accepted] = []
     rejected: list[Rejected] = []
     places: set[bytes] = set()  # hashes, as there may be millions
@@ -65,21 +72,24 @@ def judge(
     folders: dict[str, str] = {}
     for number, item in enumerate(items):
         if item.refused is not None:
-            rejected.append(Rejected(item, "not_a_file", item.refused))
+            rejected.append(Rejected(item, item.reason, item.refused))
             continue
         if not _is_utf8(item.path):
             rejected.append(Rejected(item, "bad_name", "the file's name is not UTF-8; rename it"))
             continue
-        report = reports[item.path]
+        kept = kept_channel(item.channel, channel)
+        report = reports[item.path, kept]
+        kept = kept if report.channels > 1 else None
         offset, duration = _segment(item, report)
         # whichever input named it, and whether that stated its length or not
-        place = _short(_real_path(item.path, folders), offset, duration)
+        place = _short(f"{_real_path(item.path, folders)}\0{kept}", offset, duration)
         content = _short(report.digest, offset, duration)
         same_as = items[contents[content]].path if content in contents else None
         if fault := _fault(item, report, duration, limits, place in places, same_as):
             rejected.append(Rejected(item, *fault))
         else:
-            accepted.append(Accepted(item, offset, duration, find_speaker(item), report.sample_rate, report.rms_db))
+            speaker = find_speaker(item)
+            accepted.append(Accepted(item, offset, duration, speaker, report.sample_rate, report.rms_db, kept))
             contents[content] = number
         places.add(place)
     return accepted, rejected
@@ -109,8 +119,10 @@ def _fault(
     stated_end = item.offset + (0.0 if math.isnan(item.duration) else item.duration)
     if not math.isnan(item.duration) and item.duration <= 0:
         return "bad_duration", f"its manifest gives it {item.duration:g} s"
-    if duration <= 0 or stated_end > report.duration + _STATED_SLACK:
-        return "truncated", f"{item.where()} goes beyond the file's {report.duration:.2f} s"
+    slack = 0.5 if math.isnan(item.duration) else stated_slack(item.duration)
+    if duration <= 0 or stated_end > report.duration + slack:
+        detail = f"{item.where()} goes beyond the file's {report.duration:.2f} s"
+        return "truncated", f"{detail}; copy the file again, or correct the line"
     if seen:  # after its own faults: of broken files each has its own reason
         return "duplicate_path", "the same audio is in the inputs already"
     if report.clipped > limits.max_clipped:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nestcli.data.audio import audio_duration
-from nestcli.data.collect import MANIFEST_SUFFIXES, collect
+from nestcli.data.collect import collect, is_manifest
 from nestcli.data.manifest import Manifest, read_manifests, write_manifest
 from nestcli.errors import DataError
 
@@ -32,7 +32,7 @@ def read_inputs(given: str | os.PathLike[str], out: Path) -> Inputs:
     Durations that a manifest does not state are read from the files' headers.
     """
     path = Path(given)
-    if path.is_file() and path.name.lower().endswith(MANIFEST_SUFFIXES):
+    if path.is_file() and is_manifest(path):
         manifest = read_manifests([os.fspath(given)], require_duration=False)
         if not len(manifest):
             raise DataError(f"{given} has no lines.")
@@ -41,14 +41,16 @@ def read_inputs(given: str | os.PathLike[str], out: Path) -> Inputs:
     for item in collect([given], out).items:
         duration, why = audio_duration(item.path)
         if item.refused or duration is None:
-            refused.append({"audio_filepath": item.path, "reason": "unreadable", "detail": item.refused or why})
+            reason = item.reason if item.refused else "unreadable"
+            refused.append({"audio_filepath": item.path, "reason": reason, "detail": item.refused or why})
         else:
             known = {key: value for key, value in item.known().items() if key not in ("duration", "offset")}
             stated = duration - item.offset if np.isnan(item.duration) else item.duration
             offset = {"offset": item.offset} if item.offset else {}
             rows.append({**known, "audio_filepath": item.path, "duration": round(stated, 6), **offset})
     if not rows:
-        raise DataError(f"{given}: there is no audio in it that can be read.")
+        why = f" The first: {refused[0]['audio_filepath']}: {refused[0]['detail']}." if refused else ""
+        raise DataError(f"{given}: there is no audio in it that can be read.{why}")
     write_manifest(out / LISTING, rows)
     return Inputs(read_manifests([os.fspath(out / LISTING)]), tuple(refused))
 

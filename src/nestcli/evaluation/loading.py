@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestcli.checkpoint.encoder import read_encoder
 from nestcli.data.audio import load_audio as read_samples
+from nestcli.files import user_path
 from nestcli.model.speech_encoder import SpeechEncoder
 
 
@@ -19,7 +20,7 @@ def load_encoder(checkpoint: str | os.PathLike[str], device: str | torch.device 
     folder that transformers' Parakeet encoder loads. Call `train()` on it, or on the module that it is put into, to
     fine-tune it. Nothing in the file is executed. Raises CheckpointError, ConfigError.
     """
-    return read_encoder(checkpoint).build().to(device)
+    return read_encoder(user_path(os.fspath(checkpoint))).build().to(device)
 
 
 def load_audio(
@@ -29,4 +30,6 @@ def load_audio(
 
     Raises DataError.
     """
-    return torch.from_numpy(read_samples(path, sample_rate=sample_rate, offset=offset, duration=duration))
+    return torch.from_numpy(
+        read_samples(user_path(os.fspath(path)), sample_rate=sample_rate, offset=offset, duration=duration)
+    )

@@ -21,7 +21,7 @@ from nestcli.checkpoint.lightning import AtomicCheckpointIO
 from nestcli.config import resolved, section
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import ConfigError, RunFailedError
-from nestcli.files import held_alone, remove_leftovers, write_text
+from nestcli.files import held_alone, remove_leftovers, user_path, write_text
 from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.changes import Changes, ConfiguredOptimizer, record_start
@@ -311,7 +311,7 @@ def experiment_folder(config: DictConfig) -> Path:
     name = str(manager.name)
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"exp_manager.name: {name[:100]!r} leads out of exp_manager.exp_dir. Give a name.")
-    return Path(manager.exp_dir or DEFAULT_EXP_DIR).expanduser() / name
+    return Path(user_path(str(manager.exp_dir or DEFAULT_EXP_DIR))) / name
 
 
 @contextmanager

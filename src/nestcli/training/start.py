@@ -15,6 +15,7 @@ from nestcli.checkpoint.load import checkpoint_weights
 from nestcli.checkpoint.weights import fitted_tensor
 from nestcli.config import START_KEYS, resolved
 from nestcli.errors import CheckpointError, ConfigError
+from nestcli.files import user_path
 
 ENCODER_KEY = "init_from_encoder"
 # What changes an encoder's function and none of its shapes.
@@ -53,7 +54,7 @@ def starts_of(config: DictConfig) -> list[Start]:
 
 def _starts(key: str, value: Any) -> list[Start]:
     if isinstance(value, str):
-        return [Start(key, value)]
+        return [Start(key, user_path(value))]
     if key == ENCODER_KEY:
         raise ConfigError(f"{key}: {value!r} is no path. Name a checkpoint, or a folder of transformers.")
     if not isinstance(value, Mapping) or not value or not all(isinstance(part, Mapping) for part in value.values()):
@@ -68,7 +69,7 @@ def _part(key: str, part: Mapping[str, Any]) -> Start:
             f"{key} needs a path, and may have include and exclude; it has {', '.join(part) or 'nothing'}."
         )
     include, exclude = (_texts(key, name, part.get(name)) for name in ("include", "exclude"))
-    return Start(key, part["path"], include or ("",), exclude, whole=False)
+    return Start(key, user_path(part["path"]), include or ("",), exclude, whole=False)
 
 
 def _texts(key: str, name: str, value: Any) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Runs of a tiny model for the tests of signals and processes: in this process, or as commands of their own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -107,15 +108,32 @@ def fake_scontrol(folder, script):
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
+def print_stacks(group):
+    """Ask every process of a group that handles SIGUSR2 for its threads' stacks; they stand in its output."""
+    for process in processes_of(group):
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{process}/status").read_text()
+            caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+            if caught >> (signal.SIGUSR2 - 1) & 1:
+                os.kill(int(process), signal.SIGUSR2)
+                time.sleep(0.5)  # one after the other: their lines would mix
+
+
 def wait_for_step(folder, step, run, seconds=120.0):
-    """Until the run has written so many lines of metrics; if it ends before or takes too long, what it said."""
-    until = time.monotonic() + seconds
+    """Wait until the run has written `step` lines of metrics. Fails with the run's output if it ends before or hangs.
+
+    After half of `seconds` all its processes print their stacks.
+    """
+    until, asked = time.monotonic() + seconds, False
     metrics = folder / "run" / "metrics.jsonl"
     while time.monotonic() < until:
         if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
             return
         if run.poll() is not None:
             raise AssertionError(f"it ended with {run.returncode} before step {step}:\n{run.communicate()[0]}")
+        if not asked and time.monotonic() > until - seconds / 2:
+            asked = True
+            print_stacks(run.pid)
         time.sleep(0.02)
     left = processes_of(run.pid)
     os.killpg(run.pid, signal.SIGKILL)

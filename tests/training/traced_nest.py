@@ -1,8 +1,10 @@
 """`nest`, writing down which utterances it trains on, and failing when it is told to: for runs of several processes.
 
-TRACE is a folder for the lines; FAULT is "RANK STEP HOW", where HOW is exit, raise, kill or wait.
+TRACE is a folder for the lines; FAULT is "RANK STEP HOW", where HOW is exit, raise, kill or wait. SIGUSR2 prints the
+stacks of all threads of a process.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -10,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from nestcli.cli.app import main
-from nestcli.model.module import NestModule
+faulthandler.register(signal.SIGUSR2, all_threads=True)  # before the imports below, which may be what hangs
+
+from nestcli.cli.app import main  # noqa: E402
+from nestcli.model.module import NestModule  # noqa: E402
 
 training_step = NestModule.training_step
 

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -64,8 +64,7 @@ def ended_together(trainer: Trainer) -> Iterator[None]:
             raise dead from None
         if _is_connection(error):
             raise PeerLostError(_who(trainer, "lost the connection to another, which ended first")) from None
-        print(_who(trainer, "failed:"), file=sys.stderr)  # noqa: T201  # before the others notice
-        traceback.print_exc()
+        _say(f"{_who(trainer, 'failed:')}\n{traceback.format_exc().rstrip()}")  # before the others notice
         raise
     finally:
         watched.rest()
@@ -116,9 +115,15 @@ class _WatchedLauncher(_SubprocessScriptLauncher):
             time.sleep(_DEATH_SECONDS)  # the main thread usually notices, and ends in an orderly way
             dead = self.first_dead(0.0)
             if not self._resting and dead is not None:
-                print(f"error: {dead}", file=sys.stderr, flush=True)  # noqa: T201
+                _say(f"error: {dead}")
                 _kill([*self.procs, *multiprocessing.active_children()])
                 os._exit(dead.exit_code)
+
+
+def _say(message: str) -> None:
+    """Print to stderr. A reader that has gone (`| head`) must not keep the processes from being ended."""
+    with suppress(OSError, ValueError):
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _kill(processes: Sequence[subprocess.Popen[bytes] | multiprocessing.process.BaseProcess]) -> None:

@@ -33,7 +33,10 @@ _RANGE = 1 << 25  # bytes of a manifest that one process scans at a time: some 2
 _MAX_UNPACKED = 1 << 32  # bytes kept of one .gz
 _MAX_EXPANSION = 100  # of gzip; lines of manifests and cuts shrink to a tenth, or a thirtieth
 _ALWAYS_UNPACKED = 1 << 24  # bytes
+_MOST_OPEN = 256  # manifests that a process keeps open; a system allows 1,024 files, and a corpus may have more
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_open: set[int] = set()  # descriptors of manifests
 
 Row = dict[str, Any]
 ToRow = Callable[[Row], Row]
@@ -58,13 +61,26 @@ class Source:
     def read(self, position: int, size: int) -> bytes:
         if self.unpacked is not None:
             return self.unpacked[position : position + size].tobytes()
-        if self._descriptor is None:
-            self._descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._descriptor)
-        return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
+        if self._descriptor is not None:
+            return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
+        descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
+        if len(_open) < _MOST_OPEN:
+            self._descriptor = descriptor
+            _open.add(descriptor)
+            weakref.finalize(self, _close, descriptor)
+            return os.pread(descriptor, size, position)
+        try:
+            return os.pread(descriptor, size, position)
+        finally:
+            os.close(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
+
+
+def _close(descriptor: int) -> None:
+    _open.discard(descriptor)
+    os.close(descriptor)
 
 
 class Scan:

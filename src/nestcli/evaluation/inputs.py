@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from nestcli.data.audio import audio_duration
 from nestcli.data.collect import MANIFEST_SUFFIXES, collect
 from nestcli.data.manifest import Manifest, read_manifests, write_manifest
+from nestcli.data.reading import duration_of
 from nestcli.errors import DataError
 
 LISTING = "input.json"  # of a folder or a file, in the folder of results
@@ -60,6 +62,7 @@ def _with_durations(manifest: Manifest) -> Manifest:
         return manifest
     durations = manifest.durations.copy()
     for index in missing:
-        whole, _ = audio_duration(manifest.entry(int(index)).audio_filepath)
-        durations[index] = max(0.0, (whole or 0.0) - manifest.offsets[index])
+        with suppress(DataError):  # whoever reads the line says what is wrong
+            durations[index] = duration_of(manifest.entry(int(index)))
+    durations = np.nan_to_num(durations)
     return replace(manifest, durations=durations)

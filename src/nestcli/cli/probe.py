@@ -104,7 +104,8 @@ def _write(out: Path, result: ProbeResult, document: dict[str, Any]) -> None:
     from nestcli.files import write_text
 
     write_text(out / "probe.json", [json.dumps(document, ensure_ascii=False, indent=2) + "\n"])
-    draw_confusion(out / "confusion.png", result)
+    if note := draw_confusion(out / "confusion.png", result):
+        console.note(note)
     draw_layers(out / "layers.png", result)
 
 

@@ -198,7 +198,9 @@ def test_it_can_be_fine_tuned_after_features_were_taken(
 
 
 @pytest.mark.parametrize("first", [torch.float64, torch.float32])
-def test_an_encoder_follows_its_dtype_after_inference_mode(model: NestModel, tmp_path: Path, first: torch.dtype) -> None:
+def test_an_encoder_follows_its_dtype_after_inference_mode(
+    model: NestModel, tmp_path: Path, first: torch.dtype
+) -> None:
     write_nemo(tmp_path / "a.nemo", CONFIG, model.state_dict())
     encoder = load_encoder(tmp_path / "a.nemo")
     audio_BN = 0.1 * torch.randn(1, 16_000)

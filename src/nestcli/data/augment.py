@@ -81,7 +81,7 @@ def augment(
             raise DataError(f"--out {out} would replace {path}, which is to be read; give another folder")
     n_lines = len(read_manifests(speech))
     if noise is not None:
-        read_manifests(noise)
+        read_manifests(noise, require_duration=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestcli.data import remote
+from nestcli.data import forms, remote
 from nestcli.data.cuts import recording_to_row
 from nestcli.data.journal import NAME as JOURNAL
 from nestcli.data.kaldi import is_kaldi, read_kaldi
@@ -25,7 +25,7 @@ AUDIO_SUFFIXES = frozenset(
 )
 OUTPUTS = frozenset(["train_manifest.json", "val_manifest.json", "rejected.jsonl", "summary.json", "summary.svg"])
 OUTPUT_FOLDERS = frozenset(["audio", "train_shards", "val_shards"])
-MANIFEST_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+MANIFEST_SUFFIXES = forms.SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
             collection.items.extend(_kaldi_items(path.parent if path.is_file() else path))
         elif path.is_dir():
             _add_folder(path, out, collection)
-        elif path.name.lower().endswith(MANIFEST_SUFFIXES):
+        elif path.suffix.lower() not in AUDIO_SUFFIXES and forms.is_manifest(path):
             collection.items.extend(_manifest_items(str(path)))
         else:
             collection.items.append(Item(str(path.absolute()), path.name))

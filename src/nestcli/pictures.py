@@ -6,8 +6,9 @@ Matplotlib is optional and slow to import, so only the functions name it, and on
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from nestcli.errors import MissingDependencyError
 from nestcli.files import atomic_file
@@ -15,10 +16,12 @@ from nestcli.files import atomic_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontEntry
 
 INK, GREY, PALE = "#22262b", "#8a9099", "#e3e6ea"
 BLUE, ORANGE = "#2f6db5", "#d9702b"  # told apart by colour-blind readers too
 DOTS_PER_INCH = 144
+_SHOWN = 12  # letters that a message names
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -39,10 +42,65 @@ def words(text: str, longest: int = 60) -> str:
     return plain.replace("$", r"\$") + ("…" if len(text) > longest else "")
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+def save(figure: Figure, path: Path) -> str:
+    """Write a figure as PNG, whole or not at all. Returns what `render` does, with the file's name."""
     with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
+        note = render(figure, file, "png", DOTS_PER_INCH)
+    return note and f"{path}: {note}"
+
+
+def render(figure: Figure, file: IO[bytes], kind: str, dpi: float) -> str:
+    """Draw a figure into an open file, with fonts of this machine for letters that the default font lacks.
+
+    Returns a sentence about letters that no font has, or nothing.
+    """
+    missing = _find_fonts(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ ")  # one line for each letter and each time that it is measured
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # the words are longer than the picture
+        figure.savefig(file, format=kind, dpi=dpi)
+    if not missing:
+        return ""
+    shown, more = "".join(missing[:_SHOWN]), f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return (
+        f"no font on this machine has {shown}{more}; the picture has boxes in their place. Install one, for example "
+        "the package fonts-noto-cjk for Chinese, Japanese and Korean."
+    )
+
+
+def _find_fonts(figure: Figure) -> list[str]:
+    """Give each text of a figure the fonts that it needs; the letters that no font has."""
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+    from matplotlib.text import Text
+
+    ticks = [label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()]
+    texts = [text for text in (*figure.findobj(Text), *ticks) if not text.get_text().isascii()]
+    if not texts:
+        return []
+    default = FT2Font(font_manager.findfont(font_manager.FontProperties()))
+    letters = sorted({letter for text in texts for letter in text.get_text() if not letter.isspace()})
+    missing = [letter for letter in letters if not default.get_char_index(ord(letter))]
+    families: list[str] = []
+    for entry in sorted(font_manager.fontManager.ttflist, key=_usefulness):
+        if not missing:
+            break
+        if entry.style != "normal" or entry.name in families or entry.name.startswith("Last Resort"):
+            continue  # the last one has a box for every letter
+        try:
+            font = FT2Font(entry.fname)
+        except (OSError, RuntimeError):  # it is gone, or a font of pictures, which cannot be drawn
+            continue
+        if font.scalable and (found := {letter for letter in missing if font.get_char_index(ord(letter))}):
+            families.append(entry.name)
+            missing = [letter for letter in missing if letter not in found]
+    for text in texts if families else ():
+        text.set_fontfamily([*text.get_fontfamily(), *families])
+    return missing
+
+
+def _usefulness(entry: FontEntry) -> tuple[bool, bool, str]:
+    return ("Sans" not in entry.name, str(entry.weight) not in ("400", "normal", "regular"), entry.name)
 
 
 def tidy(axes: Axes) -> None:

@@ -14,6 +14,7 @@ from nestcli.checkpoint.nemo_config import to_nemo
 from nestcli.checkpoint.safetensors_file import write_safetensors
 from nestcli.config import load_config
 from nestcli.errors import CheckpointError, NestError
+from nestcli.model.attention import sinusoidal_table
 from nestcli.model.nest import NestConfig, NestModel
 
 TINY = ["model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=3", "model.num_classes=32"]
@@ -174,6 +175,55 @@ def test_it_can_be_fine_tuned(model: NestModel, tmp_path: Path) -> None:
     torch.nn.functional.cross_entropy(head(features.mean(1)), torch.tensor([0, 1])).backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
     assert (encoder.sample_rate, encoder.frame_seconds, encoder.width, encoder.n_layers) == (16_000, 0.08, 16, 3)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("loaded_inside", [False, True])
+def test_it_can_be_fine_tuned_after_features_were_taken(
+    model: NestModel, tmp_path: Path, mode: Any, loaded_inside: bool
+) -> None:
+    write_nemo(tmp_path / "a.nemo", CONFIG, model.state_dict())
+    audio_BN = 0.1 * torch.randn(2, 16_000)
+    encoder, used = (load_encoder(tmp_path / "a.nemo") for _ in range(2))
+    with mode():
+        used = load_encoder(tmp_path / "a.nemo") if loaded_inside else used
+        used(audio_BN)
+    for each in (encoder, used):
+        torch.manual_seed(0)
+        features, _ = each.train()(audio_BN)
+        features.square().mean().backward()
+        torch.optim.SGD(each.parameters(), lr=0.1).step()
+    for (name, ours), (_, theirs) in zip(encoder.named_parameters(), used.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("first", [torch.float64, torch.float32])
+def test_an_encoder_follows_its_dtype_after_inference_mode(
+    model: NestModel, tmp_path: Path, first: torch.dtype
+) -> None:
+    write_nemo(tmp_path / "a.nemo", CONFIG, model.state_dict())
+    encoder = load_encoder(tmp_path / "a.nemo")
+    audio_BN = 0.1 * torch.randn(1, 16_000)
+    with torch.inference_mode():
+        encoder.to(first)(audio_BN)
+        expected = encoder.to(torch.float32)(audio_BN).features
+    encoder.to(torch.float64).to(torch.float32)
+    features, _ = encoder(audio_BN)
+    features.sum().backward()
+    assert features.dtype == torch.float32
+    assert_close(features, expected.clone(), 1e-6)
+    longer, _ = encoder(0.1 * torch.randn(1, 48_000))  # the table of positions grows
+    longer.sum().backward()
+
+
+def test_the_table_of_positions_follows_the_device(model: NestModel) -> None:
+    positions = model.encoder.pos_enc
+    with torch.inference_mode():
+        assert positions(torch.zeros(1, 7, 16, device="meta"))[1].device.type == "meta"
+    _, rows_RM = positions(torch.zeros(1, 5, 16))
+    assert rows_RM.device.type == "cpu"
+    assert not rows_RM.is_inference()
+    assert_close(rows_RM, sinusoidal_table(5, 16, torch.device("cpu")), 0.0)
 
 
 def test_three_lines(shared_audio: Path, model: NestModel, tmp_path: Path) -> None:

@@ -183,3 +183,28 @@ def _writing_others(write: Callable[..., None]) -> Callable[..., None]:
         write(out, config, wrong, **options)
 
     return written
+
+
+@pytest.mark.parametrize(
+    ("to", "out", "said"),
+    [
+        ("nemo", "file/b.nemo", "file is a file, not a folder"),
+        ("onnx", "file/deeper/b.onnx", "file is a file, not a folder"),
+        ("transformers", "file/b", "file is a file, not a folder"),
+        ("transformers", ".", "name a new folder in it"),
+        ("transformers", "..", "name a new folder in it"),
+        ("nemo", "x" * 300 + ".nemo", "File name too long"),
+        ("transformers", "mine", "mine holds notes.txt, which is no file of an export"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_read(
+    nest: Nest, tmp_path: Path, to: str, out: str, said: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "mine").mkdir()
+    for name in ("config.json", "notes.txt"):
+        (tmp_path / "mine" / name).write_text("mine")
+    done = nest("export", "gone.ckpt", "--to", to, "--out", out, "--force", cwd=tmp_path)
+    assert (done.code, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"

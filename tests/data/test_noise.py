@@ -122,3 +122,38 @@ def test_lines_that_cannot_be_read_are_passed_over_and_told(tmp_path: Path) -> N
     assert pool.take_skipped() == []
     with pytest.raises(DataError, match="none of 20 noise files"):
         NoisePool(replace(pool.manifest.select([0])), RATE).draw(100, rng)
+
+
+@pytest.mark.parametrize("line", [{}, {"offset": 1.0}, {"duration": None}])
+def test_a_line_without_a_duration_is_all_of_its_file(tmp_path: Path, line: dict) -> None:
+    samples = (np.arange(4 * RATE) / (4 * RATE)).astype(np.float32)
+    start = line.get("offset", 0.0)
+    stated = one_file(tmp_path, samples, offset=start, duration=4 - start)
+    (tmp_path / "short.json").write_text(json.dumps({"audio_filepath": "n.wav", **line}) + "\n")
+    pool = NoisePool(read_manifests(str(tmp_path / "short.json"), require_duration=False), RATE)
+    for seed in range(20):
+        clip, expected = pool.draw(RATE, random.Random(seed)), stated.draw(RATE, random.Random(seed))
+        assert clip.offset == expected.offset
+        assert np.array_equal(clip.samples, expected.samples)
+    assert np.array_equal(pool.draw(9 * RATE, random.Random(0)).samples, samples[int(start * RATE) :])
+    assert np.isnan(pool.manifest.durations).all(), "others read the same manifest"
+
+
+def test_like_nemo_a_line_without_a_duration_is_read_from_its_beginning(tmp_path: Path) -> None:
+    samples = np.linspace(0.1, 0.9, 4 * RATE, dtype=np.float32)
+    sf.write(tmp_path / "n.wav", samples, RATE, subtype="FLOAT")
+    (tmp_path / "noise.json").write_text(json.dumps({"audio_filepath": "n.wav", "offset": 0.5}) + "\n")
+    pool = NoisePool(read_manifests(str(tmp_path / "noise.json"), require_duration=False), RATE)
+    state = np.random.RandomState(0)
+    clip = pool.draw_like_nemo(RATE, state)
+    assert np.array_equal(clip.samples, samples[RATE // 2 : RATE // 2 + RATE])
+    expected = np.random.RandomState(0)
+    expected.randint(1)
+    assert state.random_sample() == expected.random_sample(), "NeMo draws no place in such a file"
+
+
+def test_noise_without_a_duration_whose_file_is_gone_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "noise.json").write_text('{"audio_filepath": "gone.wav"}\n')
+    pool = NoisePool(read_manifests(str(tmp_path / "noise.json"), require_duration=False), RATE)
+    with pytest.raises(DataError, match=r"none of 20 noise files drawn can be read.*no such file"):
+        pool.draw(RATE, random.Random(0))

@@ -2,7 +2,10 @@
 
 import io
 import json
+import resource
+import subprocess
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import soundfile as sf
 from lhotse import CutSet, Recording, SupervisionSegment
 
 from conftest import tiny_config, write_noise_wav
+from nestcli.data import reading
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.manifest import Manifest
 from nestcli.data.reading import read_audio
@@ -129,6 +133,39 @@ def test_a_member_that_is_no_audio_is_named(tmp_path):
     path = write_rows(tmp_path / "m.json", [{"audio_filepath": "bad.wav", "duration": 1.5, "shard_id": 0}])
     with pytest.raises(DataError, match=r"audio_0\.tar: bad\.wav: "):
         samples(read_tarred(path, f"{tmp_path}/audio_0.tar"))
+
+
+def test_a_program_that_decodes_can_open_a_member(tars, audio, monkeypatch):
+    def decoded(path, **_):
+        return subprocess.run(["cat", path], check=True, capture_output=True).stdout  # as SoX opens it
+
+    monkeypatch.setattr(reading, "load_audio", decoded)
+    manifest = read_tarred(f"{tars}/tarred_audio_manifest.json", f"{tars}/audio__OP_0..1_CL_.tar")
+    assert samples(manifest)[4] == audio[4].read_bytes()
+
+
+def test_many_manifests_of_tars_cost_what_their_lines_do(tmp_path):
+    count = 2_000
+    for number in range(count):
+        shard = {"shard_id": number} if number % 2 else {}  # without one it is the tar at the manifest's place
+        row = {"audio_filepath": f"{number}.wav", "duration": 1.5, **shard}
+        (tmp_path / f"m_{number}.json").write_text(json.dumps(row))
+    tracemalloc.start()
+    try:
+        manifest = read_tarred(f"{tmp_path}/m__OP_0..{count - 1}_CL_.json", f"{tmp_path}/a__OP_0..{count - 1}_CL_.tar")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(manifest.shards) == count
+    assert manifest.shard_of.tolist() == list(range(count))
+    assert manifest.entry(1_999).shard == f"{tmp_path}/a_1999.tar"
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 1_024), limits[1]))
+    try:  # not all of the manifests are open at once
+        assert [manifest.entry(line).line for line in range(count)] == [1] * count
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert peak < 16 << 20, "a reference to every tar for every manifest is 32 MB"
 
 
 @pytest.fixture

@@ -138,7 +138,10 @@ def test_groups_stay_together() -> None:
     labels, few = [str(n % 10) for n in range(60)], [f"g{n // 20}" for n in range(60)]
     found = splits(labels, few, seeds=5)
     assert [each.left_out for each in found] == ["g0", "g1", "g2"]
+    assert [each.seeds for each in found] == [(0, 1, 2, 3, 4)] * 3
     many = [f"g{n // 4}" for n in range(60)]
+    assert [each.seeds for each in splits(labels, many, 3)] == [(0,), (1,), (2,)]
+    assert [each.seeds for each in splits(labels, None, 3)] == [(0,), (1,), (2,)]
     for each, groups in [*((each, few) for each in found), *((each, many) for each in splits(labels, many, 5))]:
         assert not {groups[place] for place in each.train} & {groups[place] for place in each.test}
         assert sorted([*each.train, *each.test]) == list(range(60))
@@ -228,9 +231,35 @@ def test_speakers_are_kept_apart_unless_they_are_asked_for(checkpoint: str, tmp_
     words = probe(str(tmp_path / "m.json"), checkpoint, tmp_path, ProbeOptions("word", seeds=2))
     assert words.split == "no speaker on both sides"
     assert len(words.outcomes[0].accuracies) == 3  # each speaker is left out once
+    assert sum(map(sum, words.confusion)) == 2 * 36  # with two seeds
     speakers = probe(str(tmp_path / "m.json"), checkpoint, tmp_path, ProbeOptions("speaker", seeds=2))
     assert speakers.split == "utterances of every class"
     assert len(speakers.outcomes[0].accuracies) == 2
+
+
+@pytest.mark.usefixtures("hasty")
+def test_seeds_count_where_speakers_are_left_out_in_turn(
+    checkpoint: str, tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, Any]] = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["audio_filepath"] = str(manifest.parent / row["audio_filepath"])
+        row["word"], row["speaker"] = f"w{number // 6 % 2}", f"s{number % 2}"
+    (tmp_path / "m.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calls: list[tuple[int, float]] = []
+
+    def fitted(features_ULP: torch.Tensor, classes_U: torch.Tensor, n_classes: int, seed: int, groups: Any) -> Any:
+        calls.append((seed, float(features_ULP.sum())))
+        return probe_classifier.fit(features_ULP, classes_U, n_classes, seed, groups)
+
+    monkeypatch.setattr("nestcli.evaluation.probe.fit", fitted)
+    found = probe(str(tmp_path / "m.json"), checkpoint, tmp_path, ProbeOptions("word", seeds=2))
+    assert [seed for seed, _ in calls] == 6 * 2 * [0, 1]  # systems with poolings, speakers, seeds
+    pretrained, untrained = calls[:4], calls[8:12]
+    assert len({total for _, total in pretrained}) == 2, "one encoder, two speakers"
+    assert len({total for _, total in untrained}) == 4, "another encoder for each seed"
+    assert [len(outcome.accuracies) for outcome in found.outcomes] == [2] * 6
+    assert sum(map(sum, found.confusion)) == 2 * 36
 
 
 @pytest.mark.usefixtures("hasty")

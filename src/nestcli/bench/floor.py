@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from nestcli.bench.material import Material, read_material
 from nestcli.data.batch import Samples
+from nestcli.data.reading import duration_of
 
 _GAIN = np.float32(0.3)
 _AT_MOST = 4096  # utterances
@@ -46,9 +47,10 @@ def _read(material: Material, item: int, rng: np.random.Generator) -> Read:
         return Read(speech.audio_filepath, start, frames, None, 0, 0, frames / rate)
     noise = material.noise.entry(int(rng.integers(len(material.noise))))
     noise_rate = sf.info(noise.audio_filepath).samplerate
-    spare = max(0.0, noise.duration - frames / rate)
+    seconds = duration_of(noise)
+    spare = max(0.0, seconds - frames / rate)
     noise_start = int((noise.offset + rng.uniform(0, spare)) * noise_rate)
-    noise_frames = int(min(noise.duration, frames / rate) * noise_rate)
+    noise_frames = int(min(seconds, frames / rate) * noise_rate)
     return Read(speech.audio_filepath, start, frames, noise.audio_filepath, noise_start, noise_frames, frames / rate)
 
 

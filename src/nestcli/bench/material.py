@@ -38,7 +38,7 @@ def read_material(config: DictConfig) -> Material:
             "Change model.train_ds.min_duration or model.train_ds.max_duration."
         )
     noise = block.noise_manifest
-    return Material(kept, read_manifests(_paths(noise)) if noise else None)
+    return Material(kept, read_manifests(_paths(noise), require_duration=False) if noise else None)
 
 
 def _paths(value: Any) -> str | list[str]:

@@ -36,10 +36,11 @@ class StoredEncoder:
     left: Mapping[str, int]
 
     def build(self) -> SpeechEncoder:
-        """The module, in evaluation mode."""
-        encoder = fresh_encoder(self.config)
-        encoder.load_state_dict(self.state_dict)
-        return encoder.eval()
+        """The module, in evaluation mode; it can be trained later, even if it is made in inference mode."""
+        with torch.inference_mode(False):
+            encoder = fresh_encoder(self.config)
+            encoder.load_state_dict(self.state_dict)
+            return encoder.eval()
 
 
 def fresh_encoder(config: DictConfig) -> SpeechEncoder:

@@ -112,7 +112,8 @@ def _previews(summary: AugmentSummary, out: Path, count: int, sample_rate: int) 
         return []
     from nestcli.data.preview import draw_previews
 
-    return [str(path) for path in draw_previews(Path(summary.manifest), out / "preview", count, sample_rate)]
+    drawn = draw_previews(Path(summary.manifest), out / "preview", count, sample_rate, console.note)
+    return [str(path) for path in drawn]
 
 
 def _show(summary: AugmentSummary, out: Path, pictures: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 _SUFFIXES = {"nemo": ".nemo", "safetensors": ".safetensors", "transformers": "", "onnx": ".onnx"}
 _PARTS = ("all", "encoder")
+_OF_EXPORT = re.compile(  # names in a folder of transformers, and what its users put beside them
+    r"(preprocessor_|generation_|processor_|tokenizer_)?config\.json|model.*\.safetensors(\.index\.json)?|README\.md"
+)
 
 
 def export(
@@ -68,9 +73,33 @@ def _check(to: str, out: Path, part: str, force: bool) -> None:
     suffix = _SUFFIXES[to]
     if suffix and out.suffix != suffix:
         raise ConfigError(f"--out {out}: the name of such a file ends with {suffix}.")
+    try:
+        _check_place(out, suffix, force)
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+        raise ConfigError(f"--out {out}: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def _check_place(out: Path, suffix: str, force: bool) -> None:
+    """Refuse a place where nothing can be written, or where something would be lost, before anything is computed."""
+    if out.name in ("", ".."):
+        raise ConfigError(f"--out {out}: name a {'file' if suffix else 'new folder'} in it.")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"--out {out}: {above} is a file, not a folder. Name another place.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--out {out}: nothing may be written to {above}. Name another place, or change its permissions."
+        )
     if suffix and out.is_dir():
         raise ConfigError(f"--out {out} is a folder. Name a file in it: {out / f'model{suffix}'}")
     if not suffix and out.is_file():
         raise ConfigError(f"--out {out} is a file. Transformers wants a folder: name one that is not there yet.")
-    if out.exists() and not force and (suffix or any(out.iterdir())):
+    if not out.exists():
+        return
+    there = [] if suffix else sorted(each.name for each in out.iterdir())
+    if not force and (suffix or there):
         raise ConfigError(f"--out {out} is there already. Add --force to overwrite it.")
+    if others := [name for name in there if not _OF_EXPORT.fullmatch(name)]:
+        raise ConfigError(
+            f"--out {out} holds {others[0]}, which is no file of an export; --force would remove it. Name a new folder."
+        )

@@ -36,7 +36,7 @@ def probe(
             "whose values stays on one side.",
         ),
     ] = "auto",
-    seeds: Annotated[int, typer.Option("--seeds", help="Splits, and untrained encoders.")] = 5,
+    seeds: Annotated[int, typer.Option("--seeds", help="Splits, folds of the validation and untrained encoders.")] = 5,
     min_count: Annotated[int, typer.Option("--min-count", help="Classes with fewer utterances are left out.")] = 2,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write probe.json, confusion.png and layers.png there.")
@@ -104,7 +104,8 @@ def _write(out: Path, result: ProbeResult, document: dict[str, Any]) -> None:
     from nestcli.files import write_text
 
     write_text(out / "probe.json", [json.dumps(document, ensure_ascii=False, indent=2) + "\n"])
-    draw_confusion(out / "confusion.png", result)
+    if note := draw_confusion(out / "confusion.png", result):
+        console.note(note)
     draw_layers(out / "layers.png", result)
 
 

@@ -91,7 +91,7 @@ def augment(
     n_lines, longest = len(lines), float(lines.durations.max())
     del lines
     if noise is not None:
-        read_manifests(noise)
+        read_manifests(noise, require_duration=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

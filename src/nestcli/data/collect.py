@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestcli.data import remote
+from nestcli.data import forms, remote
 from nestcli.data.channel import KEY as CHANNEL
 from nestcli.data.channel import Channel, parsed_channel
 from nestcli.data.cuts import looks_like_cut, recording_to_row
@@ -31,7 +31,7 @@ AUDIO_SUFFIXES = frozenset(
 OUTPUTS = frozenset(["train_manifest.json", "val_manifest.json", "rejected.jsonl", "summary.json", "summary.svg"])
 OUTPUT_FOLDERS = frozenset(["audio", "train_shards", "val_shards"])
 _REFUSED = "nest_cannot_use"  # why, in the row of a line that is of no use
-MANIFEST_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+MANIFEST_SUFFIXES = forms.SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,11 @@ leaves a lock that is free and a rest that is written over. A finished copy is n
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
+import resource
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -89,6 +91,14 @@ def hold(copy: Path) -> bool:
         descriptor = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise NestError(
+            f"{len(_held):,} remote manifests are open, and this process may have {most:,} files open. "
+            "Allow more with `ulimit -n`, or name fewer manifests."
+        ) from None
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     if not _is_still(descriptor, copy):
         os.close(descriptor)

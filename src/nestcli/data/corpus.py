@@ -75,9 +75,9 @@ def read_corpus(config: DictConfig, key: str) -> Corpus:
 
 
 def noise_manifest(config: DictConfig, key: str) -> Manifest | None:
-    """Open the noise of the block at `key`, if it names any."""
+    """Open the noise of the block at `key`, if it names any; its lines need no duration, as in NeMo."""
     paths = _plain(OmegaConf.select(config, f"{key}.noise_manifest"))
-    return read_manifests(expand(paths)) if paths else None
+    return read_manifests(expand(paths), require_duration=False) if paths else None
 
 
 # --- naming

@@ -147,16 +147,16 @@ def joined(manifests: Sequence[Manifest]) -> Manifest:
     columns = {name: np.concatenate([getattr(each, name) for each in manifests]) for name in _COLUMNS}
     sources: list[Source] = []
     shards: list[str] = []
-    first_of: dict[tuple[str, ...], int] = {}  # manifests of the same tars share them
+    first_of: dict[int, int] = {}  # by identity: manifests of one data set share one tuple of all its tars
     start = 0
     for each in manifests:
         part = slice(start, start := start + len(each))
         columns["source_of"][part] += len(sources)
         sources.extend(each.sources)
-        if each.shards not in first_of:
-            first_of[each.shards] = len(shards)
+        if id(each.shards) not in first_of:
+            first_of[id(each.shards)] = len(shards)
             shards.extend(each.shards)
-        columns["shard_of"][part][each.shard_of >= 0] += first_of[each.shards]
+        columns["shard_of"][part][each.shard_of >= 0] += first_of[id(each.shards)]
     return Manifest(**columns, sources=tuple(sources), shards=tuple(shards))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from nestcli.data.manifest import Entry, Manifest
 from nestcli.data.mixing import is_audible
 from nestcli.data.notes import Noted
-from nestcli.data.reading import Skipped, read_audio
+from nestcli.data.reading import Skipped, duration_of, read_audio
 from nestcli.data.sound import Samples
 from nestcli.errors import DataError
 
@@ -33,13 +33,15 @@ class NoisePool:
     """Draws clips of noise: any line with the same chance, then any place in it.
 
     Source: NeMo `sample_noise`. Unlike there, a clip stays inside the line's offset and duration, channels are
-    averaged, and a clip counts as silent when it has no energy, not when its sum is zero. Lines that cannot be read are
+    averaged, and a clip counts as silent when it has no energy, not when its sum is zero. Of a line without a duration,
+    all of the file counts from its offset on, where NeMo takes the file's beginning. Lines that cannot be read are
     passed over; `take_skipped` tells of them.
     """
 
     def __init__(self, manifest: Manifest, sample_rate: int) -> None:
         self.manifest, self.sample_rate = manifest, sample_rate
         self._skipped: list[Skipped] = []
+        self._durations = manifest.durations.copy()  # with those that were looked up
 
     def draw(self, n_samples: int, rng: random.Random, keep: int | None = None) -> Clip:
         """A clip of `n_samples`, or a whole shorter line; of it the first `keep` samples.
@@ -90,7 +92,7 @@ class NoisePool:
 
     def _load_like_nemo(self, entry: Entry, line: int, n_samples: int, state: np.random.RandomState) -> Clip:
         wanted = n_samples / self.sample_rate
-        if entry.duration <= wanted:
+        if not entry.duration > wanted:  # nor if none is stated: then all of the file is read, and cut afterwards
             return Clip(read_audio(entry, sample_rate=self.sample_rate), line, entry.offset)
         for _ in range(_NEMO_PLACES):
             offset = state.uniform(0, entry.duration - wanted)
@@ -107,7 +109,9 @@ class NoisePool:
 
     def _load(self, entry: Entry, line: int, n_samples: int, rng: random.Random, keep: int) -> Clip:
         wanted = n_samples / self.sample_rate
-        offset, duration = entry.offset, entry.duration
+        offset, duration = entry.offset, float(self._durations[line])
+        if math.isnan(duration):
+            duration = self._durations[line] = duration_of(entry)
         if duration > wanted:
             offset += rng.uniform(0, duration - wanted)
             duration = wanted

@@ -105,7 +105,7 @@ def _opened(path: str) -> Manifest:
 
 @lru_cache(maxsize=1)
 def _pool(path: str, sample_rate: int) -> NoisePool:
-    return NoisePool(_opened(path), sample_rate)
+    return NoisePool(read_manifests(path, require_duration=False), sample_rate)
 
 
 # --- what cannot be used

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nestcli.data.reading import read_audio
 from nestcli.data.sound import Samples
 from nestcli.errors import DataError, MissingDependencyError
 from nestcli.files import atomic_file
-from nestcli.pictures import words
+from nestcli.pictures import render, words
 
 _N_FFT, _HOP = 512, 160  # samples
 _RANGE_DB = 70.0
@@ -27,9 +27,15 @@ _LETTERS = 150  # of a label that fit into the width of a panel
 _INK, _MARK = "#22262b", "#d9702b"
 
 
-def draw_previews(manifest: Path, folder: Path, count: int, sample_rate: int) -> list[Path]:
-    """Draw the first `count` utterances of an augmented manifest with something mixed into them: 01.png, 02.png, ..."""
+def draw_previews(
+    manifest: Path, folder: Path, count: int, sample_rate: int, tell: Callable[[str], None] = lambda note: None
+) -> list[Path]:
+    """Draw the first `count` utterances of an augmented manifest with something mixed into them: 01.png, 02.png, ...
+
+    `tell` gets one sentence, if there are letters that no font has.
+    """
     drawn: list[Path] = []
+    notes: list[str] = []
     folder.mkdir(exist_ok=True)
     with manifest.open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
@@ -37,12 +43,17 @@ def draw_previews(manifest: Path, folder: Path, count: int, sample_rate: int) ->
                 break
             if row["augmentation"]["mode"] != "none":
                 drawn.append(folder / f"{len(drawn) + 1:02d}.png")
-                draw_preview(drawn[-1], row, sample_rate)
+                notes.append(draw_preview(drawn[-1], row, sample_rate))
+    for note in list(filter(None, notes))[:1]:
+        tell(note)
     return drawn
 
 
-def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> None:
-    """Write a PNG of three spectrograms with the mixed segments marked, from a row of an augmented manifest."""
+def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> str:
+    """Write a PNG of three spectrograms with the mixed segments marked, from a row of an augmented manifest.
+
+    Returns what `pictures.save` does.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -78,10 +89,11 @@ def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> None:
             _mark(axes, done["segments"], sample_rate / 2000, labels=name == "mixed in")
     panels[-1].set_xlabel("seconds", color=_INK)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100, format="png")
+    note = render(figure, drawn, "png", 100)
     image = Image.open(drawn).convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)
     with atomic_file(path, DataError) as file:
         image.save(file, format="PNG", optimize=True)
+    return note and f"{path}: {note}"
 
 
 def _clean(row: Mapping[str, Any], sample_rate: int) -> Samples:
@@ -111,9 +123,8 @@ def _mark(axes: Any, segments: list[dict[str, Any]], top: float, *, labels: bool
             source = segment.get("speaker") or Path(segment["source"]).name
             text = f"{source}\nfrom {segment['source_offset']:.2f} s"
             room = int((end - start) / right * _LETTERS)
-            text = "\n".join(
-                words(line, 200) if len(line) <= room else line[: max(0, room - 1)] + "…" for line in text.split("\n")
-            )
+            lines = text.split("\n")
+            text = "\n".join(words(line, room if len(line) <= room else max(0, room - 1)) for line in lines)
             axes.text(start + 0.006 * right, 0.96 * top, text, color="white", va="top", fontsize=8, clip_on=True)
 
 

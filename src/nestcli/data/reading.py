@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from nestcli.data import remote
-from nestcli.data.audio import AudioError, load_audio
+from nestcli.data.audio import AudioError, audio_duration, load_audio
 from nestcli.data.channel import Channel, kept_channel
+from nestcli.data.jail import Admitted
 from nestcli.data.manifest import Entry
 from nestcli.data.shards import file_id, without_sub
 from nestcli.data.sound import Samples, stated_slack
@@ -44,12 +46,10 @@ def read_audio(
     less than was asked for: by more than 0.1 s and a twentieth of the length, at most 0.5 s.
     """
     start = entry.offset if offset is None else offset
-    length = entry.duration if duration is None else duration
+    stated = entry.duration if duration is None else duration
+    length = None if math.isnan(stated) else stated
     kept = kept_channel(entry.channel, channel)
-    if entry.shard is None and not remote.is_remote(entry.audio_filepath):
-        samples = load_audio(entry.audio_filepath, sample_rate=sample_rate, offset=start, duration=length, channel=kept)
-        return _as_promised(samples, entry, sample_rate, start, length)
-    with _as_file(_content(entry)) as path:
+    with _local(entry) as path:
         try:
             samples = load_audio(path, sample_rate=sample_rate, offset=start, duration=length, channel=kept)
         except AudioError as error:
@@ -57,15 +57,39 @@ def read_audio(
     return _as_promised(samples, entry, sample_rate, start, length)
 
 
-def _as_promised(samples: Samples, entry: Entry, sample_rate: int, start: float, length: float) -> Samples:
+def _as_promised(samples: Samples, entry: Entry, sample_rate: int, start: float, length: float | None) -> Samples:
     held = len(samples) / sample_rate
-    if length - held > stated_slack(length):
+    if length is not None and length - held > stated_slack(length):
         raise AudioError(
             f"{entry.name}: the manifest promises {length:.2f} s from {start:g} s on, the file has {held:.2f} s there. "
             "Correct the manifest: `nest prepare-data` measures every file.",
             "truncated",
         )
     return samples
+
+
+def duration_of(entry: Entry) -> float:
+    """How long an entry is in seconds: what its line states, else what its file has from the line's offset on.
+
+    Raises DataError where the file cannot be read.
+    """
+    if not math.isnan(entry.duration):
+        return entry.duration
+    with _local(entry) as path:
+        whole, why = audio_duration(path)
+    if whole is None:
+        raise DataError(f"{entry.name}: {why}")
+    return max(0.0, whole - entry.offset)
+
+
+@contextmanager
+def _local(entry: Entry) -> Iterator[str]:
+    """The path of a file on this machine with an entry's audio."""
+    if entry.shard is None and not remote.is_remote(entry.audio_filepath):
+        yield entry.audio_filepath
+        return
+    with _as_file(_content(entry)) as path:
+        yield path
 
 
 def _content(entry: Entry) -> bytes:
@@ -100,14 +124,18 @@ def _by_id(shard: TarMembers) -> dict[str, str]:
 
 @contextmanager
 def _as_file(content: bytes) -> Iterator[str]:
-    """The path of a file with this content, in memory where the system has such files: libsndfile reads it faster."""
+    """The path of a file with this content, in memory where the system has such files: libsndfile reads it faster.
+
+    The jail lets it pass, because it has looked at where the content is from.
+    """
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("nest-audio", os.MFD_CLOEXEC)
-        with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123  (not a path)
-            file.write(content)
-            yield f"/proc/self/fd/{descriptor}"
+        with open(descriptor, "wb") as file:  # noqa: PTH123  (not a path)
+            file.write(content)  # buffered: one call to the system takes 2 GiB at most
+            file.flush()
+            yield Admitted(f"/proc/{os.getpid()}/fd/{descriptor}")  # with the number, so that SoX can open it too
     else:
         with tempfile.NamedTemporaryFile(prefix="nest-audio-") as file:
             file.write(content)
             file.flush()
-            yield file.name
+            yield Admitted(file.name)

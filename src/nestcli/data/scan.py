@@ -25,18 +25,23 @@ from nestcli.data.channel import KEY as CHANNEL
 from nestcli.data.channel import parsed_channel
 from nestcli.data.cores import available_cores
 from nestcli.data.cuts import cut_to_row, looks_like_cut
+from nestcli.data.forms import HEAD, no_manifest, why_no_json
 from nestcli.data.pool import Died, local_pool
 from nestcli.errors import DataError
 from nestcli.files import user_path
 
 MAX_LINE = 1 << 20  # bytes
 MAX_SECONDS = 1e6
+_OTHER_NAMES = ("audio_filename", "audio_file")  # of the path, which NeMo 3.0.0 reads too, in this order
 NO_SHARD = -1
 _RANGE = 1 << 25  # bytes of a manifest that one process scans at a time: some 200,000 lines
 _MAX_UNPACKED = 1 << 32  # bytes kept of one .gz
 _MAX_EXPANSION = 100  # of gzip; lines of manifests and cuts shrink to a tenth, or a thirtieth
 _ALWAYS_UNPACKED = 1 << 24  # bytes
+_MOST_OPEN = 256  # manifests that a process keeps open; a system allows 1,024 files, and a corpus may have more
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_open: set[int] = set()  # descriptors of manifests
 
 Row = dict[str, Any]
 ToRow = Callable[[Row], Row]
@@ -61,13 +66,26 @@ class Source:
     def read(self, position: int, size: int) -> bytes:
         if self.unpacked is not None:
             return self.unpacked[position : position + size].tobytes()
-        if self._descriptor is None:
-            self._descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._descriptor)
-        return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
+        if self._descriptor is not None:
+            return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
+        descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
+        if len(_open) < _MOST_OPEN:
+            self._descriptor = descriptor
+            _open.add(descriptor)
+            weakref.finalize(self, _close, descriptor)
+            return os.pread(descriptor, size, position)
+        try:
+            return os.pread(descriptor, size, position)
+        finally:
+            os.close(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
+
+
+def _close(descriptor: int) -> None:
+    _open.discard(descriptor)
+    os.close(descriptor)
 
 
 class Scan:
@@ -95,14 +113,21 @@ class Scan:
 def to_row(record: Row) -> Row:
     """What a line says, as a row of a NeMo manifest; raises ValueError for what is no utterance."""
     if "audio_filepath" in record:
+        if record.get("audio_filename", record["audio_filepath"]) != record["audio_filepath"]:
+            raise ValueError(
+                '"audio_filepath" and "audio_filename" name different files, and NeMo reads the latter; keep one'
+            )
         return record
-    if "audio_filename" in record:  # NeMo takes this name too
-        return {"audio_filepath": record.pop("audio_filename"), **record}
+    for name in _OTHER_NAMES:
+        if name in record:
+            return {"audio_filepath": record.pop(name), **record}
     if looks_like_cut(record):
         return cut_to_row(record)
     if "sources" in record:
         raise ValueError("this is a Lhotse recording; write cuts, as CutSet.from_manifests makes them")
-    raise ValueError('there is no "audio_filepath"; every line must name its audio file')
+    raise ValueError(
+        'there is no "audio_filepath" (nor "audio_filename", "audio_file"); every line must name its audio'
+    )
 
 
 def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) -> Scan:
@@ -119,12 +144,29 @@ def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) ->
         else:
             _scan_ranges(found, require_duration)
     except _BadLineError as bad:
-        raise DataError(f"{path}, line {bad.line}: {bad.why}") from None
+        raise DataError(_no_manifest(found.source, bad.line) or f"{path}, line {bad.line}: {bad.why}") from None
+    except gzip.BadGzipFile:
+        what = _no_manifest(found.source, 1, packed=False)
+        raise DataError(what or f"{path} is no gzip file, though its name ends with .gz. Rename it.") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}. Write it again.") from None
     if not found.lines:
-        raise DataError(f"{path} has no lines. A manifest has one JSON object a line for each utterance.")
+        size = Path(found.source.absolute).stat().st_size
+        empty = "no lines: it is empty" if size == 0 else "no lines"
+        raise DataError(f"{path} has {empty}. A manifest has one JSON object a line for each utterance.")
     return found
+
+
+def _no_manifest(source: Source, line: int, *, packed: bool | None = None) -> str:
+    """What the file is in place of a manifest, if its first line is the bad one; empty otherwise."""
+    packed = source.path.endswith(".gz") if packed is None else packed
+    try:
+        with gzip.open(source.absolute, "rb") if packed else Path(source.absolute).open("rb") as file:
+            head = file.read(HEAD)
+    except (OSError, EOFError, zlib.error):
+        return ""
+    blank = len(head) - len(head.lstrip())
+    return no_manifest(source.path, head, packed=packed) if line == 1 + head[:blank].count(b"\n") else ""
 
 
 class _TwiceError(ValueError):
@@ -248,6 +290,7 @@ def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed:
                     and 0 <= duration <= MAX_SECONDS
                     and 0 <= offset <= MAX_SECONDS
                     and path
+                    and "audio_filename" not in row
                     and not (":" in path or "|" in path or "\0" in path)
                     and CHANNEL not in row
                 ):
@@ -304,7 +347,7 @@ def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
     except _TwiceError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ValueError(_why_no_json(line, error)) from None
+        raise ValueError(why_no_json(line, error)) from None
     if not isinstance(record, dict):
         raise ValueError(f"{_short(record)} is no JSON object; a manifest has one {{...}} a line")
     row = to_row(record)
@@ -331,14 +374,6 @@ def _seconds(row: Row, key: str, default: float) -> float:
     if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
         raise ValueError(f'"{key}" is {_short(value)}; it must be a number of seconds from 0 to {MAX_SECONDS:g}')
     return float(value)
-
-
-def _why_no_json(line: bytes, error: Exception) -> str:
-    if line.startswith(b"{") and not line.endswith(b"\n"):
-        return "the line is cut off: the file was not written to its end. Write it again"
-    if isinstance(error, json.JSONDecodeError):
-        return f"this is not JSON ({error.msg} at column {error.colno}); a manifest has one {{...}} a line"
-    return f"this is not JSON ({str(error)[:80]})"
 
 
 def _check_file(path: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +73,24 @@ def read_tarred(manifest_paths: str | Sequence[str], tar_paths: str | Sequence[s
     A line goes with the tar whose name ends in its `shard_id`; without one, with its manifest's own tar, or with the
     tar that holds its file. Lines of shards that are not given are left out, as in NeMo. Raises DataError.
     """
-    tars, names = expand(tar_paths), expand(manifest_paths)
+    tars, names = tuple(expand(tar_paths)), expand(manifest_paths)
     if not tars or not names:
         raise DataError("tarred data needs both its manifest and its tars; one of them is empty")
     by_number = _by_number(tars)
+    place_of: dict[str, int] = {}
     manifests = []
     for place, name in enumerate(names):
         found = scan(name)
         stated = np.array(found.shards)
         if (stated == NO_SHARD).all():
-            own = np.full(len(stated), place) if len(names) == len(tars) else None
-            manifests.append(_with_shards(of_scan(found), own, tars))
+            if len(names) == len(tars) or len(tars) == 1:
+                shard_of = np.full(len(stated), place if len(tars) > 1 else 0)
+            else:
+                place_of = place_of or _place_of(tars)
+                shard_of = _found_in(of_scan(found), place_of)
         else:
-            numbers = np.array([by_number.get(int(number), NO_SHARD) for number in stated], np.int32)
-            manifests.append(_with_shards(of_scan(found), numbers, tars))
+            shard_of = np.array([by_number.get(int(number), NO_SHARD) for number in stated])
+        manifests.append(_with_shards(of_scan(found), shard_of, tars))
     manifest = joined(manifests)
     if not len(manifest):
         raise DataError(f"no line of {names[0]} belongs to any of the {len(tars)} tars given, {tars[0]} the first")
@@ -102,21 +106,22 @@ def _by_number(tars: Sequence[str]) -> dict[int, int]:
     return {number: place for place, number in enumerate(found)}
 
 
-def _with_shards(manifest: Manifest, shard_of: np.ndarray | None, tars: Sequence[str]) -> Manifest:
-    if shard_of is None:
-        shard_of = _found_in(manifest, tars)
+def _with_shards(manifest: Manifest, shard_of: np.ndarray, tars: tuple[str, ...]) -> Manifest:
+    """The lines whose tar is given; the tuple of tars is shared, not copied, because manifests may be many."""
     kept = np.flatnonzero(shard_of != NO_SHARD)
     columns = manifest.select(kept)
-    return Manifest(**{**vars(columns), "shard_of": shard_of[kept].astype(np.int32), "shards": tuple(tars)})
+    return Manifest(**{**vars(columns), "shard_of": shard_of[kept].astype(np.int32), "shards": tars})
 
 
-def _found_in(manifest: Manifest, tars: Sequence[str]) -> np.ndarray:
-    """The tar that holds each line's file, by looking into all of them."""
-    if len(tars) == 1:
-        return np.zeros(len(manifest), np.int32)
-    place_of = {file_id(name): place for place, tar in enumerate(tars) for name in open_shard(tar).members}
+def _place_of(tars: Sequence[str]) -> dict[str, int]:
+    """The tar of each file in them, by looking into all of them."""
+    return {file_id(name): place for place, tar in enumerate(tars) for name in open_shard(tar).members}
+
+
+def _found_in(manifest: Manifest, place_of: Mapping[str, int]) -> np.ndarray:
+    """The tar that holds each line's file."""
     ids = (file_id(manifest.row(line)["audio_filepath"]) for line in range(len(manifest)))
-    return np.array([place_of.get(each, place_of.get(without_sub(each), NO_SHARD)) for each in ids], np.int32)
+    return np.array([place_of.get(each, place_of.get(without_sub(each), NO_SHARD)) for each in ids])
 
 
 def file_id(name: str) -> str:
@@ -141,7 +146,7 @@ def read_shar(path: str | dict[str, Any]) -> Manifest:
     manifests = []
     for cut_file, tar in zip(cuts, tars, strict=True):
         manifest = of_scan(scan(cut_file, to_row=_shar_row))
-        manifests.append(_with_shards(manifest, np.zeros(len(manifest), np.int32), [tar]))
+        manifests.append(_with_shards(manifest, np.zeros(len(manifest)), (tar,)))
     return joined(manifests)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from nestcli.data.audio import audio_duration
-from nestcli.data.collect import collect, is_manifest
+from nestcli.data.collect import AUDIO_SUFFIXES, collect
+from nestcli.data.forms import is_manifest
 from nestcli.data.manifest import Manifest, read_manifests, write_manifest
+from nestcli.data.reading import duration_of
 from nestcli.errors import DataError
 
 LISTING = "input.json"  # of a folder or a file, in the folder of results
@@ -32,7 +35,7 @@ def read_inputs(given: str | os.PathLike[str], out: Path) -> Inputs:
     Durations that a manifest does not state are read from the files' headers.
     """
     path = Path(given)
-    if path.is_file() and is_manifest(path):
+    if path.is_file() and path.suffix.lower() not in AUDIO_SUFFIXES and path.name != "wav.scp" and is_manifest(path):
         manifest = read_manifests([os.fspath(given)], require_duration=False)
         if not len(manifest):
             raise DataError(f"{given} has no lines.")
@@ -62,6 +65,7 @@ def _with_durations(manifest: Manifest) -> Manifest:
         return manifest
     durations = manifest.durations.copy()
     for index in missing:
-        whole, _ = audio_duration(manifest.entry(int(index)).audio_filepath)
-        durations[index] = max(0.0, (whole or 0.0) - manifest.offsets[index])
+        with suppress(DataError):  # whoever reads the line says what is wrong
+            durations[index] = duration_of(manifest.entry(int(index)))
+    durations = np.nan_to_num(durations)
     return replace(manifest, durations=durations)

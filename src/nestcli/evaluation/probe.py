@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,10 @@ class ProbeOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One system with one pooling: the accuracy of each seed or fold, and the weight of each layer (mean over them)."""
+    """One system with one pooling: the accuracy and the weights of the layers of each split.
+
+    Of a split with several seeds, these are means over the seeds.
+    """
 
     name: str
     pool: str
@@ -122,10 +125,8 @@ def probe(
     encoder = stored.build().to(device)
     pooled = _Pooled(manifest.select(asked.lines), _walk(encoder, options, device), progress)
     trained = pooled.of(encoder, PRETRAINED)
-    rows = {PRETRAINED: [trained] * len(plans), LOG_MEL: [pooled.of_log_mel(encoder)] * len(plans)}
-    seeds = range(min(options.seeds, len(plans)))
-    drawn = [pooled.of(_untrained(stored, seed).to(device), UNTRAINED) for seed in seeds]
-    rows[UNTRAINED] = [drawn[number % len(seeds)] for number in range(len(plans))]
+    rows = {PRETRAINED: [trained] * options.seeds, LOG_MEL: [pooled.of_log_mel(encoder)] * options.seeds}
+    rows[UNTRAINED] = [pooled.of(_untrained(stored, seed).to(device), UNTRAINED) for seed in range(options.seeds)]
     keep = pooled.good()
     asked, plans = asked.kept(keep), _without(plans, keep)
     return _judged(options, asked, plans, rows, keep, len(keep) - int(keep.sum()))
@@ -285,7 +286,8 @@ def _without(plans: Sequence[Split], keep: np.ndarray) -> list[Split]:
     """The splits in places among the utterances that are kept."""
     place = np.cumsum(keep) - 1
     return [
-        Split(place[each.train[keep[each.train]]], place[each.test[keep[each.test]]], each.left_out) for each in plans
+        replace(each, train=place[each.train[keep[each.train]]], test=place[each.test[keep[each.test]]])
+        for each in plans
     ]
 
 
@@ -304,24 +306,19 @@ def _judged(
     for name in (PRETRAINED, UNTRAINED, LOG_MEL):
         for pool in POOLS:
             found = []
-            for number, plan in enumerate(plans):
-                features_ULP = rows[name][number][kept]
-                width = features_ULP.size(-1) // 2
-                found.append(
-                    _asked_once(
-                        features_ULP[..., :width] if pool == "mean" else features_ULP,
-                        classes_U,
-                        plan,
-                        len(names),
-                        number,
-                        asked.groups,
-                    )
-                )
+            for plan in plans:
+                of_seeds = []
+                for seed in plan.seeds:
+                    features_ULP = rows[name][seed][kept]
+                    asked_for = features_ULP[..., : features_ULP.size(-1) // 2] if pool == "mean" else features_ULP
+                    of_seeds.append(_asked_once(asked_for, classes_U, plan, len(names), seed, asked.groups))
+                accuracies, weights_L, answered_by_seed = zip(*of_seeds, strict=True)
+                found.append((float(np.mean(accuracies)), torch.stack(weights_L).mean(0), torch.cat(answered_by_seed)))
             answers[name, pool] = [answer for _, _, answer in found]
             layers = ("log-mel",) if name == LOG_MEL else ("input", *map(str, range(found[0][1].numel() - 1)))
             weights = tuple(tuple(each.tolist()) for _, each, _ in found)
             outcomes.append(Outcome(name, pool, tuple(accuracy for accuracy, _, _ in found), layers, weights))
-    tested = np.concatenate([plan.test for plan in plans])
+    tested = np.concatenate([np.tile(plan.test, len(plan.seeds)) for plan in plans])
     chance = float(np.mean([_chance(classes_U, plan) for plan in plans]))
     best = max((each for each in outcomes if each.name == PRETRAINED), key=lambda each: each.mean)
     confusion = np.zeros((len(names), len(names)), int)

@@ -9,11 +9,14 @@ import numpy as np
 from nestcli.evaluation.probe import LOG_MEL, PRETRAINED, UNTRAINED, ProbeResult
 from nestcli.pictures import BLUE, GREY, INK, PALE, new_figure, save, tidy, words
 
-_MOST_NAMES = 40  # class names that can be read along an axis
+_MOST_NAMES, _LONGEST_NAME = 40, 24  # class names that can be read along an axis, and letters of one
 
 
-def draw_confusion(path: Path, result: ProbeResult) -> None:
-    """Write a PNG of the share of each class's utterances (rows) that was taken for each class (columns)."""
+def draw_confusion(path: Path, result: ProbeResult) -> str:
+    """Write a PNG of the share of each class's utterances (rows) that was taken for each class (columns).
+
+    Returns what `pictures.save` does.
+    """
     counts = np.array(result.confusion, float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure = new_figure(7, 6)
@@ -22,7 +25,7 @@ def draw_confusion(path: Path, result: ProbeResult) -> None:
     axes.set_xlabel("answered", color=INK)
     axes.set_ylabel(words(result.label), color=INK)
     if len(result.classes) <= _MOST_NAMES:
-        places, names = range(len(result.classes)), [words(name) for name in result.classes]
+        places, names = range(len(result.classes)), [words(name, _LONGEST_NAME) for name in result.classes]
         axes.set_xticks(places, names, rotation=90, fontsize=8)
         axes.set_yticks(places, names, fontsize=8)
     best = result.best(PRETRAINED)
@@ -30,7 +33,7 @@ def draw_confusion(path: Path, result: ProbeResult) -> None:
     tidy(axes)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
     bar.outline.set_visible(False)
-    save(figure, path)
+    return save(figure, path)
 
 
 def draw_layers(path: Path, result: ProbeResult) -> None:

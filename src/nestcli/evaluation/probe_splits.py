@@ -18,17 +18,21 @@ MOST_FOLDS = 10  # groups that are left out one by one; of more, a third at a ti
 
 @dataclass(frozen=True)
 class Split:
-    """Places of utterances to train on and to ask about; `left_out` is the group that is asked about, if it is one."""
+    """Places of utterances to train on and to ask about, and the seeds with which this is done.
+
+    `left_out` is the group that is asked about, if it is one.
+    """
 
     train: Indices
     test: Indices
     left_out: str | None = None
+    seeds: tuple[int, ...] = (0,)
 
 
 def splits(labels: Sequence[str], groups: Sequence[str] | None, seeds: int) -> list[Split]:
     """One split a seed. With `groups`, no group is on both sides; without, every class is.
 
-    Up to ten groups are left out in turn, once each whatever the seeds; of more, a third is drawn for each seed. Raises
+    Up to ten groups are left out in turn, each with all seeds; of more, a third is drawn for each seed. Raises
     ConfigError if no class is left to train on and to ask about.
     """
     if groups is None:
@@ -39,10 +43,12 @@ def splits(labels: Sequence[str], groups: Sequence[str] | None, seeds: int) -> l
     where = np.asarray(groups)
     if len(names) <= MOST_FOLDS:
         chosen = [(name,) for name in names]
+        seeds_of = [tuple(range(seeds))] * len(names)
     else:
         drawn = [np.random.default_rng(seed).permutation(names) for seed in range(seeds)]
         chosen = [tuple(order[: max(1, round(TEST_SHARE * len(names)))]) for order in drawn]
-    found = [_by_group(np.asarray(labels), where, each) for each in chosen]
+        seeds_of = [(seed,) for seed in range(seeds)]
+    found = [_by_group(np.asarray(labels), where, *each) for each in zip(chosen, seeds_of, strict=True)]
     if any(not len(each.test) for each in found):
         raise ConfigError(
             "no class has utterances of several groups, so that none can be asked about: use --split utterance."
@@ -58,12 +64,14 @@ def _stratified(labels: npt.NDArray[np.str_], seed: int) -> Split:
         places = rng.permutation(np.flatnonzero(labels == label))
         test.append(places[: max(1, round(TEST_SHARE * len(places)))])
     chosen = np.sort(np.concatenate(test))
-    return Split(np.setdiff1d(np.arange(len(labels)), chosen), chosen)
+    return Split(np.setdiff1d(np.arange(len(labels)), chosen), chosen, seeds=(seed,))
 
 
-def _by_group(labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_], left_out: Sequence[str]) -> Split:
+def _by_group(
+    labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_], left_out: Sequence[str], seeds: tuple[int, ...]
+) -> Split:
     """The utterances of some groups on the test's side, but for classes that nobody else has."""
     there = np.isin(groups, left_out)
     train = np.flatnonzero(~there)
     test = np.flatnonzero(there & np.isin(labels, labels[train]))
-    return Split(train, test, left_out[0] if len(left_out) == 1 else None)
+    return Split(train, test, left_out[0] if len(left_out) == 1 else None, seeds)

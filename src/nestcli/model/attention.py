@@ -39,7 +39,8 @@ class RelativePositions(nn.Module):
             rows_RM = sinusoidal_table(n_frames, self.d_model, frames_BSM.device).to(frames_BSM.dtype)
             return frames_BSM * self.scale, rows_RM
         if self.table_RM.size(0) < 2 * n_frames - 1 or self.table_RM.device != frames_BSM.device:
-            self.table_RM = sinusoidal_table(n_frames, self.d_model, frames_BSM.device)
+            with torch.inference_mode(False):  # autograd refuses a tensor that was made in inference mode
+                self.table_RM = sinusoidal_table(n_frames, self.d_model, frames_BSM.device)
         centre = self.table_RM.size(0) // 2
         rows_RM = self.table_RM[centre - n_frames + 1 : centre + n_frames].to(frames_BSM.dtype)
         if self.dropout_table.p > 0:

@@ -16,6 +16,7 @@ import numpy as np
 
 from nestcli.errors import ConfigError, MissingDependencyError, NestError
 from nestcli.files import atomic_file
+from nestcli.pictures import render, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,8 +66,11 @@ def read_lines(metrics: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def draw_curves(lines: Lines, path: Path, title: str = "") -> None:
-    """Draw every panel for which there are numbers. Raises MissingDependencyError without matplotlib."""
+def draw_curves(lines: Lines, path: Path, title: str = "") -> str:
+    """Draw every panel for which there are numbers. Raises MissingDependencyError without matplotlib.
+
+    Returns a sentence about letters of the title that no font has, or nothing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -82,9 +86,9 @@ def draw_curves(lines: Lines, path: Path, title: str = "") -> None:
         axes.set_visible(False)
     figure.supxlabel("optimiser step", fontsize=9, color=_INK)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+        figure.suptitle(words(title), x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
     with atomic_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:] or "png", dpi=90)
+        return render(figure, file, path.suffix[1:] or "png", 90)
 
 
 def _panel(axes: Axes, name: str, curves: Sequence[tuple[str, str, bool]], lines: Lines) -> None:
@@ -116,17 +120,18 @@ def _points(lines: Lines, key: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def main(words: Sequence[str]) -> int:
-    if not 1 <= len(words) <= 2 or words[0].startswith("-"):
+def main(given: Sequence[str]) -> int:
+    if not 1 <= len(given) <= 2 or given[0].startswith("-"):
         sys.stderr.write("usage: python -m nestcli.training.curves RUN_FOLDER [OUT.png]\n")
         return 2
-    run = Path(words[0])
-    out = Path(words[1]) if len(words) == 2 else (run if run.is_dir() else run.parent) / "curves.png"
+    run = Path(given[0])
+    out = Path(given[1]) if len(given) == 2 else (run if run.is_dir() else run.parent) / "curves.png"
     try:
-        draw_curves(read_lines(run), out, title=run.resolve().name)
+        note = draw_curves(read_lines(run), out, title=run.resolve().name)
     except NestError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    sys.stderr.write(note and f"{note}\n")
     sys.stdout.write(f"{out}\n")
     return 0
 

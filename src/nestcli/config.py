@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import os
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nestcli.bounds import coerced, is_within
 from nestcli.errors import ConfigError
+from nestcli.keys import foreign
 from nestcli.targets import CLASSES, PLACES, TARGETS
-from nestcli.untrusted import check_plain, check_references, check_sizes, read_yaml
+from nestcli.untrusted import check_plain, check_references, check_sizes, read_yaml, short
 
 BASE = "nest_fast-conformer"
 PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
@@ -103,7 +104,23 @@ def load_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> Dict
     Values of `???` stay as they are: they are asked for when they are used, by `require`.
     Raises ConfigError.
     """
-    return with_overrides(_load_named(name_or_path), overrides, name_or_path)
+    config = with_overrides(_load_named(name_or_path), overrides, name_or_path)
+    for key, value in leaves(resolved(config)):
+        if value == "" and key in _known_keys():
+            raise ConfigError(f"{name_or_path}: {key} is not set: its text is empty. Write a value, or null for none.")
+    return config
+
+
+def unused_keys(config: DictConfig) -> list[str]:
+    """What a person should know of keys that nothing here reads: a line for each."""
+    known = _known_keys()
+    return [
+        f"+{key} has no effect in nest.{_nearest(key)}"
+        for key, _ in leaves(OmegaConf.to_container(config, resolve=False))
+        if not (
+            key in known or key in _blocks() or _is_start(key) or key.startswith("exp_manager.wandb_logger_kwargs.")
+        )
+    ]
 
 
 def with_overrides(config: DictConfig, overrides: Iterable[str], source: str) -> DictConfig:
@@ -172,7 +189,8 @@ def _is_override(word: str) -> bool:
 
 def require(config: DictConfig, key: str, why: str) -> Any:
     """The value at `key`; ConfigError naming the key if it is still `???`."""
-    if OmegaConf.is_missing(OmegaConf.select(config, key.rpartition(".")[0]), key.rpartition(".")[2]):
+    block, _, name = key.rpartition(".")
+    if OmegaConf.is_missing(parent := OmegaConf.select(config, block), name) or parent.get(name) in (None, "", []):
         raise ConfigError(f"{key} is not set: {why}. Add {key}=... to the command.")
     return OmegaConf.select(config, key)
 
@@ -182,11 +200,14 @@ def section(cls: type[T], config: DictConfig, key: str) -> T:
     block = OmegaConf.select(config, key)
     if not isinstance(block, DictConfig):
         raise ConfigError(f"{key} is missing from the configuration, or is not a block of keys.")
-    hints = typing.get_type_hints(cls)
-    values = {}
+    hints, content, values = (
+        _hints(typing.cast(typing.Hashable, cls)),
+        typing.cast("dict[str, Any]", OmegaConf.to_container(block, resolve=True)),
+        {},
+    )
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # cls is a dataclass by contract
-        if field.name in block:
-            values[field.name] = _coerce(block[field.name], hints[field.name], f"{key}.{field.name}")
+        if field.name in content:
+            values[field.name] = coerced(content[field.name], hints[field.name], f"{key}.{field.name}")
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{key}.{field.name} is missing from the configuration.")
     try:
@@ -195,11 +216,16 @@ def section(cls: type[T], config: DictConfig, key: str) -> T:
         raise ConfigError(f"{key}.{error}") from None
 
 
+@functools.cache
+def _hints(cls: typing.Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def seed_of(config: DictConfig) -> int:
     """The `seed` key, 0 by default. Raises ConfigError."""
     seed = config.get("seed")
-    if seed is not None and (not isinstance(seed, int) or seed < 0):
-        raise ConfigError(f"seed: {seed!r} is not a number from 0 on.")
+    if seed is not None and not (isinstance(seed, int) and is_within(seed, 0, (1 << 63) - 1)):
+        raise ConfigError(f"seed: {short(seed)} is not a number from 0 to 2^63 - 1.")
     return seed or 0
 
 
@@ -302,9 +328,11 @@ def _apply_override(config: DictConfig, word: str) -> None:
     key = key.lstrip("+")
     if not equals or not key or not all(key.split(".")):
         raise ConfigError(f"{word!r} is not an override. Write key=value, such as model.encoder.n_layers=4.")
+    if not text.strip():
+        raise ConfigError(f"{key} is not set: nothing stands behind {word.strip()!r}. Write a value, or null for none.")
     value = _parse_value(text, word)
-    if not adds:
-        for path in [leaf for leaf, _ in leaves({key: value})] if isinstance(value, dict) else [key]:
+    for path in [leaf for leaf, _ in leaves({key: value})] if isinstance(value, dict) else [key]:
+        if not adds or foreign(path):
             _check_known([(path, value)], "the command line", blocks_allowed=True)
     try:
         OmegaConf.update(config, key, value, merge=isinstance(value, dict), force_add=True)
@@ -346,16 +374,27 @@ def _check(config: DictConfig, source: str) -> None:
 
 
 def _check_known(leaves: Iterable[tuple[str, Any]], source: str, *, blocks_allowed: bool = False) -> None:
-    known = _known_keys()
-    blocks = {key[:i] for key in known for i, letter in enumerate(key) if letter == "."}
+    known, blocks = _known_keys(), _blocks()
     for key, value in leaves:
         if key in known or (key in blocks and (blocks_allowed or value is None or value == {})) or _is_start(key):
             continue
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        if (instead := foreign(key)) is not None:
+            raise ConfigError(
+                f"{source}: nest does not have {key}, a key of NeMo's or of what it is built on. {instead}"
+            )
         added = f" To add a new key, write +{key}=..."
         add = added if source == "the command line" else " Remove it; keys of your own go into +key=value words."
-        raise ConfigError(f"{source}: unknown key {key}.{hint}{add}")
+        raise ConfigError(f"{source}: unknown key {key}.{_nearest(key)}{add}")
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+@functools.cache
+def _blocks() -> frozenset[str]:
+    return frozenset(key[:i] for key in _known_keys() for i, letter in enumerate(key) if letter == ".")
 
 
 def _is_start(key: str) -> bool:
@@ -378,31 +417,6 @@ def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, path)
         else:
             yield path, value
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = tuple(value)
-    if isinstance(value, tuple) and (elements := _element_hint(hint)) is not None:
-        return tuple(_coerce(element, elements, where) for element in value)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    options = arguments if origin in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
-        plain = typing.get_origin(option) or option
-        if plain is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if plain is Any or (isinstance(value, plain) and not (plain is int and isinstance(value, bool))):
-            return value
-    names = " or ".join("null" if option is types.NoneType else getattr(option, "__name__", "?") for option in options)
-    raise ConfigError(f"{where}: {value!r} is not of type {names}.")
-
-
-def _element_hint(hint: Any) -> Any:
-    """The type of the elements if a type is, or may be, a tuple of any length."""
-    for option in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
-        if typing.get_origin(option) is tuple:
-            return typing.get_args(option)[0]
-    return None
 
 
 def _one_line(error: BaseException) -> str:

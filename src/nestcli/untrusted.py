@@ -47,7 +47,13 @@ _REFERENCE = re.compile(r"\$\{([^{}$]*)\}")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Digits of a number; Python refuses to write out more than 4,300."""
+        return repr(x) if abs(x) < 1 << 64 else "a number of many digits"
+
+
+_SHORT = _Short()
 _SHORT.maxlevel = _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 

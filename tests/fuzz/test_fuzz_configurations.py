@@ -27,7 +27,8 @@ from nestcli.config import (
     seed_of,
     with_overrides,
 )
-from nestcli.errors import ConfigError
+from nestcli.errors import ConfigError, NestError
+from nestcli.training.checks import check_settings, without_effect
 from nestcli.untrusted import _MOST_LETTERS, _References, check_plain, check_references, odd_in_yaml
 
 KEYS = sorted(_known_keys())
@@ -111,6 +112,29 @@ def test_any_text_is_a_value_or_refused(text: str) -> None:
     assert value is None or isinstance(value, str | int | float | bool | list | dict)
     if isinstance(value, str):
         assert value == text
+
+
+@given(
+    key=st.sampled_from(KEYS),
+    value=st.integers()
+    | st.floats()
+    | st.sampled_from([10**400, -(10**5000), True])
+    | st.lists(st.integers(), max_size=3),
+)
+@bounded(40)
+def test_any_number_in_any_key_is_taken_or_refused(base: Callable[[], DictConfig], key: str, value: Any) -> None:
+    config = base()
+    block, _, name = key.rpartition(".")
+    above = OmegaConf.select(config, block) if block else config
+    if not isinstance(above, DictConfig):
+        return
+    above[name] = value
+    try:
+        check_settings(config)
+    except NestError as error:
+        assert str(error)
+        return
+    without_effect(config)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------

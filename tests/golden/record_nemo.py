@@ -24,7 +24,11 @@ import soundfile as sf
 import torch
 from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch, sample_noise
 from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
-from nemo.collections.asr.modules import RandomBlockMasking, RandomProjectionVectorQuantizer
+from nemo.collections.asr.modules import (
+    AudioToMelSpectrogramPreprocessor,
+    RandomBlockMasking,
+    RandomProjectionVectorQuantizer,
+)
 from nemo.collections.asr.modules.ssl_modules import MultiSpeakerNoiseAugmentation, SpeakerNoiseAugmentation
 from nemo.core.optim.lr_scheduler import NoamAnnealing
 from omegaconf import OmegaConf
@@ -573,6 +577,27 @@ def record_structure(path):
     write_json(path, {"method": "every preset built whole", "presets": presets, "state_dict": state_dict})
 
 
+def record_padding(path):
+    """Features whose padding is not 0: frames behind the length, and frames up to a multiple of pad_to."""
+    settings = LARGE["preprocessor"] | {"sample_rate": 16000, "features": 8}
+    del settings["_target_"]
+    generator = torch.Generator().manual_seed(7)
+    audio, lengths = torch.randn(2, 4100, generator=generator).half() / 8, torch.tensor([4100, 1700])
+    record, cases = {"audio": audio, "lengths": lengths}, {}
+    for number, (normalize, pad_value, pad_to) in enumerate(
+        [("per_feature", 2.5, 16), ("per_feature", -1.0, 32), ("all_features", 0.5, 8), ("per_feature", 0.0, 16)]
+    ):
+        changes = {"normalize": normalize, "pad_value": pad_value, "pad_to": pad_to}
+        preprocessor = AudioToMelSpectrogramPreprocessor(**(settings | changes))
+        cases[f"{number}"] = changes
+        for mode in ("train", "eval"):
+            preprocessor.train(mode == "train")
+            torch.manual_seed(5)
+            features, frames = preprocessor(input_signal=audio.float().clone(), length=lengths)
+            record |= {f"{number}.{mode}": features, f"{number}.{mode}_frames": frames}
+    write_tensors(path, record, cases=cases, notes="manual_seed(5) before each; the config's other values, 8 mel bins")
+
+
 def record_init(path):
     model, config = build(TINY)
     record = {"next_draw": torch.rand(1)}
@@ -624,6 +649,7 @@ RECORDINGS = {
     "noise_draws.json": record_noise,
     "structure.json": record_structure,
     "init.safetensors": record_init,
+    "padding.safetensors": record_padding,
 }
 
 

@@ -1,12 +1,14 @@
 """Our model against values recorded from NeMo 3.0.0 (tests/golden/record_nemo.py)."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from conftest import GOLDEN, Golden, assert_close
-from nestcli.config import load_config
+from nestcli.config import load_config, section
+from nestcli.model.features import LogMelPreprocessor, PreprocessorConfig
 from nestcli.model.masking import MaskingConfig, disjoint_blocks, overlapping_blocks
 from nestcli.model.nest import NestConfig, NestModel
 from nestcli.model.optim import NoamAnnealing, ScheduleConfig
@@ -208,3 +210,20 @@ def test_learning_rates_are_equal_to_the_last_bit(case: dict) -> None:
         noam.last_epoch = step
         rates.append(noam.get_lr()[0])
     assert rates == case["lr"]
+
+
+PADDING = Golden("padding")
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("number", ["0", "1", "2", "3"])
+def test_padding_has_its_value(number: str, mode: str) -> None:
+    case = PADDING.metadata["cases"][number]
+    config = section(PreprocessorConfig, load_config("small", ["model.preprocessor.features=8"]), "model.preprocessor")
+    preprocessor = LogMelPreprocessor(replace(config, nemo_exact=True, **case)).train(mode == "train")
+    torch.manual_seed(5)
+    features, frames = preprocessor(PADDING["audio"].float(), PADDING["lengths"])
+    assert torch.equal(frames, PADDING[f"{number}.{mode}_frames"])
+    assert features.shape[2] % case["pad_to"] == 0
+    assert (features[1, :, int(frames[1]) :] == case["pad_value"]).all()
+    assert_close(features, PADDING[f"{number}.{mode}"], 1e-4, f"{case} in {mode}")

@@ -279,7 +279,7 @@ def test_a_step_that_the_scaler_skips_is_not_counted() -> None:
         ("nest.max_bad_steps=0", "nest.max_bad_steps: 0 must be from 1 to 100"),
         ("nest.max_bad_steps=ten", "nest.max_bad_steps: 'ten' is not of type int or null"),
         ("nest.explode_factor=1", "nest.explode_factor: 1.0 must be above 1"),
-        ("nest.collapse_lines=0", "nest.collapse_lines: 0 must be at least 1"),
+        ("nest.collapse_lines=0", "nest.collapse_lines: 0 must be from 1 to"),
         ("nest.stop_at_collapse=true", "unknown key nest.stop_at_collapse. Did you mean nest.stop_on_collapse?"),
     ],
 )

@@ -32,22 +32,32 @@ def augment(
             show_default=False,
         ),
     ] = None,
-    copies: Annotated[int, typer.Option("--copies", metavar="N", min=1, help="Noisy versions of every utterance.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of all draws.")] = 0,
+    copies: Annotated[
+        int, typer.Option("--copies", metavar="N", min=1, max=1000, help="Noisy versions of every utterance.")
+    ] = 1,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Of all draws.")] = 0,
     preview: Annotated[
         int,
-        typer.Option("--preview", metavar="N", min=0, help="Pictures of the first N that something was mixed into."),
+        typer.Option(
+            "--preview", metavar="N", min=0, max=10_000, help="Pictures of the first N that something was mixed into."
+        ),
     ] = 0,
     sample_rate: Annotated[
         int, typer.Option("--sample-rate", metavar="HZ", min=1000, max=192_000, help="Of what is written.")
     ] = 16000,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", metavar="N", min=1, help="Processes that work. Default: one a core.")
+        int | None,
+        typer.Option("--jobs", "-j", metavar="N", min=1, max=1024, help="Processes that work. Default: one a core."),
     ] = None,
     patience: Annotated[
         float,
         typer.Option(
-            "--patience", metavar="SECONDS", help="Leave out a line whose files give no answer for this long."
+            "--patience",
+            metavar="SECONDS",
+            min=0.1,
+            max=1e6,
+            callback=console.finite,
+            help="Leave out a line whose files give no answer for this long.",
         ),
     ] = 120.0,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,

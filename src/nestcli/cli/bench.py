@@ -41,7 +41,10 @@ def bench(
         int | None, typer.Option("--rounds", min=1, max=1000, help="Times that each side is measured, in turn.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", min=0.1, max=3600, help="Of each side in a round, section loader.")
+        float | None,
+        typer.Option(
+            "--seconds", min=0.1, max=3600, callback=console.finite, help="Of each side in a round, section loader."
+        ),
     ] = None,
     lines: Annotated[
         list[int] | None,
@@ -55,6 +58,8 @@ def bench(
         typer.Option(
             "--memory",
             min=0.1,
+            max=1e5,
+            callback=console.finite,
             help="GiB that a training step may take, section buckets; without it 90% of what the GPU has free, "
             "or 80% of the main memory that is free.",
             show_default=False,
@@ -66,6 +71,7 @@ def bench(
             "--audio-seconds",
             min=1,
             max=1e5,
+            callback=console.finite,
             help="Of a batch, section precisions. May be repeated.",
             show_default=False,
         ),

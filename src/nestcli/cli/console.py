@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+import typer
+
 from nestcli.cli import plain
 
 if TYPE_CHECKING:
@@ -128,6 +130,14 @@ def histogram(title: str, values: Mapping[str, float], width: int = 30) -> None:
     print()
 
 
+def finite(value: Any) -> Any:
+    """The value of an option, if it is a number or several; bounds alone let `nan` pass. Raises BadParameter."""
+    for each in value if isinstance(value, list) else [value]:
+        if each is not None and not math.isfinite(each):
+            raise typer.BadParameter(f"{each} is not a number that can be used.")
+    return value
+
+
 @contextmanager
 def progress(description: str) -> Iterator[Advance]:
     """A progress bar on stderr; nothing is drawn where stderr is no terminal."""
@@ -152,8 +162,9 @@ def progress(description: str) -> Iterator[Advance]:
 class TrainingDisplay:
     """Shows a run: a live line on a terminal, a line of text now and then elsewhere (a log of a cluster's job)."""
 
-    def __init__(self, lines_every: float = 15.0) -> None:
+    def __init__(self, lines_every: float = 15.0, *, bar: bool = True) -> None:
         self._lines_every = lines_every  # seconds
+        self._draws = bar and sys.stderr.isatty()
         self._last_line = float("-inf")
         self._bar: Any = None
         self._task: Any = None
@@ -161,7 +172,7 @@ class TrainingDisplay:
     def step(self, report: Any) -> None:
         if not is_first_process():
             return
-        if sys.stderr.isatty():
+        if self._draws:
             self._draw(report)
         elif time.monotonic() - self._last_line >= self._lines_every or report.step == report.steps:
             self._last_line = time.monotonic()

@@ -23,9 +23,18 @@ def count_params(
             show_default=False,
         ),
     ] = None,
-    depth: Annotated[int, typer.Option("--depth", min=1, help="Parts of the parameters' names to count by.")] = 1,
+    depth: Annotated[
+        int, typer.Option("--depth", min=1, max=100, help="Parts of the parameters' names to count by.")
+    ] = 1,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.1, max=3600, help="Length of the clips for which FLOPs are counted.")
+        float,
+        typer.Option(
+            "--seconds",
+            min=0.1,
+            max=3600,
+            callback=console.finite,
+            help="Length of the clips for which FLOPs are counted.",
+        ),
     ] = 15.0,
     every: Annotated[bool, typer.Option("--all", help="Every preset.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,

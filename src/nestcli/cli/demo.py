@@ -21,7 +21,10 @@ def demo(
         typer.Argument(metavar="[key=value ...]", help="Overrides of the demo preset.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")] = Path("nest_demo"),
-    minutes: Annotated[float, typer.Option("--minutes", min=4.0, help="Minutes of speech to make.")] = 12.0,
+    minutes: Annotated[
+        float,
+        typer.Option("--minutes", min=4.0, max=1440.0, callback=console.finite, help="Minutes of speech to make."),
+    ] = 12.0,
 ) -> None:
     """The whole way on speech that it makes itself: prepare, augment, pretrain for minutes, compare, probe.
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nestcli.cli import console
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -29,11 +31,11 @@ def read_named(words: Sequence[str]) -> Named:
 
     name, overrides = split_words(words)
     if not name.endswith(CHECKPOINTS):
-        return Named(name, load_config(name, overrides))
+        return _told(Named(name, load_config(name, overrides)))
     from nestcli.checkpoint.load import load_checkpoint
 
     loaded = load_checkpoint(name, overrides)
-    return Named(name, loaded.config, loaded.state_dict)
+    return _told(Named(name, loaded.config, loaded.state_dict))
 
 
 def read_config(words: Sequence[str], *, training: bool = False) -> Named:
@@ -45,7 +47,16 @@ def read_config(words: Sequence[str], *, training: bool = False) -> Named:
 
     name, overrides = split_words(words)
     if not name.endswith(CHECKPOINTS) and not Path(name, "config.json").is_file():
-        return Named(name, (load_training_config if training else load_config)(name, overrides))
+        return _told(Named(name, (load_training_config if training else load_config)(name, overrides)))
     from nestcli.checkpoint.encoder import encoder_config
 
-    return Named(name, encoder_config(name, [*(words_of_environment() if training else []), *overrides]))
+    return _told(Named(name, encoder_config(name, [*(words_of_environment() if training else []), *overrides])))
+
+
+def _told(named: Named) -> Named:
+    """The same, after a note on every key that nothing reads."""
+    from nestcli.config import unused_keys
+
+    for told in unused_keys(named.config):
+        console.note(told)
+    return named

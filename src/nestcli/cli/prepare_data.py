@@ -86,7 +86,14 @@ def prepare_data(
     ] = None,
     patience: Annotated[
         float,
-        typer.Option("--patience", metavar="SECONDS", help="Leave out a file that gives no answer for this long."),
+        typer.Option(
+            "--patience",
+            metavar="SECONDS",
+            min=0.1,
+            max=1e6,
+            callback=console.finite,
+            help="Leave out a file that gives no answer for this long.",
+        ),
     ] = 120.0,
     only_below: Annotated[
         Path | None,

@@ -39,7 +39,7 @@ def pretrain(
 
     from nestcli.training.run import Pretraining
 
-    run = Pretraining(config, console.TrainingDisplay())
+    run = Pretraining(config, console.TrainingDisplay(bar=config.trainer.enable_progress_bar is not False))
     if dry_run:
         _show_dry_run(run.dry_run())
         return

@@ -36,15 +36,26 @@ def probe(
             "whose values stays on one side.",
         ),
     ] = "auto",
-    seeds: Annotated[int, typer.Option("--seeds", help="Splits, folds of the validation and untrained encoders.")] = 5,
-    min_count: Annotated[int, typer.Option("--min-count", help="Classes with fewer utterances are left out.")] = 2,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, max=1000, help="Splits, folds of the validation and untrained encoders.")
+    ] = 5,
+    min_count: Annotated[
+        int, typer.Option("--min-count", min=2, max=10**6, help="Classes with fewer utterances are left out.")
+    ] = 2,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write probe.json, confusion.png and layers.png there.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16, of the encoder.")] = "fp32",
     batch_duration: Annotated[
-        float, typer.Option("--batch-duration", help="Seconds of audio in a batch, padding included.")
+        float,
+        typer.Option(
+            "--batch-duration",
+            min=0.1,
+            max=1e6,
+            callback=console.finite,
+            help="Seconds of audio in a batch, padding included.",
+        ),
     ] = 120.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

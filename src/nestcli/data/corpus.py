@@ -63,6 +63,8 @@ def read_corpus(config: DictConfig, key: str) -> Corpus:
         why = f"the manifest of the speech, as `nest prepare-data` writes it{none}"
         manifests = _plain(require(config, f"{key}.manifest_filepath", why))
         tars = _plain(block.get("tarred_audio_filepaths"))
+        _check_names(manifests, f"{key}.manifest_filepath")
+        _check_names(tars, f"{key}.tarred_audio_filepaths")
         if (settings.is_tarred or settings.use_lhotse) and tars is not None:
             parts, nested = _tarred_parts(manifests, tars, settings.is_concat)
         elif settings.is_tarred:
@@ -77,6 +79,7 @@ def read_corpus(config: DictConfig, key: str) -> Corpus:
 def noise_manifest(config: DictConfig, key: str) -> Manifest | None:
     """Open the noise of the block at `key`, if it names any; its lines need no duration, as in NeMo."""
     paths = _plain(OmegaConf.select(config, f"{key}.noise_manifest"))
+    _check_names(paths, f"{key}.noise_manifest")
     return read_manifests(expand(paths), require_duration=False) if paths else None
 
 
@@ -85,6 +88,16 @@ def noise_manifest(config: DictConfig, key: str) -> Manifest | None:
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _check_names(paths: Any, key: str) -> None:
+    """Raise ConfigError where a path is empty, as an unset variable leaves it, or a list has none."""
+    nothing = isinstance(paths, list) and not paths
+    blank = isinstance(paths, str) and not all(each.strip(" []") for each in paths.split(","))
+    if nothing or blank:
+        raise ConfigError(f"{key} is not set: one of its paths is empty. Write the path, or leave it out.")
+    for each in paths if isinstance(paths, list) else []:
+        _check_names(each, key)
 
 
 def _is_nested(paths: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from nestcli.bounds import within
 from nestcli.data.sound import Samples
 
 NoiseOf = Callable[[int, int], Samples]  # (item, samples): the item's noise, or all of it where it is shorter
@@ -63,9 +64,9 @@ class AugmentationConfig:
     nemo_exact: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("prob", "noise_ratio", "min_mix_rate", "max_mix_rate"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key}: {getattr(self, key)} is not between 0 and 1.")
+        within(self, 0, 1, "prob", "noise_ratio", "min_mix_rate", "max_mix_rate")
+        within(self, -200, 200, "min_r_speech", "max_r_speech", "min_r_noise", "max_r_noise")
+        within(self, 1, 10_000, "min_num_segments", "max_num_segments", "min_num_speakers", "max_num_speakers")
         for low, high in (
             ("min_r_speech", "max_r_speech"),
             ("min_r_noise", "max_r_noise"),
@@ -75,9 +76,6 @@ class AugmentationConfig:
         ):
             if getattr(self, low) > getattr(self, high):
                 raise ValueError(f"{low}: {getattr(self, low)} is above {high}={getattr(self, high)}.")
-        for key in ("min_num_segments", "min_num_speakers"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1.")
 
 
 def mix_into(

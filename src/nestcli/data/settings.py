@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nestcli.bounds import within
 from nestcli.data.channel import Channel, parsed_channel
 
 TECHNIQUES = ("temperature", "random", "round-robin")
@@ -54,21 +55,21 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if self.batch_size is None and not self.use_lhotse:
             raise ValueError("batch_size: null is not a number of utterances, give at least 1.")
-        for key in ("batch_size", "num_buckets", "shuffle_n", "shuffle_buffer_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(
-                    f"{key}: {value} is not a number of {_COUNTED.get(key, 'utterances')}, give at least 1."
-                )
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers: {self.num_workers} is not a number of processes.")
-        for key in ("batch_duration", "quadratic_duration", "concat_sampling_temperature", "concat_sampling_scale",
-                    "read_timeout"):  # fmt: skip
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"{key}: {value} must be above 0.")
-        if not 0 <= self.max_failed_share <= 1:
-            raise ValueError(f"max_failed_share: {self.max_failed_share} is no share; give 0 to 1.")
+        within(self, 1000, 1 << 20, "sample_rate")
+        within(self, 1, 10**6, "batch_size", "bucketing_batch_size", "bucket_batch_size")
+        within(self, 1, 10**9, "shuffle_n", "shuffle_buffer_size")
+        within(self, 1, 10_000, "num_buckets", "bucketing_weights")
+        within(self, 0, 4096, "num_workers")
+        within(self, 0, 1e7, "batch_duration", "max_duration", "read_timeout", "bucket_duration_bins", above=True)
+        within(self, 0, 1e7, "min_duration")
+        within(self, 1e-3, 1e7, "quadratic_duration")
+        within(self, 0.05, 1e6, "concat_sampling_temperature")
+        within(self, 0, 1e6, "concat_sampling_scale", above=True)
+        within(self, 0, 1, "max_failed_share", "concat_sampling_probabilities")
+        within(self, 0, (1 << 63) - 1, "concat_sampling_seed")
+        within(self, 0, 100, "reweight_temperature")
+        if self.max_duration is not None and (self.min_duration or 0) > self.max_duration:
+            raise ValueError(f"min_duration: {self.min_duration} is above max_duration={self.max_duration}.")
         if self.trim_silence:
             raise ValueError("trim_silence: silence is not trimmed here: trim the files beforehand.")
         try:
@@ -84,18 +85,16 @@ class DatasetConfig:
                 f"concat_sampling_technique: {self.concat_sampling_technique!r} is not one of {', '.join(TECHNIQUES)}."
             )
         shares = self.concat_sampling_probabilities
-        if shares is not None and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
+        if shares is not None and abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"concat_sampling_probabilities: {list(shares)} do not add up to 1.")
 
     def _check_buckets(self) -> None:
         if self.bucketing_strategy not in STRATEGIES:
             raise ValueError(f"bucketing_strategy: {self.bucketing_strategy!r} is not one of {', '.join(STRATEGIES)}.")
-        if self.bucketing_weights is not None and min(self.bucketing_weights, default=0) < 1:
-            raise ValueError(f"bucketing_weights: {list(self.bucketing_weights)} must be whole numbers from 1 on.")
         bins, sizes = self.bucket_duration_bins, self.bucket_batch_size
-        if bins is not None and (not bins or list(bins) != sorted(bins) or bins[0] <= 0):
+        if bins is not None and list(bins) != sorted(bins):
             raise ValueError(f"bucket_duration_bins: {list(bins)} must be seconds in rising order.")
-        if sizes is not None and (bins is None or len(bins) != len(sizes) or min(sizes) < 1):
+        if sizes is not None and (bins is None or len(bins) != len(sizes)):
             raise ValueError(
                 f"bucket_batch_size: {list(sizes)} must be one size from 1 on for each of bucket_duration_bins "
                 f"({0 if bins is None else len(bins)})."
@@ -123,7 +122,6 @@ class DatasetConfig:
         return self.use_lhotse and wanted
 
 
-_COUNTED = {"num_buckets": "buckets"}
 PATH_KEYS = (
     "manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "input_cfg", "noise_manifest",
 )  # fmt: skip

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
+from nestcli.bounds import within
 from nestcli.model.attention import RelativeAttention, RelativePositions
 from nestcli.model.dropout import Dropout
 from nestcli.model.subsampling import DepthwiseStridingSubsampling
@@ -52,6 +53,7 @@ class EncoderConfig:
     stochastic_depth_drop_prob: float
     stochastic_depth_mode: str
     stochastic_depth_start_layer: int
+    pos_emb_max_len: int = 5000  # of NeMo's encoder alone; our table of positions grows as needed
     use_pytorch_sdpa: bool = False
     conv_norm_ignore_padding: bool = False
     backend: str = "nest"  # whose code trains; the model is the same, and everything but training uses ours
@@ -67,9 +69,7 @@ class EncoderConfig:
         for key, only in fixed.items():
             if getattr(self, key) != only:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
-        for key in ("n_layers", "n_heads", "d_model"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1.")
+        self._check_numbers()
         if self.subsampling_factor < 2 or self.subsampling_factor & (self.subsampling_factor - 1):
             raise ValueError(f"subsampling_factor: {self.subsampling_factor} is not a power of 2 from 2 on.")
         if self.d_model % self.n_heads or self.d_model % 2:
@@ -92,6 +92,22 @@ class EncoderConfig:
             raise ValueError("backend: NeMo's encoder is trained as it is. Leave out compile and dropout_draws.")
         self._check_convolution()
 
+    def _check_numbers(self) -> None:
+        within(self, 1, 1 << 16, "feat_in", "d_model", "n_heads")
+        within(self, 1, 512, "n_layers", "stochastic_depth_start_layer")
+        within(self, 2, 64, "subsampling_factor")
+        within(self, 1, 64, "ff_expansion_factor")
+        within(self, 1, 1 << 12, "conv_kernel_size")
+        within(self, 1, 1 << 20, "pos_emb_max_len")
+        within(self, -1, 1 << 16, "att_context_size")
+        within(self, 0, 1, "dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att", below=True)
+        within(self, 0, 1, "stochastic_depth_drop_prob", below=True)
+        for key, largest in (("feat_out", 1 << 16), ("subsampling_conv_channels", 1 << 14)):
+            if getattr(self, key) != -1:  # which stands for d_model
+                within(self, 1, largest, key)
+        if not isinstance(self.conv_context_size, str):
+            within(self, 0, 1 << 12, "conv_context_size")
+
     @property
     def hashes_dropout(self) -> bool:
         return self.compile if self.dropout_draws is None else self.dropout_draws == "hash"
@@ -99,6 +115,10 @@ class EncoderConfig:
     def _check_convolution(self) -> None:
         if self.conv_norm_type not in ("batch_norm", "layer_norm") and not self.conv_norm_groups:
             raise ValueError(f"conv_norm_type: {self.conv_norm_type!r}: use batch_norm, layer_norm or group_normN.")
+        if self.conv_norm_groups and self.d_model % self.conv_norm_groups:
+            raise ValueError(
+                f"conv_norm_type: d_model={self.d_model} is no multiple of {self.conv_norm_groups} groups."
+            )
         if self.conv_norm_ignore_padding and self.conv_norm_type != "batch_norm":
             raise ValueError("conv_norm_ignore_padding: only batch_norm can leave padding out.")
         if self.conv_norm_ignore_padding and self.backend == "nemo":

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestcli.bounds import within
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -20,6 +22,11 @@ class DecoderConfig:
     num_decoders: int
     squeeze_single: bool
     use_bias: bool
+
+    def __post_init__(self) -> None:
+        within(self, 1, 1 << 16, "feat_in")
+        within(self, 2, 1 << 24, "num_classes")
+        within(self, 1, 1 << 12, "num_decoders")
 
 
 class MultiSoftmaxDecoder(nn.Module):

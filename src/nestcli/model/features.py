@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestcli.bounds import within
+
 PREEMPHASIS = 0.97
 LOG_GUARD = 2.0**-24  # added to mel energies before the logarithm
 STD_GUARD = 1e-5  # added to standard deviations before the division
@@ -37,14 +39,24 @@ class PreprocessorConfig:
     nemo_exact: bool = False
 
     def __post_init__(self) -> None:
+        within(self, 1000, 1 << 20, "sample_rate")
+        within(self, 1, 1, "frame_splicing")
+        within(self, 0, 10, "window_size", "window_stride", above=True)
+        within(self, 2, 1 << 14, "n_fft")
+        within(self, 1, 1 << 10, "features")
+        within(self, 0, 1, "dither")
+        within(self, 0, 1 << 16, "pad_to")
+        within(self, -1e4, 1e4, "pad_value")
         if self.normalize not in (PER_FEATURE, ALL_FEATURES):
             raise ValueError(f"normalize: {self.normalize!r} is not supported, use {PER_FEATURE} or {ALL_FEATURES}.")
         fixed = {"window": "hann", "log": True, "frame_splicing": 1}
         for key, only in fixed.items():
             if getattr(self, key) != only:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
-        if self.window_length > self.n_fft:
+        if not 2 <= self.window_length <= self.n_fft:
             raise ValueError(f"window_size: {self.window_length} samples do not fit into n_fft={self.n_fft}.")
+        if self.hop_length < 1:
+            raise ValueError(f"window_stride: {self.window_stride} s are less than one sample.")
 
     @property
     def window_length(self) -> int:
@@ -84,7 +96,7 @@ class LogMelPreprocessor(nn.Module):
         return audio_BN.copy_(dithered_BN) if self.config.nemo_exact else dithered_BN
 
     def _normalised(self, x_BDT: Tensor, frames_B: Tensor) -> Tensor:
-        """Zero mean and unit (unbiased) deviation over the valid frames; zeros elsewhere.
+        """Zero mean and unit (unbiased) deviation over the valid frames; `pad_value` elsewhere.
 
         Of each mel bin by itself, or of all of them together, which keeps the shape of the mean spectrum.
         """
@@ -106,7 +118,7 @@ class LogMelPreprocessor(nn.Module):
         if not self.config.nemo_exact:
             changes_BD1 = ((x_BDT != x_BDT[:, :, :1]) & valid_B1T).any(2, keepdim=True)
             centred_BDT = centred_BDT.masked_fill(~changes_BD1, 0.0)
-        return centred_BDT / std_BD1
+        return (centred_BDT / std_BD1).masked_fill(~valid_B1T, self.config.pad_value)
 
     def _padded(self, features_BDT: Tensor) -> Tensor:
         if self.config.pad_to <= 1:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestcli.bounds import within
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -20,6 +22,11 @@ class LossConfig:
     num_decoders: int
     squeeze_single: bool
     nemo_exact: bool = False
+
+    def __post_init__(self) -> None:
+        within(self, 1, 64, "combine_time_steps")
+        within(self, 0, 1, "mask_threshold", below=True)
+        within(self, 1, 1 << 12, "num_decoders")
 
 
 class MaskedTokenLoss(nn.Module):

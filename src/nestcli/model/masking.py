@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestcli.bounds import within
+
 
 @dataclass(frozen=True)
 class MaskingConfig:
@@ -26,12 +28,10 @@ class MaskingConfig:
     max_mask_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"block_size: {self.block_size} is not a number of frames, give at least 1.")
-        if not 0 <= self.mask_prob <= 1:
-            raise ValueError(f"mask_prob: {self.mask_prob} is not a probability.")
-        if self.max_mask_ratio is not None and not 0 < self.max_mask_ratio <= 1:
-            raise ValueError(f"max_mask_ratio: {self.max_mask_ratio} is not in (0, 1].")
+        within(self, 1, 1 << 16, "feat_in", "block_size")
+        within(self, 0, 1, "mask_prob")
+        within(self, -1e4, 1e4, "mask_value")
+        within(self, 0, 1, "max_mask_ratio", above=True)
 
 
 class RandomBlockMasking(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from nestcli.model.features import LogMelPreprocessor, PreprocessorConfig
 from nestcli.model.loss import LossConfig, MaskedTokenLoss, fitted
 from nestcli.model.masking import MaskingConfig, RandomBlockMasking
 from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
+from nestcli.untrusted import short
 
 
 class NestOutput(NamedTuple):
@@ -58,16 +60,44 @@ class NestConfig:
             raise ConfigError(f"model.mask_position: {position!r}: use pre_conv or post_conv.")
         blocks = cls(
             preprocessor=section(PreprocessorConfig, config, "model.preprocessor"),
+            encoder=section(EncoderConfig, config, "model.encoder"),
             masking=section(MaskingConfig, config, "model.masking"),
             quantizer=section(QuantizerConfig, config, "model.quantizer"),
-            encoder=section(EncoderConfig, config, "model.encoder"),
             decoder=section(DecoderConfig, config, "model.decoder"),
             loss=section(LossConfig, config, "model.loss"),
             mask_after_subsampling=position == "post_conv",
         )
-        blocks = blocks._moved_after_subsampling() if blocks.mask_after_subsampling else blocks
+        if blocks.mask_after_subsampling:
+            blocks._check_before_moving()
+            blocks = blocks._moved_after_subsampling()
         blocks._check()
+        blocks._check_against(config)
         return blocks
+
+    def _check_against(self, config: DictConfig) -> None:
+        """Compare the blocks with the keys of `model` that they repeat, and that a checkpoint need not have."""
+        for key, name in (
+            ("sample_rate", "preprocessor.sample_rate"),
+            ("num_classes", "quantizer.num_classes"),
+            ("num_books", "quantizer.num_books"),
+            ("code_dim", "quantizer.code_dim"),
+            ("squeeze_single", "quantizer.squeeze_single"),
+        ):
+            stated, used = config.model.get(key), attrgetter(name)(self)
+            if stated is not None and (isinstance(stated, bool) != isinstance(used, bool) or stated != used):
+                raise ConfigError(f"model.{key} is {short(stated)}, but model.{name} is {used}. Let them be the same.")
+
+    def _check_before_moving(self) -> None:
+        """With post_conv, values that are right for pre_conv are taken too, and no others."""
+        factor, widths = self.encoder.subsampling_factor, (self.preprocessor.features, self.encoder.d_model)
+        for name, either in (
+            ("quantizer.feat_in", widths),
+            ("masking.feat_in", widths),
+            ("quantizer.combine_time_steps", (factor, 1)),
+            ("loss.combine_time_steps", (factor, 1)),
+        ):
+            if (value := attrgetter(name)(self)) not in either:
+                raise ConfigError(f"model.{name} is {value}, but the other blocks make it {either[1]}.")
 
     def _moved_after_subsampling(self) -> NestConfig:
         """With post_conv, everything about masks and tokens counts sub-sampled frames instead of feature frames."""
@@ -90,6 +120,9 @@ class NestConfig:
             ("decoder.feat_in", self.decoder.feat_in, encoder_out),
             ("decoder.num_classes", self.decoder.num_classes, self.quantizer.num_classes),
             ("decoder.num_decoders", self.decoder.num_decoders, self.quantizer.num_books),
+            ("decoder.squeeze_single", self.decoder.squeeze_single, self.quantizer.squeeze_single),
+            ("loss.num_decoders", self.loss.num_decoders, self.quantizer.num_books),
+            ("loss.squeeze_single", self.loss.squeeze_single, self.quantizer.squeeze_single),
             ("quantizer.combine_time_steps", self.quantizer.combine_time_steps, step),
             ("loss.combine_time_steps", self.loss.combine_time_steps, step),
         ):

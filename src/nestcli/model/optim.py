@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from nestcli.bounds import within
 from nestcli.config import section
 from nestcli.errors import ConfigError
 
@@ -29,6 +30,9 @@ class OptimizerConfig:
             raise ValueError(f"name: {self.name!r} is not supported, only adamw is.")
         if len(self.betas) != 2:
             raise ValueError(f"betas: {list(self.betas)} must be two numbers.")
+        within(self, 0, 1e6, "lr", above=True)
+        within(self, 0, 1, "betas", below=True)
+        within(self, 0, 1e3, "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,10 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.name != "NoamAnnealing":
             raise ValueError(f"name: {self.name!r} is not supported, only NoamAnnealing is.")
-        if (self.warmup_steps or 0) < 0:
-            raise ValueError(f"warmup_steps: {self.warmup_steps} is not a number of steps.")
+        within(self, 1, 1 << 16, "d_model")
+        within(self, 0, 1e3, "min_lr")
+        within(self, 0, 10**12, "warmup_steps")
+        within(self, 0, 1, "warmup_ratio")
 
     def warmup(self, max_steps: int) -> int:
         """Steps of the warm-up: `warmup_steps`, or `warmup_ratio` of all steps; 0 without either."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestcli.bounds import within
+
 _STACKS_AT_A_TIME = 256  # bounds the scores to 8 MiB with codebooks of 8192, which stay in the cache
 _BLOCK = 32  # codes
 # More than the rounding of two dot products of unit vectors of 16 numbers, in fp32 and with TF32's 11 bits.
@@ -31,6 +33,11 @@ class QuantizerConfig:
     combine_time_steps: int
 
     def __post_init__(self) -> None:
+        within(self, 1, 1 << 16, "feat_in")
+        within(self, 1, 1 << 14, "code_dim")
+        within(self, 1, 1 << 12, "num_books")
+        within(self, 2, 1 << 24, "num_classes")
+        within(self, 1, 64, "combine_time_steps")
         if self.dist_fn not in ("l2", "cosine"):
             raise ValueError(f"dist_fn: {self.dist_fn!r} is not a distance. Use l2 or cosine.")
 

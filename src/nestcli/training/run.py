@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.profilers import Profiler
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from nestcli.checkpoint.lightning import AtomicCheckpointIO
-from nestcli.config import resolved, section
+from nestcli.config import resolved
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.files import held_alone, remove_leftovers, user_path, write_text
@@ -26,6 +27,7 @@ from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.changes import Changes, ConfiguredOptimizer, record_start
 from nestcli.training.checkpoints import NestCheckpoint
+from nestcli.training.checks import CheckpointConfig, check_masks, check_settings, without_effect
 from nestcli.training.launchers import check_launch, cluster_plugins
 from nestcli.training.metrics import Reporter
 from nestcli.training.processes import ended_together
@@ -33,8 +35,6 @@ from nestcli.training.resume import SameResume, find_resume
 from nestcli.training.resuming import ResumedCounts
 from nestcli.training.settings import (
     Length,
-    SafetyConfig,
-    TrainerConfig,
     accelerator,
     check_compiler,
     device_name,
@@ -110,8 +110,7 @@ class Pretraining:
 
     def __init__(self, config: DictConfig, reporter: Reporter) -> None:
         self.config, self.reporter = config, reporter
-        section(TrainerConfig, config, "trainer")
-        SafetyConfig.of(config)
+        check_settings(config)
         processes = n_processes(config)
         check_launch(processes, int(config.trainer.num_nodes))
         check_compiler(config)
@@ -119,6 +118,11 @@ class Pretraining:
         check_shared_memory(config)
         self.data = NestDataModule(config, reporter.note)
         self.data.check_ready(processes // int(config.trainer.num_nodes))
+        for key, corpus in (("model.train_ds", self.data.train), ("model.validation_ds", self.data.val)):
+            if corpus is not None:
+                check_masks(config, key, corpus.speech.durations, reporter.note)
+        for told in without_effect(config):
+            reporter.note(told)
         batches = self.data.train_plan(processes).batches(0)
         self.length = Length.of(config.trainer, len(batches), processes)
         self.data.batches = self.length.batches
@@ -219,15 +223,20 @@ class Pretraining:
             with trainer.precision_plugin.forward_context():
                 output = model(on_device.audio, on_device.audio_len, on_device.noisy_audio, on_device.noisy_audio_len)
             output.loss.backward()
+            _check_gradients(model)
             gradients = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
             optimizer.step()
-        frames = int((batch.audio_len // model.preprocessor.config.hop_length).sum())
+        frames = (
+            output.frames_B
+            if self.module.model.mask_after_subsampling
+            else (batch.noisy_audio_len // model.preprocessor.config.hop_length)
+        )
         return DryRun(
             plan=plan,
             batch_seconds=float(batch.audio_len.sum()) / self.data.sample_rate,
             padding=self.data.train_plan().padding_waste(),
             loss=float(output.loss.detach()),
-            masked_share=float(output.mask_BT.sum()) / max(1, frames),
+            masked_share=float(output.mask_BT.sum()) / max(1, int(frames.sum())),
             gradient_norm=float(torch.stack(gradients).norm()),
             peak_gpu_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         )
@@ -255,7 +264,8 @@ class Pretraining:
         manager = self.config.exp_manager
         if not manager.create_checkpoint_callback:
             return None
-        options = dict(resolved(manager.checkpoint_callback_params))
+        ours = {field.name for field in fields(CheckpointConfig)}
+        options = {key: value for key, value in resolved(manager.checkpoint_callback_params).items() if key in ours}
         nemo = self.nemo_path if options.pop("always_save_nemo", False) else None
         monitor = options.pop("monitor", "val_loss")
         if monitor not in _MONITORS:
@@ -294,6 +304,13 @@ class Pretraining:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
         leave_signals_to_us(trainer)
         return trainer
+
+
+def _check_gradients(model: nn.Module) -> None:
+    """Raise ConfigError if something is to be trained that the loss does not depend on."""
+    idle = [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
+    if idle:
+        raise ConfigError(f"the loss has no gradient for {idle[0]}{f' and {len(idle) - 1} more' if idle[1:] else ''}.")
 
 
 def _check_filename(filename: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sysconfig
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
+from nestcli.bounds import range_of, shown, within
 from nestcli.config import resolved, section
 from nestcli.data.cores import available_cores
 from nestcli.errors import ConfigError, MissingDependencyError
@@ -32,18 +34,21 @@ _PRECISIONS = {
     "bf16-mixed": "bf16-mixed",
     "bf16-true": "32-true",
 }
-# Trainer keys that we answer ourselves, those that count epochs among them; nothing is uploaded to a registry.
+# Trainer keys that we answer ourselves, those that count epochs among them.
 _OURS = (
     "enable_checkpointing", "logger", "enable_progress_bar", "max_epochs", "max_steps", "limit_train_batches",
-    "val_check_interval", "check_val_every_n_epoch", "model_registry",
+    "val_check_interval", "check_val_every_n_epoch",
 )  # fmt: skip
 _PROCESSES = 16  # that may be started on a CPU, even if it has fewer cores
 _ENDLESS = 1 << 40  # steps of a run without an end
+_TIME = re.compile(r"\d{1,5}:\d\d:\d\d:\d\d")
+_TIME_PARTS = ("weeks", "days", "hours", "minutes", "seconds")
+_STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "fsdp2")
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The keys of the `trainer` block that we read ourselves, checked; Lightning checks the others."""
+    """The `trainer` block, checked; other keys in it have no effect."""
 
     devices: int | str | tuple[int, ...]
     num_nodes: int
@@ -58,20 +63,71 @@ class TrainerConfig:
     precision: int | str
     log_every_n_steps: int
     sync_batchnorm: bool
+    enable_progress_bar: bool
+    num_sanity_val_steps: int
+    enable_checkpointing: bool
+    logger: bool | None
+    benchmark: bool | None
     limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
+    deterministic: bool | str | None = None
+    detect_anomaly: bool = False
+    gradient_clip_algorithm: str | None = None
+    max_time: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if str(self.precision) not in _PRECISIONS:
             raise ValueError(f"precision: {self.precision!r} is not one of {', '.join(_PRECISIONS)}.")
         if isinstance(self.devices, str) and self.devices not in ("auto", "-1"):
             raise ValueError(f"devices: {self.devices!r}: give a number, -1 for all, or a list such as [0,1].")
-        if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
-            raise ValueError(f"devices: {self.devices} is not a number of devices, give at least 1, or -1 for all.")
-        for key in ("num_nodes", "accumulate_grad_batches"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: {getattr(self, key)} must be at least 1.")
-        if self.val_check_interval <= 0:
-            raise ValueError(f"val_check_interval: {self.val_check_interval} must be above 0; batches, or a share.")
+        if isinstance(self.devices, int) and not (self.devices == -1 or 1 <= self.devices <= 1 << 20):
+            raise ValueError(
+                f"devices: {shown(self.devices)} is not a number of devices, give at least 1, or -1 for all."
+            )
+        if isinstance(self.devices, tuple):
+            within(self, 0, 1 << 10, "devices")
+            if len(set(self.devices)) < len(self.devices):
+                raise ValueError(f"devices: {list(self.devices)} names a device twice.")
+        within(self, 1, 1 << 20, "num_nodes", "accumulate_grad_batches")
+        within(self, 1, 10**9, "log_every_n_steps", "check_val_every_n_epoch")
+        within(self, 0, 1e9, "gradient_clip_val")
+        within(self, -1, 10**9, "num_sanity_val_steps")
+        for key in ("max_steps", "max_epochs"):
+            if getattr(self, key) != -1:  # no limit
+                within(self, 1, _ENDLESS, key)
+        for key in ("val_check_interval", "limit_train_batches", "limit_val_batches"):
+            _check_batches(key, getattr(self, key))
+        if self.strategy not in _STRATEGIES:
+            raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(_STRATEGIES)}.")
+        if isinstance(self.deterministic, str) and self.deterministic != "warn":
+            raise ValueError(f"deterministic: {self.deterministic!r}: use true, false or warn.")
+        if self.gradient_clip_algorithm not in (None, "norm", "value"):
+            raise ValueError(f"gradient_clip_algorithm: {self.gradient_clip_algorithm!r}: use norm or value.")
+        for key in ("logger", "enable_checkpointing"):
+            if getattr(self, key):
+                raise ValueError(f"{key}: exp_manager makes loggers and checkpoints, so only false is possible.")
+        _check_time(self.max_time)
+
+
+def _check_batches(key: str, value: float | None) -> None:
+    """A number of batches, or a share of all that is written with a point."""
+    is_share = isinstance(value, float)
+    if value is not None and not (0 < value <= 1 if is_share else 1 <= value <= _ENDLESS):
+        must = f"{range_of(0, 1, above=True)}: it is a share; batches are a whole number" if is_share else "above 0"
+        raise ValueError(f"{key}: {shown(value)} must be {must}.")
+
+
+def _check_time(time: str | dict[str, Any] | None) -> None:
+    """`max_time` as Lightning writes it: days, hours, minutes and seconds, or numbers of them by name."""
+    if isinstance(time, str):
+        usable = _TIME.fullmatch(time) is not None and time.strip("0:") != ""
+    elif time is None:
+        usable = True
+    else:
+        numbers = [isinstance(each, int | float) and 0 <= each <= 1e6 for each in time.values()]
+        usable = all(numbers) and any(time.values()) and set(time) <= set(_TIME_PARTS)
+    if not usable:
+        raise ValueError(f"max_time: {str(time)[:60]!r} is no time such as 01:12:00:00 (days:hours:minutes:seconds).")
 
 
 @dataclass(frozen=True)
@@ -84,12 +140,9 @@ class SafetyConfig:
     collapse_lines: int = 20  # logged lines in a row that it takes to call a run collapsed
 
     def __post_init__(self) -> None:
-        if self.max_bad_steps is not None and not 1 <= self.max_bad_steps <= 100:
-            raise ValueError(f"max_bad_steps: {self.max_bad_steps} must be from 1 to 100, or null for no guard.")
-        if self.explode_factor is not None and self.explode_factor <= 1:
-            raise ValueError(f"explode_factor: {self.explode_factor} must be above 1, or null.")
-        if self.collapse_lines < 1:
-            raise ValueError(f"collapse_lines: {self.collapse_lines} must be at least 1.")
+        within(self, 1, 100, "max_bad_steps")
+        within(self, 1, 1e9, "explode_factor", above=True)
+        within(self, 1, 10**9, "collapse_lines")
 
     @classmethod
     def of(cls, config: DictConfig) -> SafetyConfig:
@@ -143,7 +196,8 @@ class Length:
 
 def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> dict[str, Any]:
     """Arguments of Lightning's Trainer."""
-    options = {key: value for key, value in resolved(config.trainer).items() if key not in _OURS}
+    passed_on = {field.name for field in fields(TrainerConfig)} - set(_OURS)
+    options = {key: value for key, value in resolved(config.trainer).items() if key in passed_on}
     processes = n_processes(config)
     options.update(
         accelerator=accelerator(config),

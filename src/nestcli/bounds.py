@@ -1,0 +1,83 @@
+"""Types and bounds of values that a configuration gives."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from nestcli.errors import ConfigError
+from nestcli.untrusted import short
+
+_HUGE = 10**300  # a whole number beyond it fits into no float
+
+
+def within(block: Any, low: float, high: float, *keys: str, above: bool = False, below: bool = False) -> None:
+    """Check that attributes of a block of settings lie between two numbers; None passes, of a tuple every element.
+
+    `above` leaves `low` itself out, `below` leaves `high` out. Raises ValueError that begins with the key.
+    """
+    for key in keys:
+        value = getattr(block, key)
+        elements = value if isinstance(value, tuple) else (value,)
+        if not elements:
+            raise ValueError(f"{key}: the list is empty. Give at least one number, or null.")
+        for each in elements:
+            if each is not None and not is_within(each, low, high, above=above, below=below):
+                raise ValueError(f"{key}: {shown(each)} must be {range_of(low, high, above, below)}.")
+
+
+def is_within(value: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> bool:
+    """Whether a value is a finite number between two others; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return low <= value <= high and not (above and value == low) and not (below and value == high)
+
+
+def range_of(low: float, high: float, above: bool = False, below: bool = False) -> str:
+    """A range in words, such as `from 0 to 1`."""
+    if above or below:
+        return f"{'above' if above else 'at least'} {_plain(low)} and {'below' if below else 'at most'} {_plain(high)}"
+    return f"from {_plain(low)} to {_plain(high)}"
+
+
+def shown(value: Any) -> str:
+    """A value for a message; a number of more than twenty digits is not written out."""
+    return short(value)
+
+
+def _plain(number: float) -> str:
+    if isinstance(number, int) or (math.isfinite(number) and number == int(number) and abs(number) < 1e15):
+        return f"{int(number):,}"
+    return f"{number:g}"
+
+
+# ---- types ----
+
+
+def coerced(value: Any, hint: Any, where: str) -> Any:
+    """The value as a type hint has it: tuples for lists, floats for whole numbers. Raises ConfigError."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = tuple(value)
+    if isinstance(value, tuple) and (elements := _element_hint(hint)) is not None:
+        return tuple(coerced(element, elements, where) for element in value)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    options = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        plain = typing.get_origin(option) or option
+        if plain is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < _HUGE:
+            return float(value)
+        if plain is Any or (isinstance(value, plain) and not (plain is int and isinstance(value, bool))):
+            return value
+    names = " or ".join("null" if option is types.NoneType else getattr(option, "__name__", "?") for option in options)
+    raise ConfigError(f"{where}: {short(value)} is not of type {names}.")
+
+
+def _element_hint(hint: Any) -> Any:
+    """The type of the elements if a type is, or may be, a tuple of any length."""
+    for option in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+        if typing.get_origin(option) is tuple:
+            return typing.get_args(option)[0]
+    return None

@@ -1,0 +1,132 @@
+"""Keys that NeMo, Lightning or PyTorch honour and nest does not have, and what to do in their place."""
+
+from __future__ import annotations
+
+_NAMES = {
+    "trainer": (
+        "callbacks fast_dev_run min_epochs min_steps limit_test_batches limit_predict_batches overfit_batches "
+        "enable_model_summary inference_mode use_distributed_sampler profiler barebones plugins default_root_dir "
+        "reload_dataloaders_every_n_epochs enable_autolog_hparams model_registry resume_from_checkpoint gpus tpu_cores "
+        "replace_sampler_ddp auto_lr_find auto_scale_batch_size amp_level amp_backend track_grad_norm num_processes "
+        "weights_summary weights_save_path checkpoint_callback progress_bar_refresh_rate terminate_on_nan"
+    ),
+    "exp_manager": (
+        "explicit_log_dir version use_datetime_version resume_past_end resume_from_checkpoint summary_writer_kwargs "
+        "create_mlflow_logger mlflow_logger_kwargs create_dllogger_logger dllogger_logger_kwargs create_clearml_logger "
+        "clearml_logger_kwargs create_neptune_logger neptune_logger_kwargs create_early_stopping_callback "
+        "early_stopping_callback_params create_ipl_epoch_stopper_callback ipl_epoch_stopper_callback_params "
+        "create_preemption_callback files_to_copy log_step_timing log_delta_step_timing step_timing_kwargs ema "
+        "disable_validation_on_resume max_time_per_run seconds_to_sleep create_straggler_detection_callback "
+        "straggler_detection_params create_fault_tolerance_callback fault_tolerance log_tflops_per_sec_per_gpu "
+        "model_parallel_size"
+    ),
+    "exp_manager.checkpoint_callback_params": (
+        "filepath dirpath save_weights_only auto_insert_metric_name train_time_interval prefix postfix save_best_model "
+        "save_nemo_on_train_end model_parallel_size save_on_train_epoch_end async_save save_last_n_optim_states period "
+        "enable_version_counter save_on_exception"
+    ),
+    "model": (
+        "test_ds predict_ds freeze_encoder freeze_updates variational_noise skip_nan_grad adapter adapters access "
+        "interctc loss_list feature_penalty dropout_features dropout_features_q nsys_profile memory_profile "
+        "log_prediction optim_param_groups spec_augmentation tokenizer labels "
+        "init_from_nemo_model init_from_ptl_ckpt init_strict"
+    ),
+    "model.optim": (
+        "eps amsgrad maximize foreach capturable differentiable fused momentum dampening nesterov rho alpha centered "
+        "args param_groups exclude_from_weight_decay weight_decay_ratio"
+    ),
+    "model.optim.sched": (
+        "max_steps last_epoch monitor reduce_on_plateau interval frequency args hold_steps hold_ratio constant_steps "
+        "constant_ratio power cycle gamma step_size T_max T_0 eta_min factor patience decay_rate"
+    ),
+    "model.preprocessor": (
+        "n_window_size n_window_stride preemph lowfreq highfreq log_zero_guard_type log_zero_guard_value exact_pad "
+        "mag_power rng nb_augmentation_prob nb_max_freq mel_norm use_torchaudio stft_exact_pad stft_conv"
+    ),
+    "model.encoder": (
+        "subsampling_conv_chunking_factor reduction reduction_position reduction_factor att_context_probs "
+        "att_chunk_context_size conv_context_style global_tokens global_tokens_spacing global_attn_separate "
+        "use_pytorch_sdpa_backends sync_max_audio_length adapter"
+    ),
+    "model.quantizer": "time_ahead",
+    "model.decoder": "init_mode",
+}  # fmt: skip
+_DATASET_NAMES = (
+    "labels parser augmentor return_sample_id int_values tarred_shard_strategy tarred_audio_index_filepaths "
+    "shard_manifests max_utts unk_index blank_index normalize_transcripts use_dali code_switched is_code_switched "
+    "channel_selector force_monochannel seed shard_seed skip_missing_manifest_entries tarred_random_access "
+    "num_cuts_for_bins_estimate bucket_buffer_size concurrent_bucketing bucketing_2d_strict_mode max_open_streams "
+    "cuda_expandable_segments multi_config sampler_fusion sampler_weights pretokenize prompt_format "
+    "use_multimodal_sampling audio_locator_tag token_equivalent_duration batch_tokens quadratic_factor "
+    "cut_text_into_windows_tokens min_tps max_tps min_tokens max_tokens measure_total_length min_tpt max_tpt max_cer "
+    "min_context_speaker_similarity keep noise_path noise_snr noise_mix_prob perturb_speed concatenate_samples "
+    "concatenate_gap_seconds concatenate_duration_factor concatenate_merge_supervisions db_norm truncate_duration "
+    "truncate_offset_type cut_into_windows_duration cut_into_windows_hop keep_excessive_supervisions rir_enabled "
+    "rir_path rir_prob pad_min_duration pad_direction lowpass_enabled lowpass_frequencies_interval lowpass_prob "
+    "compression_enabled compression_prob compression_level_interval compression_codecs compression_codec_weights "
+    "compression_enable_for_custom_fields clipping_enabled clipping_gain_db clipping_normalize clipping_oversampling "
+    "clipping_prob_hard clipping_prob text_field lang_field metadata_only force_finite force_map_dataset "
+    "force_iterable_dataset slice_length defer_setup dataset dataloader_params collate_fn"
+)
+_ELSEWHERE = {  # what does it here
+    "trainer.callbacks": "exp_manager makes the callbacks.",
+    "trainer.fast_dev_run": "Use --dry-run.",
+    "trainer.overfit_batches": "Give model.train_ds.manifest_filepath a manifest with a few lines.",
+    "trainer.min_steps": "Set trainer.max_steps.",
+    "trainer.min_epochs": "Set trainer.max_epochs.",
+    "trainer.default_root_dir": "Set exp_manager.exp_dir.",
+    "trainer.resume_from_checkpoint": "A run goes on by itself: exp_manager.resume_if_exists. "
+    "To start from other weights, set init_from_ptl_ckpt.",
+    "trainer.gpus": "Set trainer.devices.",
+    "trainer.num_processes": "Set trainer.devices.",
+    "trainer.profiler": "`nest bench` measures the parts of a step.",
+    "exp_manager.explicit_log_dir": "Set exp_manager.exp_dir and exp_manager.name.",
+    "exp_manager.version": "Set another exp_manager.name.",
+    "exp_manager.use_datetime_version": "Set another exp_manager.name.",
+    "exp_manager.resume_from_checkpoint": "A run goes on from the newest checkpoint in its folder. "
+    "To start from other weights, set init_from_ptl_ckpt.",
+    "exp_manager.max_time_per_run": "Set trainer.max_time.",
+    "exp_manager.create_preemption_callback": "A run always saves on SIGTERM and SIGUSR1.",
+    "exp_manager.log_step_timing": "metrics.jsonl always holds the seconds of a step.",
+    "exp_manager.create_early_stopping_callback": "checkpoint_callback_params.save_top_k keeps the best model.",
+    "exp_manager.early_stopping_callback_params": "checkpoint_callback_params.save_top_k keeps the best model.",
+    "exp_manager.checkpoint_callback_params.dirpath": "Set exp_manager.exp_dir and exp_manager.name.",
+    "exp_manager.checkpoint_callback_params.filepath": "Set checkpoint_callback_params.filename.",
+    "exp_manager.checkpoint_callback_params.prefix": "Set checkpoint_callback_params.filename.",
+    "exp_manager.checkpoint_callback_params.save_nemo_on_train_end": "Set always_save_nemo.",
+    "model.init_from_nemo_model": "Write it without `model.`.",
+    "model.init_from_ptl_ckpt": "Write it without `model.`.",
+    "model.skip_nan_grad": "nest.max_bad_steps leaves such steps out.",
+    "model.test_ds": "Give its manifest to model.validation_ds.",
+    "model.optim.sched.max_steps": "Set trainer.max_steps.",
+    "model.preprocessor.n_window_size": "Set window_size, in seconds.",
+    "model.preprocessor.n_window_stride": "Set window_stride, in seconds.",
+    "channel_selector": "All channels are averaged; `nest prepare-data --convert --channel N` keeps one.",
+    "seed": "Set `seed`, at the top of the configuration.",
+    "shard_seed": "Set `seed`, at the top of the configuration.",
+    "noise_path": "Set noise_manifest and batch_augmentor.",
+    "noise_snr": "Set batch_augmentor.min_r_noise and max_r_noise.",
+    "noise_mix_prob": "Set batch_augmentor.prob.",
+    "augmentor": "Set batch_augmentor.",
+    "bucket_buffer_size": "Buckets are formed from all lines here.",
+    "num_cuts_for_bins_estimate": "Bins are computed from all lines here.",
+}
+_FOREIGN = frozenset(
+    (
+        *(f"{block}.{name}" for block, names in _NAMES.items() for name in names.split()),
+        *(f"model.{part}.{name}" for part in ("train_ds", "validation_ds") for name in _DATASET_NAMES.split()),
+        "hydra",
+        "defaults",
+    )
+)
+
+
+def foreign(key: str) -> str | None:
+    """What to do about a key, or a part of one, that NeMo, Lightning or PyTorch honour and nest does not; else None."""
+    parts = key.split(".")
+    for count in range(1, len(parts) + 1):
+        whole = ".".join(parts[:count])
+        if whole in _FOREIGN:
+            other = _ELSEWHERE.get(whole) or _ELSEWHERE.get(parts[count - 1] if whole.startswith("model.") else whole)
+            return other or "Leave it out; docs/from-nemo.md lists what nest does not have."
+    return None

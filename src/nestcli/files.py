@@ -65,13 +65,26 @@ def atomic_file(
 
 
 class _Watched(io.FileIO):
-    """A file that remembers that it could not be written: what calls it may raise an error of its own for that."""
+    """A file that remembers its own failure: what calls it may raise another error for that."""
 
     failed: OSError | None = None
 
     def write(self, data: Any) -> int:
-        try:
+        with self._noted():
             return super().write(data)
+
+    def readinto(self, buffer: Any) -> int:
+        with self._noted():
+            return super().readinto(buffer)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with self._noted():
+            return super().seek(offset, whence)
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as problem:
             self.failed = problem
             raise

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import os
 import random
 import zipfile
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from nestcli import files
 from nestcli.checkpoint.atomic import UnwrittenError
 from nestcli.checkpoint.digest import DamagedError, verify
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, load_lightning_checkpoint
@@ -121,36 +123,39 @@ class Faults:
         return wrapped
 
 
-class FaultyFile:
-    """A file whose every call may fail."""
+def faulty_file(faults: Faults) -> type:
+    """A file whose every call to the disk may fail, below what notes such failures."""
 
-    def __init__(self, file: Any, faults: Faults) -> None:
-        self.file, self.faults = file, faults
+    class FaultyDisk(io.FileIO):
+        def __init__(self, *args: Any) -> None:
+            faults.call("open")
+            super().__init__(*args)
 
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(self.file, name)
-        return self.faults.failing(name, real) if name in ("write", "flush", "read", "seek") else real
+        def write(self, data: Any) -> int:
+            faults.call("write")
+            return super().write(data)
 
-    def __enter__(self) -> "FaultyFile":
-        return self
+        def readinto(self, buffer: Any) -> int:
+            faults.call("read")
+            return super().readinto(buffer)
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.faults.call("close")
+        def seek(self, *args: Any) -> int:
+            faults.call("seek")
+            return super().seek(*args)
+
+        def close(self) -> None:
+            was_open = not self.closed
+            super().close()
+            if was_open:
+                faults.call("close")
+
+    return type("FaultyFile", (files._Watched, FaultyDisk), {})
 
 
 @contextmanager
 def faulty_disk(faults: Faults) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        really = Path.open
-
-        def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-            if not {"w", "x"} & set(mode):
-                return really(path, mode, *args, **options)
-            faults.call("open")
-            return FaultyFile(really(path, mode, *args, **options), faults)
-
-        patch.setattr(Path, "open", opened)
+        patch.setattr(files, "_Watched", faulty_file(faults))
         patch.setattr(Path, "replace", faults.failing("rename", Path.replace))
         for name in ("open", "close", "fsync", "posix_fadvise"):
             patch.setattr(f"nestcli.files.os.{name}", faults.failing(f"os.{name}", getattr(os, name)))
@@ -181,9 +186,9 @@ def test_a_write_that_fails_at_any_call_leaves_the_old_checkpoint(tmp_path: Path
         assert steps["old.ckpt"] == 1 or steps == {"old.ckpt": 2}  # of before or whole: the folder's fsync failed
         if not faults.happened:
             break
-    assert failed >= {"open", "write", "flush", "os.fsync", "close", "rename", "os.open", "os.close", "read"}
+    assert failed >= {"open", "write", "os.fsync", "close", "rename", "os.open", "os.close", "read"}
     assert steps[name] == 2
-    assert number > 20
+    assert number >= 20
 
 
 def test_a_disk_that_gives_back_something_else_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ own 64 digits: `head -c -64 FILE | sha256sum` gives it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -82,12 +83,15 @@ def save_digested(content: Any, file: BinaryIO) -> None:
     file.seek(-2, io.SEEK_END)
     file.write(head + hashed.hash.hexdigest().encode())
     file.flush()
-    os.fsync(file.fileno())
-    if hasattr(os, "posix_fadvise"):  # from the disk, not from the memory that it was written through
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    size = file.tell()
-    if _digest(file, size) != hashed.hash.hexdigest():
-        raise OSError("it reads back other than it was written: the disk or the memory is faulty")
+    try:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # from the disk, not from the memory that it was written through
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError as error:  # which does not say whose it is
+        raise OSError(error.errno, error.strerror, file.name) from None
+    if _digest(file, file.tell()) != hashed.hash.hexdigest():
+        why = "it reads back other than it was written: the disk or the memory is faulty"
+        raise OSError(errno.EIO, why, file.name)
 
 
 def stored_digest(file: IO[bytes], size: int) -> str | None:

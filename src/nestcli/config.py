@@ -390,6 +390,8 @@ def _check_known(leaves: Iterable[tuple[str, Any]], source: str, *, blocks_allow
             raise ConfigError(
                 f"{source}: nest does not have {key}, a key of NeMo's or of what it is built on. {instead}"
             )
+        if key in blocks:
+            raise ConfigError(f"{source}: {key}: {short(value)} is no block of keys. Leave it out, or set keys of it.")
         added = f" To add a new key, write +{key}=..."
         add = added if source == "the command line" else " Remove it; keys of your own go into +key=value words."
         raise ConfigError(f"{source}: unknown key {key}.{_nearest(key)}{add}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from conftest import TINY_RUN, tiny_config
 from nestcli.cli.app import app
-from nestcli.config import _known_keys, load_config, resolved, section, unused_keys
+from nestcli.config import _known_keys, load_config, resolved, section, unused_keys, with_overrides
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.data.settings import DatasetConfig
 from nestcli.errors import ConfigError, NestError
@@ -257,9 +258,9 @@ EMPTY = [
 
 @pytest.mark.parametrize("key", EMPTY)
 @pytest.mark.parametrize("text", ["", " "])
-def test_nothing_behind_a_key_is_not_set(key: str, text: str) -> None:
+def test_nothing_behind_a_key_is_not_set(base: Any, key: str, text: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key.lstrip('+')} is not set: nothing stands behind"):
-        load_config("demo", [f"{key}={text}"])
+        with_overrides(base, [f"{key}={text}"], "small")  # refused before it is applied
 
 
 @pytest.mark.parametrize("text", ["", "''"])
@@ -311,19 +312,18 @@ def test_noise_without_a_name(corpus: dict[str, Path], value: str) -> None:
         ("hydra.run.dir", "Leave it out"),
     ],
 )
-def test_keys_of_others_are_refused_with_a_plus_too(tmp_path: Path, key: str, instead: str) -> None:
+def test_keys_of_others_are_refused_with_a_plus_too(base: Any, tmp_path: Path, key: str, instead: str) -> None:
     path = tmp_path / "x.yaml"
     whole: Any = 1
     for part in reversed(key.split(".")):
         whole = {part: whole}
     path.write_text(json.dumps({"base": "small"} | whole))
     block, _, name = key.rpartition(".")
-    for call in (
-        ("small", [f"{key}=1"]), ("small", [f"+{key}=1"]), ("small", [f"++{key}=1"]), (str(path), []),
-        ("small", [f"+{block}={{{name}: 1}}"]),
-    ):  # fmt: skip
+    words = (f"{key}=1", f"+{key}=1", f"++{key}=1", f"+{block}={{{name}: 1}}")
+    calls = [partial(with_overrides, base, [word], "small") for word in words]  # refused before it is applied
+    for call in (*calls, partial(load_config, str(path))):
         with pytest.raises(ConfigError) as raised:
-            load_config(*call)
+            call()
         message = str(raised.value)
         assert f"nest does not have {key}" in message
         assert instead in message
@@ -529,6 +529,17 @@ def test_a_time_limit_in_a_file_reaches_lightning(corpus: dict[str, Path], tmp_p
 def test_what_asks_for_something_else_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_settings(load_config("small", words))
+
+
+@pytest.mark.parametrize("key", ["model", "model.encoder", "trainer", "model.train_ds.batch_augmentor", "nest"])
+@pytest.mark.parametrize("value", [5, "text", [1, 2], True])
+def test_a_block_that_is_none(tmp_path: Path, key: str, value: Any) -> None:
+    path, whole = tmp_path / "x.yaml", value
+    for part in reversed(key.split(".")):
+        whole = {part: whole}
+    path.write_text(json.dumps({"base": "small"} | whole))
+    with pytest.raises(ConfigError, match=rf"x\.yaml: {key}: .* is no block of keys"):
+        load_config(str(path))
 
 
 @pytest.mark.parametrize("value", ["5", "true", "1.5", "[5]", "[true]", "[[5]]"])

@@ -71,8 +71,22 @@ def coerced(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if plain is Any or (isinstance(value, plain) and not (plain is int and isinstance(value, bool))):
             return value
-    names = " or ".join("null" if option is types.NoneType else getattr(option, "__name__", "?") for option in options)
-    raise ConfigError(f"{where}: {short(value)} is not of type {names}.")
+    names = " or ".join(_name(option) for option in options)
+    hint = (
+        f" Write {int(value)}."
+        if isinstance(value, float) and int in options and value.is_integer() and abs(value) < 1e15
+        else ""
+    )
+    raise ConfigError(
+        f"{where}: {short(list(value) if isinstance(value, tuple) else value)} is not of type {names}.{hint}"
+    )
+
+
+def _name(option: Any) -> str:
+    """A type as a person writes its values in YAML."""
+    if option is types.NoneType:
+        return "null"
+    return "list" if typing.get_origin(option) is tuple else getattr(option, "__name__", "?")
 
 
 def _element_hint(hint: Any) -> Any:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nestcli.bounds import coerced, is_within
 from nestcli.errors import ConfigError
-from nestcli.keys import foreign
+from nestcli.keys import foreign, is_off
 from nestcli.targets import CLASSES, PLACES, TARGETS
 from nestcli.untrusted import check_plain, check_references, check_sizes, read_yaml, short
 
@@ -116,9 +116,13 @@ def unused_keys(config: DictConfig) -> list[str]:
     known = _known_keys()
     return [
         f"+{key} has no effect in nest.{_nearest(key)}"
-        for key, _ in leaves(OmegaConf.to_container(config, resolve=False))
+        for key, value in leaves(OmegaConf.to_container(config, resolve=False))
         if not (
-            key in known or key in _blocks() or _is_start(key) or key.startswith("exp_manager.wandb_logger_kwargs.")
+            key in known
+            or key in _blocks()
+            or _is_part(key)
+            or is_off(key, value)
+            or key.startswith("exp_manager.wandb_logger_kwargs.")
         )
     ]
 
@@ -349,6 +353,8 @@ def _parse_value(text: str, word: str) -> Any:
             raise ConfigError(f"{word!r}: the value is not valid YAML: {_one_line(error)}") from None
         return text
     parsed = typing.cast("dict[str, Any]", value)["v"]
+    if isinstance(parsed, str) and text[:1] in ("'", '"') and text[-1:] == text[:1] and len(text) > 1:
+        return parsed  # quoted twice: the shell has taken the outer quotes
     is_block = isinstance(parsed, dict | list) and text.lstrip()[:1] in ("[", "{")
     return text if isinstance(parsed, str | dict | list) and not is_block else parsed
 
@@ -376,12 +382,16 @@ def _check(config: DictConfig, source: str) -> None:
 def _check_known(leaves: Iterable[tuple[str, Any]], source: str, *, blocks_allowed: bool = False) -> None:
     known, blocks = _known_keys(), _blocks()
     for key, value in leaves:
-        if key in known or (key in blocks and (blocks_allowed or value is None or value == {})) or _is_start(key):
+        if key in known or (key in blocks and (blocks_allowed or value is None or value == {})):
+            continue
+        if _is_part(key) or is_off(key, value):
             continue
         if (instead := foreign(key)) is not None:
             raise ConfigError(
                 f"{source}: nest does not have {key}, a key of NeMo's or of what it is built on. {instead}"
             )
+        if key in blocks:
+            raise ConfigError(f"{source}: {key}: {short(value)} is no block of keys. Leave it out, or set keys of it.")
         added = f" To add a new key, write +{key}=..."
         add = added if source == "the command line" else " Remove it; keys of your own go into +key=value words."
         raise ConfigError(f"{source}: unknown key {key}.{_nearest(key)}{add}")
@@ -397,10 +407,12 @@ def _blocks() -> frozenset[str]:
     return frozenset(key[:i] for key in _known_keys() for i, letter in enumerate(key) if letter == ".")
 
 
-def _is_start(key: str) -> bool:
-    """Whether a key is a part of NeMo's block form of the keys that name a run's first weights."""
+def _is_part(key: str) -> bool:
+    """Whether a key is a part of a value that may be a block: a run's first weights, or trainer.max_time."""
     start, *name = key.split(".")
-    return start in START_KEYS and len(name) == 2 and name[1] in _START_PARTS
+    if start in START_KEYS:
+        return len(name) == 2 and name[1] in _START_PARTS
+    return key.rpartition(".")[0] == "trainer.max_time"
 
 
 @functools.cache

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _NAMES = {
     "trainer": (
         "callbacks fast_dev_run min_epochs min_steps limit_test_batches limit_predict_batches overfit_batches "
         "enable_model_summary inference_mode use_distributed_sampler profiler barebones plugins default_root_dir "
         "reload_dataloaders_every_n_epochs enable_autolog_hparams model_registry resume_from_checkpoint gpus tpu_cores "
         "replace_sampler_ddp auto_lr_find auto_scale_batch_size amp_level amp_backend track_grad_norm num_processes "
-        "weights_summary weights_save_path checkpoint_callback progress_bar_refresh_rate terminate_on_nan"
+        "weights_summary weights_save_path checkpoint_callback progress_bar_refresh_rate terminate_on_nan "
+        "strategy"
     ),
     "exp_manager": (
         "explicit_log_dir version use_datetime_version resume_past_end resume_from_checkpoint summary_writer_kwargs "
@@ -79,6 +82,7 @@ _ELSEWHERE = {  # what does it here
     "To start from other weights, set init_from_ptl_ckpt.",
     "trainer.gpus": "Set trainer.devices.",
     "trainer.num_processes": "Set trainer.devices.",
+    "trainer.strategy": "Write the name alone: trainer.strategy: ddp.",
     "trainer.profiler": "`nest bench` measures the parts of a step.",
     "exp_manager.explicit_log_dir": "Set exp_manager.exp_dir and exp_manager.name.",
     "exp_manager.version": "Set another exp_manager.name.",
@@ -119,6 +123,21 @@ _FOREIGN = frozenset(
         "defaults",
     )
 )
+
+# Keys that are no feature: false asks for something else than what nest does.
+_NOT_OFF = frozenset(("create_preemption_callback", "auto_insert_metric_name", "log_step_timing", "init_strict"))
+_NEUTRAL = {  # what NeMo's own files give them, and what nest does
+    "model.encoder.reduction_factor": (1,),
+    "model.encoder.subsampling_conv_chunking_factor": (1, -1),
+}
+
+
+def is_off(key: str, value: Any) -> bool:
+    """Whether a key of others is there and asks for nothing: it is null or false, or as NeMo's files have it."""
+    if foreign(key) is None:
+        return False
+    off = value is None or (value is False and key.rpartition(".")[2] not in _NOT_OFF)
+    return off or value in _NEUTRAL.get(key, ())
 
 
 def foreign(key: str) -> str | None:

@@ -74,3 +74,10 @@ def test_temperature_is_nemos_formula():
     sizes = np.array([3.0, 5.0, 20.0])
     weights = (sizes / sizes.sum()) ** (1 / 5)
     assert temperature_shares([3, 5, 20], 5) == pytest.approx((weights / weights.sum()).tolist())
+
+
+def test_a_window_of_nothing_keeps_the_lines_of_a_shard_in_order():
+    shards = [line // 5 for line in range(20)]
+    items = order(20, shards=shards, shuffle="shards", window=0).items(0)
+    assert sorted(items) == list(range(20))
+    assert all((np.diff(five) == 1).all() for five in items.reshape(4, 5))

@@ -1,13 +1,16 @@
-"""bf16-true: weights in bf16, and running statistics that go on moving."""
+"""bf16-true and shorter types: weights in bf16, and running statistics that go on moving."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import tiny_config
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.model.module import NestModule
+from nestcli.model.nest import NestConfig
+from nestcli.model.speech_encoder import SpeechEncoder
 from nestcli.training.run import Pretraining
 
 STATISTICS = ("running_mean", "running_var")
@@ -71,3 +74,35 @@ class Quiet:
 
     def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
         return lambda *_: None
+
+
+@pytest.fixture
+def encoder(corpus: dict[str, Path]) -> SpeechEncoder:
+    nest = NestConfig.from_config(tiny_config(corpus))
+    return SpeechEncoder(nest.preprocessor, nest.encoder).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_encoder_in_a_shorter_type_has_its_features_in_fp32(encoder: SpeechEncoder, dtype: torch.dtype) -> None:
+    audio, lengths = 0.1 * torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)), torch.tensor([16000] * 2)
+    features, expected = encoder.preprocessor(audio, lengths)[0], encoder(audio).features
+    short = nn.Sequential(encoder).to(dtype)[0]
+    assert torch.equal(short.preprocessor(audio, lengths)[0], features)
+    assert {buffer.dtype for buffer in short.preprocessor.buffers()} == {torch.float32}
+    encoded = short(audio.to(dtype)).features
+    assert encoded.dtype == dtype
+    assert float((encoded.float() - expected).detach().abs().max()) < 0.1
+    short.train()
+    short(audio).features.float().square().mean().backward()
+    assert short.encoder.layers[0].norm_out.weight.grad.dtype == dtype
+
+
+def test_shapes_are_known_without_weights(encoder: SpeechEncoder) -> None:
+    """On `meta`, moved there or made there."""
+    with torch.device("meta"):
+        made = SpeechEncoder(encoder.preprocessor.config, encoder.encoder.config)
+    for each in (made, encoder.to("meta")):
+        features, lengths = each(torch.empty(2, 16000, device="meta"))
+        assert features.is_meta
+        assert features.shape == (2, 13, 16)
+        assert lengths.shape == (2,)

@@ -23,7 +23,7 @@ from nestcli.data.settings import DatasetConfig
 from nestcli.data.shards import expand, read_shar, read_tarred
 from nestcli.errors import ConfigError, DataError
 from nestcli.files import user_path
-from nestcli.untrusted import check_plain, read_yaml
+from nestcli.untrusted import check_plain, read_yaml, short
 
 _DEEPEST_GROUP, _MOST_ENTRIES = 8, 10_000  # of an input_cfg
 
@@ -56,7 +56,7 @@ def read_corpus(config: DictConfig, key: str) -> Corpus:
     """Open what the block at `key` names. Raises ConfigError and DataError."""
     settings = section(DatasetConfig, config, key)
     block = OmegaConf.select(config, key)
-    parts = _lhotse_parts(block, settings) if settings.use_lhotse else None
+    parts = _lhotse_parts(block, settings, key) if settings.use_lhotse else None
     nested = False
     if parts is None:
         none = "; null means no validation" if key == "model.validation_ds" else ""
@@ -91,13 +91,16 @@ def _plain(value: Any) -> Any:
 
 
 def _check_names(paths: Any, key: str) -> None:
-    """Raise ConfigError where a path is empty, as an unset variable leaves it, or a list has none."""
+    """Raise ConfigError where a path is no text, or empty, as an unset variable leaves it, or a list has none."""
+    if paths is not None and not isinstance(paths, str | list):
+        raise ConfigError(f"{key}: {short(paths)} is no path. Write a path, or a list of paths.")
     nothing = isinstance(paths, list) and not paths
     blank = isinstance(paths, str) and not all(each.strip(" []") for each in paths.split(","))
     if nothing or blank:
         raise ConfigError(f"{key} is not set: one of its paths is empty. Write the path, or leave it out.")
-    for each in paths if isinstance(paths, list) else []:
-        _check_names(each, key)
+    if isinstance(paths, list):
+        for each in paths[:1] if _is_weighted(paths) else paths:
+            _check_names(each, key)
 
 
 def _is_nested(paths: Any) -> bool:
@@ -142,17 +145,21 @@ def _is_weighted(each: Any) -> bool:
     return isinstance(each, list) and len(each) == 2 and isinstance(each[1], int | float)
 
 
-def _lhotse_parts(block: DictConfig, settings: DatasetConfig) -> list[Part] | None:
+def _lhotse_parts(block: DictConfig, settings: DatasetConfig, key: str) -> list[Part] | None:
     """The data sets that Lhotse's own keys name; None if none of them is set."""
     temperatures = settings.reweight_temperature
     if (entries := _plain(block.get("input_cfg"))) is not None:
         levels = list(temperatures) if isinstance(temperatures, tuple) else temperatures
         return _parts_of_input(entries, levels, itertools.count())
     if (path := _plain(block.get("shar_path"))) is not None:
+        for each in path if isinstance(path, list) else [path]:
+            if not isinstance(each, dict):
+                _check_names(each, f"{key}.shar_path")
         if found := _weighted(path):
             return [Part(read_shar(each), weight) for each, weight in found]
         return [Part(read_shar(each)) for each in (path if isinstance(path, list) else [path])]
     if (path := _plain(block.get("cuts_path"))) is not None:
+        _check_names(path, f"{key}.cuts_path")
         return [Part(read_manifests(expand(path)))]
     return None
 

@@ -258,7 +258,7 @@ def recounted(batches: int, accumulated: int, accumulate: int) -> int:
 
 def _wants_validation(config: DictConfig) -> bool:
     block = config.model.validation_ds
-    if block is None:
+    if block is None or OmegaConf.select(config, "trainer.limit_val_batches") == 0:
         return False
     if any(block.get(key) is not None for key in ("input_cfg", "shar_path", "cuts_path")):
         return True

@@ -50,7 +50,7 @@ def _order(corpus: Corpus, settings: DatasetConfig, key: str, seed: int) -> Orde
         part_of=corpus.part_of,
         shard_of=corpus.speech.shard_of,
         shuffle=None if not shuffles else "shards" if in_shards else "lines",
-        window=window or _SHUFFLE_WINDOW[settings.use_lhotse],
+        window=_SHUFFLE_WINDOW[settings.use_lhotse] if window is None else window,
         seed=seed,
         mixing=_mixing(corpus, settings, key),
     )

@@ -57,7 +57,8 @@ class DatasetConfig:
             raise ValueError("batch_size: null is not a number of utterances, give at least 1.")
         within(self, 1000, 1 << 20, "sample_rate")
         within(self, 1, 10**6, "batch_size", "bucketing_batch_size", "bucket_batch_size")
-        within(self, 1, 10**9, "shuffle_n", "shuffle_buffer_size")
+        within(self, 0, 10**9, "shuffle_n")  # 0: the lines of a shard keep their order
+        within(self, 1, 10**9, "shuffle_buffer_size")
         within(self, 1, 10_000, "num_buckets", "bucketing_weights")
         within(self, 0, 4096, "num_workers")
         within(self, 0, 1e7, "batch_duration", "max_duration", "read_timeout", "bucket_duration_bins", above=True)

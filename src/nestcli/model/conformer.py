@@ -80,6 +80,7 @@ class EncoderConfig:
             raise ValueError(f"att_context_style: {self.att_context_style!r}: use regular or chunked_limited.")
         if len(self.att_context_size) != 2:
             raise ValueError(f"att_context_size: {list(self.att_context_size)} must be [left, right].")
+        self._check_chunks()
         if self.stochastic_depth_mode not in ("linear", "uniform"):
             raise ValueError(f"stochastic_depth_mode: {self.stochastic_depth_mode!r}: use linear or uniform.")
         if self.stochastic_depth_drop_prob and not 1 <= self.stochastic_depth_start_layer <= self.n_layers:
@@ -91,6 +92,21 @@ class EncoderConfig:
         if self.backend == "nemo" and (self.compile or self.dropout_draws == "hash"):
             raise ValueError("backend: NeMo's encoder is trained as it is. Leave out compile and dropout_draws.")
         self._check_convolution()
+
+    def _check_chunks(self) -> None:
+        """As in NeMo: chunks of right + 1 frames, and whole ones to the left."""
+        left, right = self.att_context_size
+        chunked = self.att_context_style == "chunked_limited"
+        if chunked and right < 0:
+            raise ValueError(
+                f"att_context_size: with chunked_limited the right context of {list(self.att_context_size)} must be "
+                "at least 0: it sets the length of a chunk. Or set att_context_style to regular."
+            )
+        if chunked and left > 0 and left % (right + 1):
+            raise ValueError(
+                f"att_context_size: with chunked_limited the left context of {list(self.att_context_size)} must be a "
+                f"multiple of a chunk's {right + 1} frames (the right context + 1), or -1."
+            )
 
     def _check_numbers(self) -> None:
         within(self, 1, 1 << 16, "feat_in", "d_model", "n_heads")

@@ -5,6 +5,8 @@ Axes: B batch, N samples, T feature frames, F frequency bins of the STFT, D mel 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +84,7 @@ class LogMelPreprocessor(nn.Module):
     @torch.no_grad()
     def forward(self, audio_BN: Tensor, audio_len_B: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, D, T) with T padded to a multiple of `pad_to`, and the number of valid frames (B,)."""
-        with torch.autocast(audio_BN.device.type, enabled=False):
+        with _without_autocast(audio_BN.device.type):
             audio_BN = self._dithered(audio_BN.float())
             log_mel_BDT = self.featurizer(preemphasised(audio_BN, audio_len_B))
             frames_B = audio_len_B // self.config.hop_length
@@ -137,7 +139,17 @@ class LogMelFilterbank(nn.Module):
         self.n_fft, self.hop_length = config.n_fft, config.hop_length
         self.register_buffer("window", torch.hann_window(config.window_length, periodic=False))
         filters_DF = slaney_mel_filters(config.sample_rate, config.n_fft, config.features)
-        self.register_buffer("fb", torch.from_numpy(filters_DF)[None])
+        self.register_buffer("fb", torch.from_numpy(filters_DF)[None].to(self.window.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogMelFilterbank:
+        """Move to another device; a shorter type, as of `model.to(torch.bfloat16)`, leaves the buffers as they are."""
+        kept = {"window": self.window, "fb": self.fb}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype.itemsize < before.dtype.itemsize:
+                setattr(self, name, before.to(after.device))
+        return self
 
     def forward(self, audio_BN: Tensor) -> Tensor:
         """Log-mel energies (B, D, 1 + N // hop_length)."""
@@ -154,6 +166,11 @@ class LogMelFilterbank(nn.Module):
         # |z| and then its square, as NeMo does: re² + im² would differ in the last digits.
         magnitude_BFT = torch.view_as_real(spectrum_BFT).square().sum(-1).sqrt()
         return (self.fb @ magnitude_BFT.square() + LOG_GUARD).log()
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Full precision; on a device without autocast, such as `meta`, there is nothing to turn off."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def preemphasised(audio_BN: Tensor, audio_len_B: Tensor) -> Tensor:

@@ -75,6 +75,9 @@ def check_settings(config: DictConfig) -> None:
     section(TrainerConfig, config, "trainer")
     section(ManagerConfig, config, "exp_manager")
     section(CheckpointConfig, config, "exp_manager.checkpoint_callback_params")
+    for key in ("exp_manager.wandb_logger_kwargs", "model.spec_augment"):
+        if not isinstance(block := OmegaConf.select(config, key), DictConfig | None):
+            raise ConfigError(f"{key}: {_short(block)} is no block of keys. Leave it out, or set single keys of it.")
     SafetyConfig.of(config)
     optim = section(OptimizerConfig, config, "model.optim")
     sched = section(ScheduleConfig, config, "model.optim.sched")

@@ -54,7 +54,7 @@ class TrainerConfig:
     num_nodes: int
     max_epochs: int | None
     max_steps: int | None
-    val_check_interval: int | float
+    val_check_interval: int | float | None  # None: Lightning's default, an epoch
     check_val_every_n_epoch: int | None
     accelerator: str
     strategy: str
@@ -63,8 +63,8 @@ class TrainerConfig:
     precision: int | str
     log_every_n_steps: int
     sync_batchnorm: bool
-    enable_progress_bar: bool
-    num_sanity_val_steps: int
+    enable_progress_bar: bool | None
+    num_sanity_val_steps: int | None
     enable_checkpointing: bool
     logger: bool | None
     benchmark: bool | None
@@ -96,7 +96,7 @@ class TrainerConfig:
             if getattr(self, key) != -1:  # no limit
                 within(self, 1, _ENDLESS, key)
         for key in ("val_check_interval", "limit_train_batches", "limit_val_batches"):
-            _check_batches(key, getattr(self, key))
+            _check_batches(key, getattr(self, key), least=0 if key == "limit_val_batches" else 1)
         if self.strategy not in _STRATEGIES:
             raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(_STRATEGIES)}.")
         if isinstance(self.deterministic, str) and self.deterministic != "warn":
@@ -109,11 +109,13 @@ class TrainerConfig:
         _check_time(self.max_time)
 
 
-def _check_batches(key: str, value: float | None) -> None:
-    """A number of batches, or a share of all that is written with a point."""
-    is_share = isinstance(value, float)
-    if value is not None and not (0 < value <= 1 if is_share else 1 <= value <= _ENDLESS):
-        must = f"{range_of(0, 1, above=True)}: it is a share; batches are a whole number" if is_share else "above 0"
+def _check_batches(key: str, value: float | None, *, least: int) -> None:
+    """A number of batches, or a share of all that is written with a point. None of them if `least` is 0."""
+    is_share, none = isinstance(value, float), least == 0 and value == 0
+    if value is not None and not none and not (0 < value <= 1 if is_share else 1 <= value <= _ENDLESS):
+        must = range_of(least, _ENDLESS)
+        if is_share:
+            must = f"{range_of(0, 1, above=least > 0)}: it is a share; batches are a whole number"
         raise ValueError(f"{key}: {shown(value)} must be {must}.")
 
 
@@ -187,7 +189,7 @@ class Length:
                     f"{f' on {processes} devices' if processes > 1 else ''}. Raise the one or lower the other."
                 )
             ends.append(batches // (accumulate * processes))
-        interval = trainer.val_check_interval
+        interval = 1.0 if trainer.val_check_interval is None else trainer.val_check_interval
         if isinstance(interval, float):
             in_all = interval * batches_per_epoch * int(trainer.check_val_every_n_epoch or 1)
             interval = max(1, round(in_all / processes))

@@ -10,7 +10,7 @@ from conftest import tiny_config
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.config import load_config, resolved
 from nestcli.errors import ConfigError
-from nestcli.training.changes import Changes
+from nestcli.training.changes import Changes, place_steps
 from nestcli.training.run import Pretraining
 
 FIRST = ("trainer.max_steps=2", "trainer.val_check_interval=2")
@@ -145,3 +145,13 @@ def test_a_dry_run_says_what_would_change_and_writes_nothing(corpus: dict[str, P
     Pretraining(tiny_config(corpus, *words), listener).dry_run()
     assert "model.optim.lr is 0.7, was 0.1" in listener.notes[0]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_counts_of_steps_lie_where_the_new_options_want_them(fused: bool, device: str) -> None:
+    weight = torch.nn.Parameter(torch.empty(2, device="meta"))  # as on a GPU
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.state[weight]["step"] = torch.tensor(3.0)
+    optimizer.param_groups[0]["fused"] = fused
+    place_steps(optimizer)
+    assert optimizer.state[weight]["step"].device.type == device

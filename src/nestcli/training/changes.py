@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
 
 from nestcli.config import START_KEYS, leaves, resolved
 from nestcli.data.settings import DatasetConfig
@@ -161,6 +162,7 @@ class ConfiguredOptimizer(Callback):
         [group], schedule = trainer.optimizers[0].param_groups, _schedule_of(trainer)
         before = float(group["lr"])
         group.update(self._options)
+        place_steps(trainer.optimizers[0])
         vars(schedule).update(self._schedule)
         [group["lr"]] = rates = schedule.get_lr()
         schedule._last_lr = rates
@@ -169,6 +171,18 @@ class ConfiguredOptimizer(Callback):
                 f"The learning rate of step {trainer.global_step + 1:,} is {float(group['lr']):.3g}; with the former "
                 f"configuration it would have been {before:.3g}. The optimiser's moments are the checkpoint's."
             )
+
+
+def place_steps(optimizer: Optimizer) -> None:
+    """Put the optimiser's counts of steps where its options want them: a fused one beside the weights, others in RAM.
+
+    PyTorch follows the options of the checkpoint. With a GPU a fused step would fail, and another would wait for it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
 
 
 def _schedule_of(trainer: Trainer) -> NoamAnnealing:

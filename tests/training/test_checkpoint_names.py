@@ -9,6 +9,7 @@ import torch
 from runs import Listener, checkpoint, train
 from torch.multiprocessing import get_context
 
+from nestcli.checkpoint.load import load_checkpoint
 from nestcli.training.checkpoints import NestCheckpoint, _is_finite, step_in_name, without_unknown
 
 
@@ -71,6 +72,17 @@ def test_the_best_model_may_be_that_of_the_last_batch(corpus: dict[str, Path], t
     names = {path.name for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt")}
     assert names == {"model-step=3.ckpt", "model-step=3-last.ckpt"}
     assert result.best is not None
+
+
+def test_a_run_without_a_block_for_validation_keeps_its_model(corpus: dict[str, Path], tmp_path: Path) -> None:
+    train(corpus, tmp_path, "trainer.max_steps=1", "trainer.val_check_interval=1")
+    listener = Listener()
+    words = ("trainer.max_steps=2", "trainer.val_check_interval=1", "model.validation_ds=null")
+    result = train(corpus, tmp_path, *words, listener=listener)
+    assert (result.step, result.val_loss) == (2, None)
+    assert result.nemo is not None
+    assert load_checkpoint(result.nemo).config.model.encoder.d_model == 16
+    assert "another one: model.validation_ds is null, was a block of keys. The former" in listener.notes[0]
 
 
 def test_processes_compare_by_the_mean_of_what_each_has_logged(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ _BLOCKS: dict[str, type[Any]] = {
 }
 # Keys of the model that may change between two parts of a run. The others make it another model, even where all
 # shapes stay the same.
-_MAY_CHANGE = {
+MAY_CHANGE = {
     "model.preprocessor": {"dither", "pad_to", "nemo_exact"},
     "model.quantizer": {"dist_fn", "freeze", "squeeze_single"},
     "model.encoder": {
@@ -84,6 +84,8 @@ class Changes:
         if former is None:
             return cls({}, step, {})
         then, now = dict(leaves(former)), dict(leaves(resolved(config)))
+        _fold_blocks(then, now)
+        _fold_blocks(now, then)
         defaults = _defaults()
         pairs = {key: tuple(each.get(key, defaults.get(key)) for each in (then, now)) for key in {**then, **now}}
         differing = {key: (one, two) for key, (one, two) in pairs.items() if one != two and not _is_name(key)}
@@ -93,8 +95,8 @@ class Changes:
         """Raise ConfigError for a change that makes another model of it, or that a checkpoint's weights rule out."""
         for key, (then, now) in self.keys.items():
             block, _, name = key.rpartition(".")
-            ours = block in _MAY_CHANGE and any(field.name == name for field in dataclasses.fields(_BLOCKS[block]))
-            if key == "model.mask_position" or (ours and name not in _MAY_CHANGE[block]):
+            ours = block in MAY_CHANGE and any(field.name == name for field in dataclasses.fields(_BLOCKS[block]))
+            if key == "model.mask_position" or (ours and name not in MAY_CHANGE[block]):
                 raise ConfigError(
                     f"the run in {checkpoint.parent.parent} has {key}={_shown(then)}, and here it is {_shown(now)}: "
                     f"that is another model. Set {key}={_shown(then)} to go on, or another exp_manager.name with "
@@ -189,6 +191,16 @@ def _schedule_of(trainer: Trainer) -> NoamAnnealing:
     schedule = trainer.lr_scheduler_configs[0].scheduler
     assert isinstance(schedule, NoamAnnealing)
     return schedule
+
+
+def _fold_blocks(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Make one key of a block of `other` that is null in `one`: its keys say no more than that it is there."""
+    for block in [key for key, value in one.items() if value is None]:
+        inside = [key for key in other if key.startswith(f"{block}.")]
+        for key in inside:
+            del other[key]
+        if inside:
+            other[block] = "a block of keys"
 
 
 def _defaults() -> dict[str, Any]:

@@ -9,9 +9,10 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from runs import Listener, command, ended, rows
+from typer.testing import CliRunner
 
 from conftest import tiny_config
-from nestcli.cli.console import check_ranks
+from nestcli.cli.app import app
 from nestcli.errors import ConfigError
 from nestcli.training.launchers import check_launch, cluster_plugins
 from nestcli.training.run import Pretraining
@@ -139,8 +140,9 @@ def test_a_process_knows_its_place_before_it_touches_the_folder(
 
 def test_a_place_that_is_no_number_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, RANK="one")
-    with pytest.raises(ConfigError, match="RANK is 'one', which is no place of a process"):
-        check_ranks()
+    result = CliRunner().invoke(app, ["extract", "a.wav", "--checkpoint", "a.nemo", "--out", "out"])
+    assert isinstance(result.exception, ConfigError)
+    assert "RANK is 'one', which is no place of a process" in str(result.exception)
 
 
 def test_a_rank_that_was_left_over_does_not_silence_a_run(corpus: dict[str, Path], tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pretrain a NEST encoder; continues the run that is found in the experiment's folder."""
-    console.check_ranks()
     waits = not console.is_first_process()
     if waits:  # a terminal sends Ctrl-C to all processes; the first one tells the others
         signal.signal(signal.SIGINT, signal.SIG_IGN)

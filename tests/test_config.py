@@ -209,3 +209,15 @@ def test_targets_are_names_of_nemo_and_ours() -> None:
     assert TARGETS["nemo.collections.asr.modules.ConformerEncoder"] == "encoder"
     assert TARGETS["nestcli.ConformerEncoder"] == "encoder"
     assert all(name.startswith(("nemo.collections.asr.", "nestcli.")) for name in TARGETS)
+
+
+def test_weights_to_start_from_on_the_command_line_replace_those_of_the_file() -> None:
+    config = load_config("small", ["init_from_nemo_model=a.nemo"])
+    content = resolved(config)
+    again = config_from_dict(content, "a.ckpt", ["init_from_ptl_ckpt=b.ckpt"])
+    assert (again.get("init_from_nemo_model"), again.init_from_ptl_ckpt) == (None, "b.ckpt")
+    part = config_from_dict(content, "a.ckpt", ["+init_from_ptl_ckpt.a.path=b.ckpt"])
+    assert (part.get("init_from_nemo_model"), part.init_from_ptl_ckpt.a.path) == (None, "b.ckpt")
+    assert config_from_dict(content, "a.ckpt", ["init_from_ptl_ckpt=null"]).init_from_nemo_model == "a.nemo"
+    both = config_from_dict(content, "a.ckpt", ["init_from_nemo_model=c.nemo", "init_from_ptl_ckpt=b.ckpt"])
+    assert (both.init_from_nemo_model, both.init_from_ptl_ckpt) == ("c.nemo", "b.ckpt")  # refused by the run

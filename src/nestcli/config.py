@@ -128,11 +128,26 @@ def unused_keys(config: DictConfig) -> list[str]:
 
 
 def with_overrides(config: DictConfig, overrides: Iterable[str], source: str) -> DictConfig:
-    """The configuration changed by `key=value` words, and every interpolation and `_target_` checked."""
+    """The configuration changed by `key=value` words, and every interpolation and `_target_` checked.
+
+    A word that names weights to start from replaces those that the configuration names under another key.
+    """
+    overrides = list(overrides)
+    given = {_start_named(word) for word in overrides} - {None}
+    for key in START_KEYS:
+        if given and key not in given:
+            config.pop(key, None)
     for word in overrides:
         _apply_override(config, word)
     _check(config, source)
     return config
+
+
+def _start_named(word: str) -> str | None:
+    """The key of START_KEYS that an override gives a value to."""
+    key, _, value = word.lstrip("+").partition("=")
+    start = key.partition(".")[0]
+    return start if start in START_KEYS and value not in ("", "null") else None
 
 
 def load_training_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> DictConfig:

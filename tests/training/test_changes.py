@@ -10,7 +10,8 @@ from conftest import tiny_config
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.config import load_config, resolved
 from nestcli.errors import ConfigError
-from nestcli.training.changes import Changes
+from nestcli.training.changes import Changes, place_steps
+from nestcli.training.resume import _first_change
 from nestcli.training.run import Pretraining
 
 FIRST = ("trainer.max_steps=2", "trainer.val_check_interval=2")
@@ -145,3 +146,28 @@ def test_a_dry_run_says_what_would_change_and_writes_nothing(corpus: dict[str, P
     Pretraining(tiny_config(corpus, *words), listener).dry_run()
     assert "model.optim.lr is 0.7, was 0.1" in listener.notes[0]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_counts_of_steps_lie_where_the_new_options_want_them(fused: bool, device: str) -> None:
+    weight = torch.nn.Parameter(torch.empty(2, device="meta"))  # as on a GPU
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.state[weight]["step"] = torch.tensor(3.0)
+    optimizer.param_groups[0]["fused"] = fused
+    place_steps(optimizer)
+    assert optimizer.state[weight]["step"].device.type == device
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["model.mask_position=post_conv"], "model.mask_position is pre_conv there and post_conv here"),
+        (
+            ["model.preprocessor.features=40", "model.preprocessor.dither=0.1"],
+            "model.preprocessor.features is 80 there and 40 here",
+        ),
+    ],
+)
+def test_another_shape_names_the_key_that_makes_it(corpus: dict[str, Path], words: list[str], key: str) -> None:
+    former = resolved(tiny_config(corpus))
+    assert _first_change(former, tiny_config(corpus, *words)) == key

@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import Listener, checkpoint, train
 from torch.multiprocessing import get_context
 
+from nestcli.checkpoint.load import load_checkpoint
 from nestcli.training.checkpoints import NestCheckpoint, _is_finite, step_in_name, without_unknown
 
 
@@ -53,9 +55,46 @@ def test_an_unknown_value_is_the_worst_one(tmp_path: Path, mode: str, worst: flo
     assert callback.format_checkpoint_name(unknown).endswith("a--step=3.ckpt")
 
 
-def _decide(rank: int, store: str, answers: object) -> None:
-    from types import SimpleNamespace
+def test_several_best_models_have_several_names(corpus: dict[str, Path], tmp_path: Path) -> None:
+    words = ("filename=model", "save_top_k=-1", "save_last=false")
+    options = [f"exp_manager.checkpoint_callback_params.{word}" for word in words]
+    train(corpus, tmp_path, "trainer.max_steps=2", "trainer.val_check_interval=1", *options)
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt")}
+    assert names == {"model-step=1.ckpt", "model-step=2.ckpt"}
+    assert NestCheckpoint(tmp_path, "model", monitor="val_loss", save_top_k=1).filename == "model"
 
+
+def test_the_best_model_may_be_that_of_the_last_batch(corpus: dict[str, Path], tmp_path: Path) -> None:
+    """Lightning puts off what is due on the last batch until a validation, which need not come."""
+    words = ("monitor=train_loss", "every_n_train_steps=3", "save_top_k=-1", "filename=model")
+    options = [f"exp_manager.checkpoint_callback_params.{word}" for word in words]
+    result = train(corpus, tmp_path, "trainer.max_steps=3", "trainer.val_check_interval=2", *options)
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt")}
+    assert names == {"model-step=3.ckpt", "model-step=3-last.ckpt"}
+    assert result.best is not None
+
+
+def test_a_run_without_a_block_for_validation_keeps_its_model(corpus: dict[str, Path], tmp_path: Path) -> None:
+    train(corpus, tmp_path, "trainer.max_steps=1", "trainer.val_check_interval=1")
+    listener = Listener()
+    words = ("trainer.max_steps=2", "trainer.val_check_interval=1", "model.validation_ds=null")
+    result = train(corpus, tmp_path, *words, listener=listener)
+    assert (result.step, result.val_loss) == (2, None)
+    assert result.nemo is not None
+    assert load_checkpoint(result.nemo).config.model.encoder.d_model == 16
+    assert "another one: model.validation_ds is null, was a block of keys. The former" in listener.notes[0]
+
+
+def test_processes_compare_by_the_mean_of_what_each_has_logged(tmp_path: Path) -> None:
+    logged = {name: torch.tensor(1.0) for name in ("train_loss", "masked_accuracy", "val_loss")}
+    means = SimpleNamespace(reduce=lambda value, reduce_op: {"mean": value + 0.5}[reduce_op])
+    trainer = SimpleNamespace(callback_metrics=logged, current_epoch=0, global_step=3, strategy=means)
+    callback = NestCheckpoint(tmp_path, "a-{train_loss:.2f}", monitor="train_loss")
+    found = callback._monitor_candidates(trainer)  # type: ignore[arg-type]
+    assert (float(found["train_loss"]), float(found["masked_accuracy"]), float(found["val_loss"])) == (1.5, 1.5, 1.0)
+
+
+def _decide(rank: int, store: str, answers: object) -> None:
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 

@@ -246,6 +246,17 @@ def test_the_command_says_it_in_one_message(corpus: dict[str, Path], tmp_path: P
         assert word.partition("=")[0].rpartition(".")[2] in str(result.exception)
 
 
+def test_checkpoints_that_would_all_be_left_out(corpus: dict[str, Path]) -> None:
+    words = [f"exp_manager.checkpoint_callback_params.{word}" for word in ("save_top_k=0", "save_last=false")]
+    with pytest.raises(
+        ConfigError, match=r"save_top_k: 0 with save_last=false writes no checkpoint.*create_checkpoint"
+    ):
+        Pretraining(tiny_config(corpus, *words), Recorder())
+    callback = Pretraining(tiny_config(corpus, words[0], f"{words[1][:-5]}null"), Recorder())._checkpoint_callback()
+    assert callback is not None
+    assert callback.save_last
+
+
 # ---- what is not set ----
 
 EMPTY = [

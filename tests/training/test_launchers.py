@@ -1,14 +1,18 @@
 """What a launcher has started is what the trainer block says, or the run is refused."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from runs import Listener
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from runs import Listener, command, ended, rows
+from typer.testing import CliRunner
 
 from conftest import tiny_config
+from nestcli.cli.app import app
 from nestcli.errors import ConfigError
 from nestcli.training.launchers import check_launch, cluster_plugins
 from nestcli.training.run import Pretraining
@@ -25,6 +29,7 @@ def put(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
             monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,8 @@ def test_as_many_processes_as_the_trainer_has_are_let_pass(
         (4, 4, {**TORCHRUN, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, "Set trainer.devices=4"),
         (1, 1, {**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         (1, 1, TORCHRUN, "WORLD_SIZE is ''"),
+        (2, 2, {"NODE_RANK": "one"}, "NODE_RANK is 'one'"),
+        (4, 2, {"LOCAL_RANK": "1", "WORLD_SIZE": "4", "RANK": "3"}, "RANK=3 is not the place 1 .*Set NODE_RANK"),
         (1, 1, {**SLURM, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, "Slurm has started 2 .*gpus-per-node"),
         (4, 1, {**SLURM, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, "Slurm has started 2 .* 4 x 1 = 4"),
         (2, 1, {**SLURM, "SLURM_NTASKS": "2"}, "--ntasks-per-node"),
@@ -102,3 +109,56 @@ def test_a_job_of_one_task_starts_its_own_processes(monkeypatch: pytest.MonkeyPa
     assert [type(plugin) for plugin in cluster_plugins()] == [SLURMEnvironment]
     put(monkeypatch)
     assert cluster_plugins() == []
+
+
+@pytest.mark.parametrize(
+    ("processes", "nodes", "variables", "rank"),
+    [
+        (1, 1, {"RANK": "1"}, 0),  # what another program left
+        (1, 1, {"RANK": "1", "WORLD_SIZE": "1"}, 0),
+        (1, 1, {"LOCAL_RANK": "1"}, 0),
+        (1, 1, {"NODE_RANK": "1", "GROUP_RANK": "1"}, 0),
+        (1, 1, {"SLURM_PROCID": "3"}, 0),
+        (2, 1, {"RANK": "0", "WORLD_SIZE": "1"}, 0),  # the processes that it starts inherit no RANK
+        (2, 1, {"LOCAL_RANK": "1"}, 1),  # two processes by hand
+        (2, 2, {"NODE_RANK": "1"}, 1),
+        (4, 2, {"NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, 3),
+        (4, 2, {"GROUP_RANK": "1"}, 2),
+        (8, 2, {**TORCHRUN, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 5),
+        (8, 2, {**SLURM, "SLURM_PROCID": "6", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "RANK": "0"}, 6),
+    ],
+)
+def test_a_process_knows_its_place_before_it_touches_the_folder(
+    processes: int, nodes: int, variables: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(monkeypatch, **variables)
+    check_launch(processes, nodes)
+    assert rank_zero_only.rank == rank
+    if rank == 0:
+        assert not {*NAMES, "SLURM_PROCID"} & os.environ.keys() - {"WORLD_SIZE"}
+
+
+def test_a_place_that_is_no_number_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, RANK="one")
+    result = CliRunner().invoke(app, ["extract", "a.wav", "--checkpoint", "a.nemo", "--out", "out"])
+    assert isinstance(result.exception, ConfigError)
+    assert "RANK is 'one', which is no place of a process" in str(result.exception)
+
+
+def test_a_rank_that_was_left_over_does_not_silence_a_run(corpus: dict[str, Path], tmp_path: Path) -> None:
+    run = command(corpus, tmp_path, "trainer.max_steps=1", RANK="1")
+    told = ended(run)
+    assert run.returncode == 0, told
+    assert "trained to step 1" in told
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_machines_that_are_started_by_hand_share_the_folder(corpus: dict[str, Path], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    words = ("trainer.max_steps=1", "trainer.num_nodes=2")
+    runs = [command(corpus, tmp_path, *words, NODE_RANK=str(node), **place) for node in (0, 1)]
+    told = [ended(run) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    assert [row["step"] for row in rows(tmp_path)] == [1]

@@ -148,7 +148,7 @@ def to_nemo(config: DictConfig) -> dict[str, Any]:
     for name, (known, _) in _BLOCKS.items():
         model[name], ours[name] = _parted(model[name], known)
     for name in ("train_ds", "validation_ds"):
-        augmentor = model[name].get("batch_augmentor")
+        augmentor = (model[name] or {}).get("batch_augmentor")  # no block: a run without validation
         if augmentor:
             model[name]["batch_augmentor"], own = _parted(augmentor, _AUGMENTOR_KEYS)
             ours[name] = {"batch_augmentor": own} if own else {}

@@ -51,7 +51,7 @@ def root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    pass  # --debug is taken from the words of the call in `main`, so that it may stand anywhere
+    console.check_ranks()  # --debug is taken from the words of the call in `main`, so that it may stand anywhere
 
 
 app.command("prepare-data", cls=PathsCommand)(prepare_data.prepare_data)

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from nestcli.cli import plain
+from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # what launchers tell a process of its place
 _WIDE = 125  # columns
 _WORDS = 10  # letters that a column of words keeps in a table at least
 
@@ -56,8 +58,17 @@ def note(message: str) -> None:
 
 def is_first_process() -> bool:
     """Whether this is rank 0 of a distributed run, or no such run at all."""
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
-    return all(rank == "0" for rank in ranks)
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def check_ranks() -> None:
+    """Raise ConfigError for a place that is no number; Lightning would end with an internal error as it is loaded."""
+    for name in _RANKS:
+        text = os.environ.get(name, "0")
+        if not text.isdecimal():
+            raise ConfigError(
+                f"the environment variable {name} is {text[:100]!r}, which is no place of a process. Unset it."
+            )
 
 
 def line(text: str) -> None:

@@ -30,7 +30,8 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pretrain a NEST encoder; continues the run that is found in the experiment's folder."""
-    if not console.is_first_process():  # a terminal sends Ctrl-C to all processes; the first one tells the others
+    waits = not console.is_first_process()
+    if waits:  # a terminal sends Ctrl-C to all processes; the first one tells the others
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     from nestcli.cli.named import read_config
 
@@ -40,6 +41,8 @@ def pretrain(
     from nestcli.training.run import Pretraining
 
     run = Pretraining(config, console.TrainingDisplay(bar=config.trainer.enable_progress_bar is not False))
+    if waits and console.is_first_process():  # what said otherwise was left over from another program
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if dry_run:
         _show_dry_run(run.dry_run())
         return

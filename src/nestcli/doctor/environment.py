@@ -106,7 +106,7 @@ def torchrun_check(environ: Mapping[str, str]) -> Iterator[Check]:
     if there and "TORCHELASTIC_RUN_ID" not in environ:
         words = ", ".join(f"{name}={environ[name]}" for name in there)
         yield _check(
-            "torchrun", "note", f"{words}, and no torchrun: a run may wait for other processes, or say nothing",
+            "torchrun", "note", f"{words}, and no torchrun: a run may be refused, or wait for other processes",
             f"Run: unset {' '.join(there)}",
         )  # fmt: skip
 

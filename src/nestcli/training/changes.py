@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
 
 from nestcli.config import START_KEYS, leaves, resolved
 from nestcli.data.settings import DatasetConfig
@@ -43,7 +44,7 @@ _BLOCKS: dict[str, type[Any]] = {
 }
 # Keys of the model that may change between two parts of a run. The others make it another model, even where all
 # shapes stay the same.
-_MAY_CHANGE = {
+MAY_CHANGE = {
     "model.preprocessor": {"dither", "pad_to", "nemo_exact"},
     "model.quantizer": {"dist_fn", "freeze", "squeeze_single"},
     "model.encoder": {
@@ -83,6 +84,8 @@ class Changes:
         if former is None:
             return cls({}, step, {})
         then, now = dict(leaves(former)), dict(leaves(resolved(config)))
+        _fold_blocks(then, now)
+        _fold_blocks(now, then)
         defaults = _defaults()
         pairs = {key: tuple(each.get(key, defaults.get(key)) for each in (then, now)) for key in {**then, **now}}
         differing = {key: (one, two) for key, (one, two) in pairs.items() if one != two and not _is_name(key)}
@@ -92,8 +95,8 @@ class Changes:
         """Raise ConfigError for a change that makes another model of it, or that a checkpoint's weights rule out."""
         for key, (then, now) in self.keys.items():
             block, _, name = key.rpartition(".")
-            ours = block in _MAY_CHANGE and any(field.name == name for field in dataclasses.fields(_BLOCKS[block]))
-            if key == "model.mask_position" or (ours and name not in _MAY_CHANGE[block]):
+            ours = block in MAY_CHANGE and any(field.name == name for field in dataclasses.fields(_BLOCKS[block]))
+            if key == "model.mask_position" or (ours and name not in MAY_CHANGE[block]):
                 raise ConfigError(
                     f"the run in {checkpoint.parent.parent} has {key}={_shown(then)}, and here it is {_shown(now)}: "
                     f"that is another model. Set {key}={_shown(then)} to go on, or another exp_manager.name with "
@@ -161,6 +164,7 @@ class ConfiguredOptimizer(Callback):
         [group], schedule = trainer.optimizers[0].param_groups, _schedule_of(trainer)
         before = float(group["lr"])
         group.update(self._options)
+        place_steps(trainer.optimizers[0])
         vars(schedule).update(self._schedule)
         [group["lr"]] = rates = schedule.get_lr()
         schedule._last_lr = rates
@@ -171,10 +175,32 @@ class ConfiguredOptimizer(Callback):
             )
 
 
+def place_steps(optimizer: Optimizer) -> None:
+    """Put the optimiser's counts of steps where its options want them: a fused one beside the weights, others in RAM.
+
+    PyTorch follows the options of the checkpoint. With a GPU a fused step would fail, and another would wait for it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
+
+
 def _schedule_of(trainer: Trainer) -> NoamAnnealing:
     schedule = trainer.lr_scheduler_configs[0].scheduler
     assert isinstance(schedule, NoamAnnealing)
     return schedule
+
+
+def _fold_blocks(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Make one key of a block of `other` that is null in `one`: its keys say no more than that it is there."""
+    for block in [key for key, value in one.items() if value is None]:
+        inside = [key for key in other if key.startswith(f"{block}.")]
+        for key in inside:
+            del other[key]
+        if inside:
+            other[block] = "a block of keys"
 
 
 def _defaults() -> dict[str, Any]:

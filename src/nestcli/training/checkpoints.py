@@ -18,7 +18,9 @@ from nestcli.checkpoint.nemo import write_nemo
 from nestcli.model.module import NestModule
 
 LAST_KEPT = 2  # newest checkpoints: a damaged one has one before it
+_OF_EACH_PROCESS = ("train_loss", "masked_accuracy")  # values that processes log of their own batches
 _FIELD = re.compile(r"(?:[A-Za-z_/]+=)?\{(?P<name>[\w/-]+)(?::[^{}]*)?\}[-_ ]?")
+_TELLS_STEP = re.compile(r"\{step[:}]")
 _STEP = re.compile(r"step=(\d+)(-last)?(-v\d+)?\.ckpt")
 
 
@@ -50,6 +52,8 @@ class NestCheckpoint(ModelCheckpoint):
     ) -> None:
         if options.get("save_last") == "link":  # to a file that is removed when a better one comes
             options["save_last"] = True
+        if options.get("save_top_k", 1) not in (0, 1) and not _TELLS_STEP.search(filename):
+            filename = f"{filename}-{{step}}"  # several best models have several names
         super().__init__(dirpath=folder, filename=filename, monitor=monitor, enable_version_counter=False, **options)
         step = "{step}" if self.auto_insert_metric_name else "step={step}"
         self.CHECKPOINT_NAME_LAST = f"{filename}-last" if filename.endswith(step) else f"{filename}-{step}-last"
@@ -100,6 +104,11 @@ class NestCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(self, "_defer_save_until_validation", False):  # Lightning 2.6: due on the last batch, and put off
+            self._defer_save_until_validation = False
+            if not self._should_skip_saving_checkpoint(trainer):
+                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         super().on_train_end(trainer, pl_module)
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -148,7 +157,11 @@ class NestCheckpoint(ModelCheckpoint):
         return previous != current and inside and not previous.endswith("-last.ckpt")
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Lightning's, the same in all processes: these have to agree on the best model and on its file's name."""
         candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
+        for name in _OF_EACH_PROCESS:
+            if name in candidates:
+                candidates[name] = trainer.strategy.reduce(candidates[name], reduce_op="mean")
         if self.monitor is not None:  # before the first validation any model may be the best
             candidates.setdefault(self.monitor, self._unknown)
         return candidates

@@ -67,6 +67,11 @@ class CheckpointConfig:
             )
         if isinstance(self.save_last, str) and self.save_last != "link":
             raise ValueError(f"save_last: {self.save_last!r}: use true, false or link.")
+        if self.save_last is False and self.save_top_k == 0:
+            raise ValueError(
+                "save_top_k: 0 with save_last=false writes no checkpoint. Raise it, or set save_last=true; for a run "
+                "that keeps nothing, set exp_manager.create_checkpoint_callback=false."
+            )
 
 
 def check_settings(config: DictConfig) -> None:

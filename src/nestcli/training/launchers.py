@@ -14,11 +14,13 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from nestcli.errors import ConfigError
 
 _TORCHRUN = "torchrun --nproc-per-node DEVICES -m nestcli pretrain ... trainer.devices=DEVICES"
 _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "GROUP_RANK", "NODE_RANK")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,15 @@ class _Launch:
 def check_launch(processes: int, nodes: int) -> None:
     """Raise ConfigError unless what started this process has started as many as `trainer` asks for.
 
-    `processes` is their number on all `nodes` together.
+    `processes` is their number on all `nodes` together. Tells Lightning and the messages which of them this one is.
     """
+    _check_number(processes, nodes)
+    if _launch() is None:
+        _remove_left_over(processes, nodes)
+    rank_zero_only.rank = _rank(processes // nodes)  # type: ignore[attr-defined]
+
+
+def _check_number(processes: int, nodes: int) -> None:
     found = _launch()
     devices = processes // nodes
     if found is None:
@@ -93,6 +102,33 @@ def _launch() -> _Launch | None:
     return None
 
 
+def _remove_left_over(processes: int, nodes: int) -> None:
+    """Remove what other programs left in the environment: a rank in it would make a silent process of the only one."""
+    needed = {"NODE_RANK", "GROUP_RANK"} if nodes > 1 else set()
+    if processes > 1:
+        needed.add("LOCAL_RANK")  # processes that are started by hand
+    for name in set(_RANKS) - needed:
+        os.environ.pop(name, None)
+
+
+def _rank(devices: int) -> int:
+    """The place of this process among all, as Lightning will find it."""
+    if TorchElasticEnvironment.detect():
+        return _place("RANK")
+    if _in_slurm() and not _is_single_task():
+        return _place("SLURM_PROCID")
+    if not _in_slurm() and LSFEnvironment.detect():
+        return _place("JSM_NAMESPACE_RANK")
+    rank = _place("NODE_RANK" if "NODE_RANK" in os.environ else "GROUP_RANK") * devices + _place("LOCAL_RANK")
+    if "RANK" in os.environ and _place("RANK") != rank:
+        raise ConfigError(
+            f"RANK={os.environ['RANK']} is not the place {rank} that NODE_RANK and LOCAL_RANK give this process "
+            f"(NODE_RANK x {devices} + LOCAL_RANK; 0 where one is not set). Set NODE_RANK on every machine, or use "
+            f"torchrun: {_TORCHRUN}"
+        )
+    return rank
+
+
 def _of_variables(by: str) -> _Launch:
     tasks = _number("WORLD_SIZE")
     each = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else None
@@ -105,9 +141,11 @@ def _slurm() -> _Launch:
     if tasks > 1 and each is None:
         raise ConfigError(
             f"Slurm has {tasks} tasks and does not say how many on each machine. Use --ntasks-per-node in place of "
-            "--ntasks (docs/clusters.md)."
+            "--ntasks (docs/clusters.md); for a run of one process, start it with srun --ntasks=1 nest pretrain ..."
         )
-    where = "" if os.environ.get("SLURM_STEP_ID") else " (or, for one process in this job, --ntasks-per-node=1)"
+    where = (
+        "" if os.environ.get("SLURM_STEP_ID") else " (or, for a run of one process, srun --ntasks=1 nest pretrain ...)"
+    )
     seen = " Every task has to see all GPUs of its machine: --gpus-per-node, not --gpus-per-task."
     return _Launch("Slurm", tasks, each, _remedy(tasks, each) + where + seen)
 
@@ -149,4 +187,11 @@ def _number(name: str) -> int:
             f"the environment variable {name} is {text!r}, which is no number of processes. Unset it, or start the run "
             "with torchrun or srun."
         )
+    return int(text)
+
+
+def _place(name: str) -> int:
+    text = os.environ.get(name, "0")
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {text!r}, which is no place of a process. Unset it.")
     return int(text)

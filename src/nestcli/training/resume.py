@@ -17,7 +17,7 @@ from nestcli.checkpoint.weights import checked_tensors
 from nestcli.config import leaves, resolved
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.module import CONFIG_KEY
-from nestcli.training.changes import Changes
+from nestcli.training.changes import MAY_CHANGE, Changes
 from nestcli.training.checkpoints import step_in_name
 from nestcli.untrusted import check_plain
 
@@ -186,9 +186,9 @@ def _first_change(former: Mapping[str, Any] | None, config: DictConfig) -> str |
         return None
     stored = dict(leaves(former.get("model", {})))
     for key, value in leaves(resolved(config)["model"]):
-        if key == "encoder.backend":  # changes the code that trains, not the model
-            continue
-        if key.startswith(("encoder.", "quantizer.", "decoder.", "masking.")) and stored.get(key) != value:
+        block, _, name = f"model.{key}".rpartition(".")
+        of_model = key.startswith(("preprocessor.", "encoder.", "quantizer.", "decoder.", "masking.", "mask_position"))
+        if of_model and name not in MAY_CHANGE.get(block, ()) and stored.get(key) != value:
             return f"model.{key} is {stored.get(key)} there and {value} here"
     return None
 

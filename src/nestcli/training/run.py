@@ -279,7 +279,8 @@ class Pretraining:
         if monitor is None:  # nothing to compare by: keep the newest only
             filename, options["save_top_k"] = f"{manager.name}--{{step}}", 1
             options.setdefault("every_n_train_steps", max(1, self.length.validate_every // self.length.accumulate))
-        options.setdefault("save_last", True)
+        if options.get("save_last") is None:
+            options["save_last"] = True
         try:
             return NestCheckpoint(self.folder / "checkpoints", filename, monitor=monitor, nemo=nemo, **options)
         except (TypeError, ValueError, MisconfigurationException) as error:

@@ -327,6 +327,7 @@ def quieten() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*dataloader is not resumable.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # told as "looked for anew"
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*number of training batches.*smaller than the logging interval.*",
         ".*defined a `validation_step` but have no `val_dataloader`.*",

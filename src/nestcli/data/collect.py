@@ -15,7 +15,7 @@ from nestcli.data import forms, remote
 from nestcli.data.channel import KEY as CHANNEL
 from nestcli.data.channel import Channel, parsed_channel
 from nestcli.data.cuts import looks_like_cut, recording_to_row
-from nestcli.data.foreign import foreign, has_json_lines, is_json_array
+from nestcli.data.forms import foreign, has_json_lines, is_audio_or_array
 from nestcli.data.journal import NAME as JOURNAL
 from nestcli.data.kaldi import is_kaldi, read_kaldi
 from nestcli.data.manifest import Manifest, of_scan
@@ -102,7 +102,7 @@ def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
 def is_manifest(path: Path) -> bool:
     """Whether a named file is a manifest: by its ending, or, unless it claims to be audio, by its first bytes."""
     if path.name.lower().endswith(MANIFEST_SUFFIXES):
-        return not is_json_array(path)
+        return not is_audio_or_array(path)
     return path.suffix.lower() not in AUDIO_SUFFIXES and has_json_lines(path)
 
 

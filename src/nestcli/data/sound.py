@@ -18,6 +18,7 @@ import soundfile as sf
 
 from nestcli.data import jail
 from nestcli.data.containers import READ_FORMATS, length_fault, states_length
+from nestcli.data.forms import HEAD
 from nestcli.data.sox import CONVERT, RECOVER, UnreadableError, decoded_by_sox, unreadable
 
 Samples = npt.NDArray[np.float32]
@@ -85,7 +86,9 @@ def decoder(path: str) -> Iterator[Sound]:
             sound = Sound(descriptor, closefd=False)
         except sf.LibsndfileError as error:
             if error.code != _UNRECOGNISED:
-                raise BadAudioError("unreadable", unreadable(path, os.pread(descriptor, 64, 0), words(error))) from None
+                raise BadAudioError(
+                    "unreadable", unreadable(path, os.pread(descriptor, HEAD, 0), words(error))
+                ) from None
         else:
             with sound:
                 yield _checked(sound)

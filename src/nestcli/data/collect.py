@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from nestcli.data import forms, remote
-from nestcli.data.channel import KEY as CHANNEL
-from nestcli.data.channel import Channel, parsed_channel
-from nestcli.data.cuts import looks_like_cut, recording_to_row
+from nestcli.data.channel import Channel
+from nestcli.data.cuts import recording_to_row
 from nestcli.data.forms import foreign, has_json_lines, is_audio_or_array
 from nestcli.data.journal import NAME as JOURNAL
 from nestcli.data.kaldi import is_kaldi, read_kaldi
 from nestcli.data.manifest import Manifest, of_scan
-from nestcli.data.scan import check_path, scan, to_row
+from nestcli.data.scan import check_row, scan, to_row
 from nestcli.errors import DataError
 from nestcli.files import user_path
 
@@ -187,9 +186,7 @@ def _any_row(record: dict[str, Any]) -> dict[str, Any]:
     is_recording = "sources" in record and "recording" not in record and "audio_filepath" not in record
     try:
         row = recording_to_row(record) if is_recording else to_row(record)
-        parsed_channel(row.get(CHANNEL))
-        if is_recording or looks_like_cut(record):
-            check_path(row["audio_filepath"])
+        check_row(row)
     except ValueError as error:
         name = record.get("id", record.get("audio_filepath", ""))
         return {"audio_filepath": "-", "id": str(name)[:200], _REFUSED: str(error)}

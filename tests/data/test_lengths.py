@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from nestcli.data.audio import AudioError, load_audio
+from nestcli.data.audio import AudioError, load_audio, reason_of
 from nestcli.data.inspection import inspect_audio
 from nestcli.data.manifest import read_manifests
 from nestcli.data.prepare import PrepareOptions, prepare
@@ -295,3 +295,19 @@ def test_channels_that_cancel_each_other_are_told(tmp_path):
     assert "--channel 1" in inspect_audio(path).detail
     sf.write(path, np.zeros((RATE, 2)), RATE)
     assert inspect_audio(path).detail == "every sample is zero"
+
+
+def test_what_cannot_be_opened_is_told_with_a_remedy_in_every_command(tmp_path):
+    sf.write(tmp_path / "a.wav", speech(1.0), RATE)
+    (tmp_path / "loop.wav").symlink_to("loop.wav")
+    (tmp_path / "dangling.wav").symlink_to("gone.wav")
+    (tmp_path / "folder.wav").mkdir()
+    cases = {"loop.wav": "unreadable", "dangling.wav": "missing", "folder.wav": "not_a_file", "x" * 300: "unreadable"}
+    for name, reason in cases.items():
+        report = inspect_audio(tmp_path / name)
+        assert report.reason == reason
+        assert re.search("; (mend|correct|leave it out)", report.detail), report.detail
+        with pytest.raises(AudioError) as error:
+            load_audio(tmp_path / name, sample_rate=RATE)
+        assert (error.value.reason, reason_of(error.value)) == (reason, reason)
+    assert inspect_audio(tmp_path / "a.wav", channel=1).detail.endswith("; choose another, or none")

@@ -41,9 +41,9 @@ def read_inputs(given: str | os.PathLike[str], out: Path) -> Inputs:
         return Inputs(_with_durations(manifest))
     rows, refused = [], []
     for item in collect([given], out).items:
-        duration, why = audio_duration(item.path)
+        duration, why, reason = audio_duration(item.path)
         if item.refused or duration is None:
-            reason = item.reason if item.refused else "unreadable"
+            reason = item.reason if item.refused else reason
             refused.append({"audio_filepath": item.path, "reason": reason, "detail": item.refused or why})
         else:
             known = {key: value for key, value in item.known().items() if key not in ("duration", "offset")}

@@ -124,6 +124,11 @@ def test_audio_under_the_name_of_a_manifest_is_read(tmp_path, name):
     assert read_inputs(tmp_path / name, tmp_path).manifest.durations.tolist() == [1.0]
 
 
+def test_an_empty_input_is_told(tmp_path):
+    with pytest.raises(DataError, match=r"^an input is empty; give folders"):
+        prepare([""], tmp_path / "out", ALL)
+
+
 def test_a_glob_means_what_it_ends_with(tmp_path):
     sound(tmp_path / "a.wav")
     for name in ("1.txt", "2.txt"):

@@ -107,6 +107,10 @@ def is_manifest(path: Path) -> bool:
 
 def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
     """The input, or, where there is no such file, those that it matches as a glob."""
+    if not given:
+        raise DataError(
+            "an input is empty; give folders, audio files or manifests. Is a variable of the shell not set?"
+        )
     given = user_path(given)
     if os.path.lexists(given):
         return [Path(given)]

@@ -242,7 +242,7 @@ def test_a_flac_that_states_no_length_is_whole(write):
     path.write_bytes(content)
     report = inspect_audio(path)
     assert (report.reason, report.frames) == (None, 3 * RATE)
-    assert audio.audio_duration(path) == (3.0, "")
+    assert audio.audio_duration(path) == (3.0, "", "")
     assert len(load_audio(path, sample_rate=RATE)) == 3 * RATE
     assert inspect_audio(cut(path)).reason == "truncated"
 

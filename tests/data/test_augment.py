@@ -185,6 +185,7 @@ def test_what_cannot_be_read_is_left_out_and_told(tmp_path, speech, noise):
         ("3.wav", "unreadable"),
         ("7.wav", "truncated"),
     ]
+    assert {row["reason"] for row in rejected if "kind" in row} == {"missing"}
 
 
 def test_sounds_that_cannot_be_mixed(tmp_path, noise):

@@ -6,7 +6,9 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile as sf
 
 from data.dirty import WAYS, Sample, make, manifest
 from nestcli.data import scan as scan_module
@@ -106,8 +108,6 @@ def test_a_thousand_files(tmp_path):
     [
         (b'{"audio_filepath": "/x/b.wav", "dura', "the line is cut off: the file was not written to its end"),
         (b'{"audio_filepath": "/x/\xff.wav", "duration": 1.0}\n', "this is not JSON"),
-        (b'{"audio_filepath": "/x/b.wav", "duration": NaN}\n', '"duration" is nan'),
-        (b'{"audio_filepath": "/x/b.wav", "duration": -1.0}\n', '"duration" is -1.0'),
     ],
 )
 def test_a_broken_line_of_a_large_manifest_is_named_and_nothing_is_done(tmp_path, monkeypatch, tail, message):
@@ -119,3 +119,25 @@ def test_a_broken_line_of_a_large_manifest_is_named_and_nothing_is_done(tmp_path
     with pytest.raises(DataError, match=f"in.json, line 1001: {message}"):
         prepare([path], tmp_path / "out", PrepareOptions(jobs=1))
     assert not (tmp_path / "out").exists()
+
+
+def test_values_that_no_utterance_has_cost_their_lines_only(tmp_path):
+    sf.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    bad = (
+        ('{"audio_filepath": "a.wav", "duration": NaN}', '"duration" is nan; it must be a number of seconds'),
+        ('{"audio_filepath": "a.wav", "duration": -1.0}', '"duration" is -1.0'),
+        ('{"audio_filepath": "a.wav", "duration": "1.0"}', "\"duration\" is '1.0'"),
+        ('{"audio_filepath": "a.wav", "duration": 1.0, "offset": -1}', '"offset" is -1'),
+        ('{"audio_filepath": "", "duration": 1.0}', "it must name one file"),
+        ('{"audio_filepath": null, "duration": 1.0}', "it must name one file"),
+        ('{"audio_filepath": "sox a.wav |", "duration": 1.0}', "a command; only files are read"),
+        ('{"audio_filepath": "a\\u0000.wav", "duration": 1.0}', "with a zero byte"),
+    )
+    good = '{"audio_filepath": "a.wav", "duration": 1.0}'
+    (tmp_path / "in.json").write_text("\n".join([*(line for line, _ in bad), good, ""]))
+    summary = prepare([tmp_path / "in.json"], tmp_path / "out", PrepareOptions(jobs=1, val_fraction=0))
+    assert (summary.accepted, summary.rejections) == (1, {"unsupported_line": len(bad)})
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    for number, (row, (_, said)) in enumerate(zip(rejected, bad, strict=True), 1):
+        assert row["audio_filepath"].startswith(f"{tmp_path / 'in.json'}, line {number}: ")
+        assert said in row["detail"]

@@ -1,5 +1,6 @@
 """What is no audio is named, with what to do; what gives no answer costs itself alone."""
 
+import gzip
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 import soundfile as sf
 
 from nestcli.data.augment import AugmentOptions, augment
-from nestcli.data.foreign import foreign
+from nestcli.data.forms import foreign
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.data.noisy_copy import CopyOptions
 from nestcli.data.prepare import PrepareOptions, prepare
@@ -104,6 +105,28 @@ def test_a_manifest_of_any_name_is_read(tmp_path):
         assert prepare([tmp_path / name], tmp_path / "out", ALL).accepted == 1
         assert rows(tmp_path / "out" / "train_manifest.json")[0]["speaker"] == "x"
         assert len(read_inputs(tmp_path / name, tmp_path).manifest) == 1
+
+
+def test_a_packed_manifest_needs_no_json_in_its_name(tmp_path):
+    sound(tmp_path / "a.wav")
+    (tmp_path / "m.gz").write_bytes(gzip.compress(json.dumps({"audio_filepath": "a.wav"}).encode()))
+    assert prepare([tmp_path / "m.gz"], tmp_path / "out", ALL).accepted == 1
+    assert len(read_inputs(tmp_path / "m.gz", tmp_path).manifest) == 1
+    (tmp_path / "other.gz").write_bytes(gzip.compress(b"word"))
+    with pytest.raises(DataError, match=r"other\.gz: this is a gzip file\. Unpack it with `gunzip`"):
+        prepare([tmp_path / "other.gz"], tmp_path / "out", ALL)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_audio_under_the_name_of_a_manifest_is_read(tmp_path, name):
+    sound(tmp_path / "a.wav").rename(tmp_path / name)
+    assert prepare([tmp_path / name], tmp_path / "out", ALL).accepted == 1
+    assert read_inputs(tmp_path / name, tmp_path).manifest.durations.tolist() == [1.0]
+
+
+def test_an_empty_input_is_told(tmp_path):
+    with pytest.raises(DataError, match=r"^an input is empty; give folders"):
+        prepare([""], tmp_path / "out", ALL)
 
 
 def test_a_glob_means_what_it_ends_with(tmp_path):

@@ -54,7 +54,7 @@ FORMS = {
         "a table of values between semicolons",
     ),
     "tsv": (b"path\tsentence\n/a.wav\tword\n", "a table of values between tabs"),
-    "list": (b"/a/b.wav\n/a/c.wav\n", "a list of files.*nest prepare-data"),
+    "list": (b"/a/b.wav\n/a/c.wav\n", "a list of paths.*nest prepare-data"),
     "html": (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "an HTML page.*Download"),
     "xml": (b'<?xml version="1.0"?><Error/>', "XML.*Download"),
     "lfs": (
@@ -62,7 +62,7 @@ FORMS = {
         "a pointer of Git LFS.*git lfs pull",
     ),
     "parquet": (b"PAR1" + bytes(100) + b"PAR1", "a Parquet table.*to_json"),
-    "zip": (zipped(), "a zip file"),
+    "zip": (zipped(), "a zip archive"),
     "gzip": (gzip.compress(TEXT.encode()), r"a gzip file.*gunzip"),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(20), "a file packed by zstd"),
     "zeros": (bytes(5000), "nothing but zero bytes"),

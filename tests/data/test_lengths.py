@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from nestcli.data.audio import AudioError, load_audio
+from nestcli.data.audio import AudioError, load_audio, reason_of
 from nestcli.data.inspection import inspect_audio
 from nestcli.data.manifest import read_manifests
 from nestcli.data.prepare import PrepareOptions, prepare
@@ -249,8 +249,12 @@ def test_a_promise_is_kept_but_for_rounding(tmp_path):
         ("a.aac", b"\xff\xf1\x50\x80" + bytes(100), "this is AAC"),
         ("a.wma", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(100), "this is WMA"),
         ("a.mp3", bytes(700) + b"\xff\xfb", "neither MP3 nor anything else"),
-        ("a.wav", b"<!DOCTYPE html><html>403</html>", "a web page, not audio; download the file again"),
+        ("a.wav", b"<!DOCTYPE html><html>403</html>", "this is an HTML page. Servers send one in place of a file"),
         ("a.wav", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+            ("a.wav", bytes(700), "this is nothing but zero bytes"),
+            ("a.png", b"\x89PNG" + bytes(100), "this is a picture"),
+            ("a.flac", b'{"audio_filepath": "a.wav"}\n', "this is JSON lines, as a manifest has"),
+            ("a.wav", "a\nb\n".encode("utf-16"), "this is UTF-16 text"),
         ("a.spx", b"OggS\0\2" + bytes(21) + b"\x50Speex   1.2" + bytes(100), "Speex"),
         ("a.wav", riff((b"fmt ", 18, G722), (b"data", 99, bytes(99))), ""),
         ("a.wav", riff((b"fmt ", 16, PCM), (b"data", 100, bytes(100)), (b"data", 100, bytes(100))), ""),
@@ -261,7 +265,7 @@ def test_what_cannot_be_read_is_named_with_its_remedy(tmp_path, name, content, w
     report = inspect_audio(tmp_path / name)
     assert report.reason == "unreadable"
     assert words in report.detail
-    assert PROGRAM.search(report.detail) or "not audio" in report.detail
+    assert PROGRAM.search(report.detail) or re.match(r"this is .*\. [A-Z]", report.detail)
 
 
 # --- samples that are not what they seem
@@ -291,3 +295,19 @@ def test_channels_that_cancel_each_other_are_told(tmp_path):
     assert "--channel 1" in inspect_audio(path).detail
     sf.write(path, np.zeros((RATE, 2)), RATE)
     assert inspect_audio(path).detail == "every sample is zero"
+
+
+def test_what_cannot_be_opened_is_told_with_a_remedy_in_every_command(tmp_path):
+    sf.write(tmp_path / "a.wav", speech(1.0), RATE)
+    (tmp_path / "loop.wav").symlink_to("loop.wav")
+    (tmp_path / "dangling.wav").symlink_to("gone.wav")
+    (tmp_path / "folder.wav").mkdir()
+    cases = {"loop.wav": "unreadable", "dangling.wav": "missing", "folder.wav": "not_a_file", "x" * 300: "unreadable"}
+    for name, reason in cases.items():
+        report = inspect_audio(tmp_path / name)
+        assert report.reason == reason
+        assert re.search("; (mend|correct|leave it out)", report.detail), report.detail
+        with pytest.raises(AudioError) as error:
+            load_audio(tmp_path / name, sample_rate=RATE)
+        assert (error.value.reason, reason_of(error.value)) == (reason, reason)
+    assert inspect_audio(tmp_path / "a.wav", channel=1).detail.endswith("; choose another, or none")

@@ -150,7 +150,7 @@ def test_byte_order_mark_blank_lines_and_a_missing_last_newline_are_fine(path):
         ('{"audio_filepath": "pipe: cat a", "duration": 1}', "command"),
         ('{"audio_filepath": "cat a |", "duration": 1}', "command"),
         ('{"audio_filepath": "ftp://a/b.wav", "duration": 1}', "address"),
-        ('{"audio_filepath": "a\\u0000b", "duration": 1}', "only files"),
+        ('{"audio_filepath": "a\\u0000b", "duration": 1}', "a zero byte"),
         ("[" * 100_000, "not JSON"),
         ('{"id": "r", "sources": []}', "recording"),
     ],

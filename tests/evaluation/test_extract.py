@@ -162,7 +162,7 @@ def test_bad_lines_are_left_out_and_named(checkpoint: str, folder: Path, tmp_pat
     assert (done.utterances, done.rejected) == (1, 7)
     rejected = rows_of(tmp_path / "out" / "rejected.jsonl")
     assert [row["reason"] for row in rejected] == [
-        "unreadable", "too_short", "unreadable", "too_long", "not_finite", "truncated", "truncated"
+        "unreadable", "too_short", "missing", "too_long", "not_finite", "truncated", "truncated"
     ]  # fmt: skip
     assert "the manifest promises 2.00 s from 0 s on, the file has 1.50 s there" in rejected[-1]["detail"]
     assert all("audio_filepath" in row and row["detail"] for row in rejected)

@@ -271,20 +271,7 @@ def manifests(folder: Path) -> Iterator[Case]:
 
     touch = f"touch {folder / CANARY}"
     texts: dict[str, str | bytes] = {
-        "pipe.json": line(audio_filepath=f"pipe:{touch}"),
-        "pipe-after.json": line(audio_filepath=f"{touch} |"),
-        "pipe-before.json": line(audio_filepath=f"| {touch}"),
-        "chained-address.json": line(audio_filepath="s3://bucket/x::file:///etc/passwd"),
-        "password.json": line(audio_filepath="http://user:word@host/x.wav"),
-        "nul.json": line(audio_filepath="a\0b.wav"),
-        "list-of-files.json": line(audio_filepath=["a.wav", "b.wav"]),
-        "nan.json": '{"audio_filepath": "a.wav", "duration": NaN}',
-        "infinite.json": '{"audio_filepath": "a.wav", "duration": Infinity}',
         "giant-number.json": '{"audio_filepath": "a.wav", "duration": 1' + "0" * 5000 + "}",
-        "1e308.json": '{"audio_filepath": "a.wav", "duration": 1e308}',
-        "negative-duration.json": line(duration=-1.0),
-        "negative-offset.json": line(offset=-5.0),
-        "duration-text.json": line(duration="1.5"),
         "duplicate-key.json": '{"audio_filepath": "a.wav", "audio_filepath": "b.wav", "duration": 1.5}',
         "duplicate-key-escaped.json": '{"audio_filepath": "a.wav", "\\u0061udio_filepath": "b.wav", "duration": 1.5}',
         "half-a-line.json": good + "\n" + good[:-20],
@@ -304,7 +291,20 @@ def manifests(folder: Path) -> Iterator[Case]:
         if text == b"GIANT":
             os.truncate(path, 1 << 30)  # zeros without a newline; takes no room on the disk
         yield Case(name, path, ("prepare-data", "{path}", "--out", "{out}", "--jobs", "1"))
-    cuts = {  # each costs itself, and the good line after it is kept
+    lines = {  # each costs itself, and the good line after it is kept
+        "pipe.json": line(audio_filepath=f"pipe:{touch}"),
+        "pipe-after.json": line(audio_filepath=f"{touch} |"),
+        "pipe-before.json": line(audio_filepath=f"| {touch}"),
+        "chained-address.json": line(audio_filepath="s3://bucket/x::file:///etc/passwd"),
+        "password.json": line(audio_filepath="http://user:word@host/x.wav"),
+        "nul.json": line(audio_filepath="a\0b.wav"),
+        "list-of-files.json": line(audio_filepath=["a.wav", "b.wav"]),
+        "nan.json": '{"audio_filepath": "a.wav", "duration": NaN}',
+        "infinite.json": '{"audio_filepath": "a.wav", "duration": Infinity}',
+        "1e308.json": '{"audio_filepath": "a.wav", "duration": 1e308}',
+        "negative-duration.json": line(duration=-1.0),
+        "negative-offset.json": line(offset=-5.0),
+        "duration-text.json": line(duration="1.5"),
         "cut-command.jsonl.gz": recording("command", touch),
         "cut-memory.jsonl.gz": recording("memory", "UklGRg=="),
         "cut-memory-raw.jsonl": recording("memory_raw", pickle.dumps(Runs(os.system, touch)).hex()),
@@ -314,7 +314,7 @@ def manifests(folder: Path) -> Iterator[Case]:
                                  "sources": [{"type": "file", "channels": [0], "source": "a.wav"}]},
         }),
     }  # fmt: skip
-    for name, text in cuts.items():
+    for name, text in lines.items():
         path, content = folder / "manifests" / name, f"{text}\n{good}\n".encode()
         path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
         yield Case(name, path, ("prepare-data", "{path}", "--out", "{out}", "--jobs", "1"), "unsupported_line")

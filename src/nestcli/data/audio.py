@@ -92,15 +92,18 @@ def resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Sam
     yield np.pad(last, (0, length - made - len(last)))
 
 
-def audio_duration(path: str | os.PathLike[str]) -> tuple[float | None, str]:
-    """The seconds that a file's header states, or None and why there are none; decoded is what states none."""
+def audio_duration(path: str | os.PathLike[str]) -> tuple[float | None, str, str]:
+    """The seconds that a file's header states, or None, why there are none and the reason of that.
+
+    What states no length is decoded.
+    """
     try:
         with decoder(os.fspath(path)) as sound:
             stated: int = sound.frames
             frames = stated if states_length(sound) else sum(map(len, blocks_of(sound, STREAM_BLOCK, stated)))
-            return frames / sound.samplerate, ""
+            return frames / sound.samplerate, "", ""
     except (BadAudioError, OSError, sf.LibsndfileError) as error:
-        return None, str(error)
+        return None, str(error), getattr(error, "reason", "unreadable")
 
 
 def audio_header(path: str | os.PathLike[str]) -> tuple[int, int, int]:
@@ -118,6 +121,11 @@ class AudioError(DataError):
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def reason_of(error: Exception) -> str:
+    """The reason of an AudioError; "unreadable" for others, which have none."""
+    return error.reason if isinstance(error, AudioError) else "unreadable"
 
 
 def _data_error(path: str | os.PathLike[str], why: str, reason: str = "unreadable") -> AudioError:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from nestcli.data import forms, remote
-from nestcli.data.channel import KEY as CHANNEL
-from nestcli.data.channel import Channel, parsed_channel
-from nestcli.data.cuts import looks_like_cut, recording_to_row
-from nestcli.data.foreign import foreign, has_json_lines, is_json_array
+from nestcli.data.channel import Channel
+from nestcli.data.cuts import recording_to_row
+from nestcli.data.forms import foreign, has_json_lines, is_audio_or_array
 from nestcli.data.journal import NAME as JOURNAL
 from nestcli.data.kaldi import is_kaldi, read_kaldi
 from nestcli.data.manifest import Manifest, of_scan
-from nestcli.data.scan import check_path, scan, to_row
+from nestcli.data.scan import check_row, scan, to_row
 from nestcli.errors import DataError
 from nestcli.files import user_path
 
@@ -102,12 +101,16 @@ def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
 def is_manifest(path: Path) -> bool:
     """Whether a named file is a manifest: by its ending, or, unless it claims to be audio, by its first bytes."""
     if path.name.lower().endswith(MANIFEST_SUFFIXES):
-        return not is_json_array(path)
+        return not is_audio_or_array(path)
     return path.suffix.lower() not in AUDIO_SUFFIXES and has_json_lines(path)
 
 
 def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
     """The input, or, where there is no such file, those that it matches as a glob."""
+    if not given:
+        raise DataError(
+            "an input is empty; give folders, audio files or manifests. Is a variable of the shell not set?"
+        )
     given = user_path(given)
     if os.path.lexists(given):
         return [Path(given)]
@@ -187,9 +190,7 @@ def _any_row(record: dict[str, Any]) -> dict[str, Any]:
     is_recording = "sources" in record and "recording" not in record and "audio_filepath" not in record
     try:
         row = recording_to_row(record) if is_recording else to_row(record)
-        parsed_channel(row.get(CHANNEL))
-        if is_recording or looks_like_cut(record):
-            check_path(row["audio_filepath"])
+        check_row(row)
     except ValueError as error:
         name = record.get("id", record.get("audio_filepath", ""))
         return {"audio_filepath": "-", "id": str(name)[:200], _REFUSED: str(error)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from nestcli.data.audio import reason_of
 from nestcli.data.manifest import Entry, Manifest
 from nestcli.data.mixing import is_audible
 from nestcli.data.notes import Noted
@@ -57,7 +58,7 @@ class NoisePool:
                     clip = self._load(entry, line, n_samples, rng, n_samples if keep is None else min(keep, n_samples))
             except DataError as error:
                 problem = error
-                self._skipped.append(Skipped(self.manifest.where(line), str(error), self._path(line)))
+                self._skipped.append(Skipped(self.manifest.where(line), str(error), self._path(line), reason_of(error)))
                 continue
             if is_audible(clip.samples):
                 return clip
@@ -76,7 +77,7 @@ class NoisePool:
                 with Noted(self.manifest, line) as entry:
                     clip = self._load_like_nemo(entry, line, n_samples, state)
             except DataError as error:
-                self._skipped.append(Skipped(self.manifest.where(line), str(error), self._path(line)))
+                self._skipped.append(Skipped(self.manifest.where(line), str(error), self._path(line), reason_of(error)))
                 continue
             if _running_sum(clip.samples) == 0:
                 level_db = state.randint(*WHITE_NOISE_DB, dtype="int32")

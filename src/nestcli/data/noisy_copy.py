@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile as sf
 
+from nestcli.data.audio import reason_of
 from nestcli.data.channel import KEY as CHANNEL
 from nestcli.data.manifest import Entry, Manifest, read_manifests
 from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into
@@ -67,7 +68,7 @@ def write_copy(
     except _RejectedError as error:
         return CopyResult(_rejection(entry, error.reason, str(error)), size=None, noise=[])
     except DataError as error:
-        return CopyResult(_rejection(entry, getattr(error, "reason", "unreadable"), str(error)), size=None, noise=[])
+        return CopyResult(_rejection(entry, reason_of(error), str(error)), size=None, noise=[])
     rng = random.Random(f"{options.seed}/augment/{copy}/{line}")  # noqa: S311  (no secrets)
     others = _Others(speech, line, options.sample_rate, rng)
     sources = _Sources(clean, others, others.draw(options.mixing.max_num_speakers))
@@ -113,7 +114,7 @@ def _pool(path: str, sample_rate: int) -> NoisePool:
 
 def _unreadable(pool: NoisePool) -> list[_Row]:
     return [
-        {"audio_filepath": each.audio, "reason": "unreadable", "detail": each.why, "kind": "noise"}
+        {"audio_filepath": each.audio, "reason": each.reason, "detail": each.why, "kind": "noise"}
         for each in pool.take_skipped()
     ]
 

@@ -26,7 +26,7 @@ from nestcli.data.channel import kept_channel
 from nestcli.data.check import check_files
 from nestcli.data.collect import OUTPUTS, Collection, collect, made_before
 from nestcli.data.cores import available_cores
-from nestcli.data.foreign import known_ending
+from nestcli.data.forms import known_ending
 from nestcli.data.journal import REMEDY, Journal, disk_faults_told, open_journal
 from nestcli.data.manifest import write_manifest
 from nestcli.data.picture import draw_summary, duration_bins, level_bins

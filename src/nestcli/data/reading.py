@@ -30,6 +30,7 @@ class Skipped:
     line: str
     why: str
     audio: str = ""
+    reason: str = "unreadable"
 
 
 def read_audio(
@@ -76,9 +77,9 @@ def duration_of(entry: Entry) -> float:
     if not math.isnan(entry.duration):
         return entry.duration
     with _local(entry) as path:
-        whole, why = audio_duration(path)
+        whole, why, reason = audio_duration(path)
     if whole is None:
-        raise DataError(f"{entry.name}: {why}")
+        raise AudioError(f"{entry.name}: {why}", reason)
     return max(0.0, whole - entry.offset)
 
 

@@ -351,9 +351,14 @@ def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
     if not isinstance(record, dict):
         raise ValueError(f"{_short(record)} is no JSON object; a manifest has one {{...}} a line")
     row = to_row(record)
+    return row, *check_row(row)
+
+
+def check_row(row: Row) -> tuple[float, float]:
+    """The duration and the offset of a row in seconds; raises ValueError for values that no utterance has."""
     check_path(row["audio_filepath"])
     parsed_channel(row.get(CHANNEL))
-    return row, _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)
+    return _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)
 
 
 def check_path(path: object) -> None:
@@ -361,7 +366,9 @@ def check_path(path: object) -> None:
         raise ValueError(f'"audio_filepath" is {_short(path)}; it must name one file')
     if path.startswith("file:"):
         path = user_path(path)
-    if path.startswith(("pipe:", "|")) or path.endswith("|") or "\0" in path:
+    if "\0" in path:
+        raise ValueError(f'"audio_filepath" is {_short(path)}, with a zero byte, as no file has in its name')
+    if path.startswith(("pipe:", "|")) or path.endswith("|"):
         raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
     if "://" in path:
         remote.check_remote(path)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import soundfile as sf
 
-from nestcli.data.audio import load_audio
+from nestcli.data.audio import load_audio, reason_of
 from nestcli.data.channel import KEY as CHANNEL
 from nestcli.data.channel import kept_channel, parsed_channel
 from nestcli.data.journal import REMEDY, Journal, file_version
@@ -250,7 +250,7 @@ def _seconds(frames: int, rate: int) -> float:
 
 
 def _skipped(row: dict[str, Any], error: Exception) -> dict[str, Any]:
-    return {"audio_filepath": row["audio_filepath"], "reason": "unreadable", "detail": str(error)}
+    return {"audio_filepath": row["audio_filepath"], "reason": reason_of(error), "detail": str(error)}
 
 
 # --- Lhotse's Shar

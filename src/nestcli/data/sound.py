@@ -18,6 +18,7 @@ import soundfile as sf
 
 from nestcli.data import jail
 from nestcli.data.containers import READ_FORMATS, length_fault, states_length
+from nestcli.data.forms import HEAD
 from nestcli.data.sox import CONVERT, RECOVER, UnreadableError, decoded_by_sox, unreadable
 
 Samples = npt.NDArray[np.float32]
@@ -25,7 +26,6 @@ Samples = npt.NDArray[np.float32]
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
 MAX_LOADED = 1 << 28  # frames of one utterance: 4 hours and 40 minutes at 16 kHz, a gigabyte of memory
-LENGTH_FAULTS = ("truncated", "wrong_duration")  # the reasons of files that hold less or more than is said
 END_SLACK = 0.5  # s: a part that ends this close to the end of a file stands for all of it
 STREAM_BLOCK = 1 << 18  # samples of all channels, where a file is walked through
 
@@ -48,7 +48,10 @@ class Sound(sf.SoundFile):  # type: ignore[misc]  # soundfile has no types
 
     def keep(self, channel: int | None) -> None:
         if channel is not None and not 0 <= channel < self.channels:
-            raise BadAudioError("no_such_channel", f"there is no channel {channel}: there are {self.channels}, from 0")
+            raise BadAudioError(
+                "no_such_channel",
+                f"there is no channel {channel}: there are {self.channels}, from 0; choose another, or none",
+            )
         self.channel = channel
 
 
@@ -74,18 +77,23 @@ def decoder(path: str) -> Iterator[Sound]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not hang on a FIFO
     except (FileNotFoundError, NotADirectoryError):
-        raise BadAudioError("missing", "there is no such file") from None
+        raise BadAudioError("missing", "there is no such file; correct its path, or mount its disk") from None
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) == errno.ENXIO:  # what opening a socket gives
             _check_regular(os.stat(path))  # noqa: PTH116
-        raise BadAudioError("unreadable", getattr(error, "strerror", None) or str(error)) from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise BadAudioError(
+            "unreadable", f"it cannot be opened ({why}); mend its permissions, its name or its link"
+        ) from None
     try:
         _check_regular(os.fstat(descriptor))
         try:
             sound = Sound(descriptor, closefd=False)
         except sf.LibsndfileError as error:
             if error.code != _UNRECOGNISED:
-                raise BadAudioError("unreadable", unreadable(path, os.pread(descriptor, 64, 0), words(error))) from None
+                raise BadAudioError(
+                    "unreadable", unreadable(path, os.pread(descriptor, HEAD, 0), words(error))
+                ) from None
         else:
             with sound:
                 yield _checked(sound)
@@ -101,7 +109,7 @@ def decoder(path: str) -> Iterator[Sound]:
 
 def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise BadAudioError("not_a_file", "this is a folder, a pipe, a socket or a device, not a file")
+        raise BadAudioError("not_a_file", "this is a folder, a pipe, a socket or a device, not a file; leave it out")
     if status.st_size == 0:
         raise BadAudioError("empty", "the file has no bytes; copy or record it again")
 

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import soundfile as sf
 
+from nestcli.data.forms import HEAD, foreign
 from nestcli.data.patience import seconds_for
 
 _MOST_EXPANSION, _LEAST_LIMIT = 100, 256 << 20  # of a file's bytes as 32-bit samples, and bytes that any may have
@@ -36,7 +37,7 @@ def _sox_type(path: str, head: bytes) -> str | None:
     for magic, kind in ((b"#!AMR\n", "amr-nb"), (b"#!AMR-WB\n", "amr-wb"), (b"wvpk", "wv")):
         if head.startswith(magic):
             return kind
-    frames_of_gsm = {byte >> 4 for byte in head[::33]}  # 33 bytes each, the first half byte is 0xD
+    frames_of_gsm = {byte >> 4 for byte in head[:64:33]}  # 33 bytes each, the first half byte is 0xD
     return "gsm" if path.lower().endswith(".gsm") and frames_of_gsm == {0xD} else None
 
 
@@ -67,10 +68,6 @@ _ONLY_FFMPEG = (
     (8, b"AVI ", "AVI"),
     (28, b"Speex   ", "Speex"),
 )
-_NO_AUDIO = (
-    (b"version https://git-lfs.github.com/", "a pointer of Git LFS, not audio; fetch the file with `git lfs pull`"),
-    (b"<", "text or a web page, not audio; download the file again"),
-)
 
 
 def unreadable(path: str, head: bytes, why: str = "") -> str:
@@ -78,9 +75,8 @@ def unreadable(path: str, head: bytes, why: str = "") -> str:
     kind = next((kind for at, magic, kind in _ONLY_FFMPEG if head[at : at + len(magic)] == magic), None)
     if kind is not None:
         return f"this is {kind}, which ffmpeg reads and libsndfile does not; {CONVERT}"
-    no_audio = next((words for start, words in _NO_AUDIO if head.lstrip().startswith(start)), None)
-    if no_audio is not None:
-        return f"this is {no_audio}"
+    if other := foreign(path, head):
+        return other
     claimed = os.path.splitext(path)[1][1:].upper()  # noqa: PTH122
     if not why and claimed in sf.available_formats():
         why = f"its content is neither {claimed} nor anything else that can be read"
@@ -91,7 +87,7 @@ def unreadable(path: str, head: bytes, why: str = "") -> str:
 def decoded_by_sox(path: str) -> Iterator[str]:
     """Have SoX decode a file into a temporary one that libsndfile reads; raises UnreadableError."""
     with open(path, "rb") as file:  # noqa: PTH123  (a str path, perhaps with bytes that are not UTF-8)
-        head = file.read(64)
+        head = file.read(HEAD)
     kind = _sox_type(path, head)
     if kind is None:
         raise UnreadableError(unreadable(path, head))

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from nestcli.data.audio import audio_duration
-from nestcli.data.collect import AUDIO_SUFFIXES, collect
-from nestcli.data.forms import is_manifest
+from nestcli.data.collect import collect, is_manifest
 from nestcli.data.manifest import Manifest, read_manifests, write_manifest
 from nestcli.data.reading import duration_of
 from nestcli.errors import DataError
@@ -35,16 +34,16 @@ def read_inputs(given: str | os.PathLike[str], out: Path) -> Inputs:
     Durations that a manifest does not state are read from the files' headers.
     """
     path = Path(given)
-    if path.is_file() and path.suffix.lower() not in AUDIO_SUFFIXES and path.name != "wav.scp" and is_manifest(path):
+    if path.is_file() and is_manifest(path):
         manifest = read_manifests([os.fspath(given)], require_duration=False)
         if not len(manifest):
             raise DataError(f"{given} has no lines.")
         return Inputs(_with_durations(manifest))
     rows, refused = [], []
     for item in collect([given], out).items:
-        duration, why = audio_duration(item.path)
+        duration, why, reason = audio_duration(item.path)
         if item.refused or duration is None:
-            reason = item.reason if item.refused else "unreadable"
+            reason = item.reason if item.refused else reason
             refused.append({"audio_filepath": item.path, "reason": reason, "detail": item.refused or why})
         else:
             known = {key: value for key, value in item.known().items() if key not in ("duration", "offset")}

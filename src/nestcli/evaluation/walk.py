@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from nestcli.data.ahead import ahead
+from nestcli.data.audio import reason_of
 from nestcli.data.cores import available_cores
 from nestcli.data.manifest import Manifest
 from nestcli.data.reading import read_audio
-from nestcli.data.sound import LENGTH_FAULTS, Samples
+from nestcli.data.sound import Samples
 from nestcli.errors import ConfigError, DataError
 
 BATCH_DURATION = 120.0  # s of padded audio
@@ -96,8 +97,7 @@ class Walk:
         try:
             samples = read_audio(manifest.entry(index), sample_rate=self.sample_rate)
         except DataError as error:
-            reason = getattr(error, "reason", "")
-            return Walked(index, reason=reason if reason in LENGTH_FAULTS else "unreadable", detail=str(error))
+            return Walked(index, reason=reason_of(error), detail=str(error))
         if len(samples) < self.shortest:
             return Walked(index, reason="too_short", detail=f"{len(samples)} samples are less than one frame")
         if not np.isfinite(samples).all():

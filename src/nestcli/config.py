@@ -43,7 +43,9 @@ _TRAINER_KEYS = (
     "deterministic", "detect_anomaly", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches",
     "max_time",
 )  # fmt: skip
-_CHECKPOINT_KEYS = ("every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose")
+_CHECKPOINT_KEYS = (
+    "auto_insert_metric_name", "every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose",
+)  # fmt: skip
 _WANDB_KEYS = ("id", "resume", "entity", "group", "tags")
 _SAFETY_KEYS = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines")
 START_KEYS = (

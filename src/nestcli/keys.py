@@ -24,7 +24,7 @@ _NAMES = {
         "model_parallel_size"
     ),
     "exp_manager.checkpoint_callback_params": (
-        "filepath dirpath save_weights_only auto_insert_metric_name train_time_interval prefix postfix save_best_model "
+        "filepath dirpath save_weights_only train_time_interval prefix postfix save_best_model "
         "save_nemo_on_train_end model_parallel_size save_on_train_epoch_end async_save save_last_n_optim_states period "
         "enable_version_counter save_on_exception"
     ),
@@ -57,7 +57,7 @@ _NAMES = {
 _DATASET_NAMES = (
     "labels parser augmentor return_sample_id int_values tarred_shard_strategy tarred_audio_index_filepaths "
     "shard_manifests max_utts unk_index blank_index normalize_transcripts use_dali code_switched is_code_switched "
-    "channel_selector force_monochannel seed shard_seed skip_missing_manifest_entries tarred_random_access "
+    "force_monochannel seed shard_seed skip_missing_manifest_entries tarred_random_access "
     "num_cuts_for_bins_estimate bucket_buffer_size concurrent_bucketing bucketing_2d_strict_mode max_open_streams "
     "cuda_expandable_segments multi_config sampler_fusion sampler_weights pretokenize prompt_format "
     "use_multimodal_sampling audio_locator_tag token_equivalent_duration batch_tokens quadratic_factor "
@@ -105,7 +105,6 @@ _ELSEWHERE = {  # what does it here
     "model.optim.sched.max_steps": "Set trainer.max_steps.",
     "model.preprocessor.n_window_size": "Set window_size, in seconds.",
     "model.preprocessor.n_window_stride": "Set window_stride, in seconds.",
-    "channel_selector": "All channels are averaged; `nest prepare-data --convert --channel N` keeps one.",
     "seed": "Set `seed`, at the top of the configuration.",
     "shard_seed": "Set `seed`, at the top of the configuration.",
     "noise_path": "Set noise_manifest and batch_augmentor.",
@@ -125,7 +124,7 @@ _FOREIGN = frozenset(
 )
 
 # Keys that are no feature: false asks for something else than what nest does.
-_NOT_OFF = frozenset(("create_preemption_callback", "auto_insert_metric_name", "log_step_timing", "init_strict"))
+_NOT_OFF = frozenset(("create_preemption_callback", "log_step_timing", "init_strict"))
 _NEUTRAL = {  # what NeMo's own files give them, and what nest does
     "model.encoder.reduction_factor": (1,),
     "model.encoder.subsampling_conv_chunking_factor": (1, -1),

@@ -221,8 +221,8 @@ def test_a_last_checkpoint_is_written_where_validation_finds_no_better_model(
     [
         (["filename=same", "save_last=link"], {"same.ckpt", "same-step=2-last.ckpt", "same-step=3-last.ckpt"}),
         (
-            ["filename=a-{step}-x", "save_top_k=0"],
-            {"a-step=2-x-step=2-last.ckpt", "a-step=3-x-step=3-last.ckpt"},
+            ["filename=a-{step}-x", "auto_insert_metric_name=false", "save_top_k=0"],
+            {"a-2-x-step=2-last.ckpt", "a-3-x-step=3-last.ckpt"},
         ),
     ],
 )

@@ -54,6 +54,7 @@ class CheckpointConfig:
     every_n_train_steps: int | None = None
     save_last: bool | str | None = None
     verbose: bool = False
+    auto_insert_metric_name: bool = True
 
     def __post_init__(self) -> None:
         within(self, -1, 10**6, "save_top_k")

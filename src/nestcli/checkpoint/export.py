@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,9 +44,14 @@ def export(
 ) -> Exported:
     """Write a checkpoint as `to` at `out`, which is new unless `force` is set, and verify it.
 
-    Raises CheckpointError, ConfigError, MissingDependencyError; RunFailedError, with nothing left behind, if what was
-    written differs from the checkpoint or cannot be read.
+    Raises CheckpointError, ConfigError, MissingDependencyError; RunFailedError if what was written differs from the
+    checkpoint or cannot be read. What stood at `out` before is there again then.
     """
+    with _kept(out):
+        return _export(checkpoint, to, out, part, force)
+
+
+def _export(checkpoint: str | os.PathLike[str], to: Format, out: Path, part: Part, force: bool) -> Exported:
     if to in ("nemo", "safetensors"):
         loaded = load_checkpoint(checkpoint)
         {"nemo": write_nemo, "safetensors": write_safetensors}[to](out, loaded.config, loaded.state_dict)
@@ -64,6 +69,35 @@ def export(
     verified, difference = _verified(out, checkpoint, look)
     files = [out] if out.is_file() else list(out.iterdir())
     return Exported(out, tensors, sum(file.stat().st_size for file in files), verified, difference)
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Put what stands at a path back if the block fails."""
+    if not out.exists():
+        yield
+        return
+    kept = out.with_name(f".{out.name}.{os.getpid()}.kept")
+    try:
+        if out.is_dir():
+            shutil.copytree(out, kept, copy_function=_link)
+        else:
+            _link(out, kept)
+        try:
+            yield
+        except BaseException:
+            _remove(out)
+            kept.rename(out)
+            raise
+    finally:
+        _remove(kept)
+
+
+def _link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 def _verified(

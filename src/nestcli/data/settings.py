@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nestcli.bounds import within
@@ -61,8 +62,11 @@ class DatasetConfig:
         within(self, 1, 10**9, "shuffle_buffer_size")
         within(self, 1, 10_000, "num_buckets", "bucketing_weights")
         within(self, 0, 4096, "num_workers")
-        within(self, 0, 1e7, "batch_duration", "max_duration", "read_timeout", "bucket_duration_bins", above=True)
-        within(self, 0, 1e7, "min_duration")
+        within(self, 0, 1e7, "batch_duration", "read_timeout", "bucket_duration_bins", above=True)
+        if self.min_duration != -1:  # Lhotse's word for no limit
+            within(self, 0, 1e7, "min_duration")
+        if self.max_duration != math.inf:  # the same
+            within(self, 0, 1e7, "max_duration", above=True)
         within(self, 1e-3, 1e7, "quadratic_duration")
         within(self, 0.05, 1e6, "concat_sampling_temperature")
         within(self, 0, 1e6, "concat_sampling_scale", above=True)

@@ -94,11 +94,18 @@ def _write_failure(error: BaseException | None, folder: Path) -> str | None:
         if isinstance(error, UnwrittenError) or (type(error) is NestError and _of_the_disk(error.__context__)):
             return f"{error} {_REMEDY}"
         if isinstance(error, OSError) and _of_the_disk(error):
+            if error.errno == errno.EIO and not _is_below(error.filename, folder):
+                return None  # of a file that is read
             found = _shared_memory_full(error) or (
                 f"{error.filename or f'a file in {folder}'} cannot be written: {error.strerror}. {_REMEDY}"
             )
         error = error.__cause__ or error.__context__
     return found
+
+
+def _is_below(path: object, folder: Path) -> bool:
+    """Whether a path of an error is one of the folder's; an error that names none is taken for one."""
+    return path is None or Path(os.fsdecode(str(path))).absolute().is_relative_to(folder.absolute())
 
 
 def _shared_memory_full(error: OSError) -> str | None:

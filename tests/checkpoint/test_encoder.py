@@ -211,7 +211,7 @@ def test_an_encoder_follows_its_dtype_after_inference_mode(
     features, _ = encoder(audio_BN)
     features.sum().backward()
     assert features.dtype == torch.float32
-    assert_close(features, expected.clone(), 1e-6)
+    assert_close(features, expected.clone(), 1e-5)  # the kernels with and without gradients round differently
     longer, _ = encoder(0.1 * torch.randn(1, 48_000))  # the table of positions grows
     longer.sum().backward()
 

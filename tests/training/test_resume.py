@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from runs import Listener
 
 from conftest import tiny_config
+from nestcli import files
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, load_lightning_checkpoint
 from nestcli.errors import CheckpointError, ConfigError, RunFailedError
 from nestcli.files import held_alone
@@ -339,12 +340,13 @@ def test_other_files_that_the_disk_refuses_do_not_destroy_the_run(
     corpus: dict[str, Path], run: Moves, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, *_ = run
-    really, old = Path.open, next(folder.rglob(name)).read_bytes()
+    old = next(folder.rglob(name)).read_bytes()
 
-    def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-        if name in path.name and mode != "r" and mode != "rb":
-            raise OSError(28, "No space left on device", str(path))
-        return really(path, mode, *args, **options)
+    class Refused(files._Watched):
+        def __init__(self, path: Path, mode: str) -> None:
+            if name in path.name:
+                raise OSError(28, "No space left on device", str(path))
+            super().__init__(path, mode)
 
     def descriptor(path: Any, flags: int, *args: Any, **options: Any) -> int:
         if str(path).endswith(name) and flags & os.O_ACCMODE != os.O_RDONLY:
@@ -353,7 +355,7 @@ def test_other_files_that_the_disk_refuses_do_not_destroy_the_run(
 
     opens = os.open
     monkeypatch.setattr("nestcli.files.os.open", descriptor)
-    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(files, "_Watched", Refused)
     with pytest.raises((RunFailedError, ConfigError), match=rf"{name} cannot be written: No space left") as raised:
         train(corpus, tmp_path, "trainer.max_steps=9", "trainer.max_time=01:00:00:00")
     assert raised.value.exit_code == 1

@@ -180,6 +180,7 @@ def test_pipes_sockets_and_devices_are_refused_without_being_opened(tmp_path, mo
     assert (summary.accepted, summary.rejections) == (1, {"not_a_file": 6})
 
 
+@pytest.mark.slow
 def test_a_decoder_that_hangs_costs_its_file_only(tmp_path, monkeypatch):
     program = tmp_path / "bin" / "sox"
     program.parent.mkdir()

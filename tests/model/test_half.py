@@ -16,6 +16,7 @@ from nestcli.training.run import Pretraining
 STATISTICS = ("running_mean", "running_var")
 
 
+@pytest.mark.slow
 def test_running_statistics_move_to_where_those_of_fp32_do(corpus: dict[str, Path]) -> None:
     model = NestModule(tiny_config(corpus, "trainer.precision=bf16-true")).model
     conv = model.encoder.layers[0].conv

@@ -153,6 +153,7 @@ def test_a_rank_that_was_left_over_does_not_silence_a_run(corpus: dict[str, Path
     assert (tmp_path / "run" / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_machines_that_are_started_by_hand_share_the_folder(corpus: dict[str, Path], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

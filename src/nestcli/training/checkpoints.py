@@ -167,12 +167,12 @@ class NestCheckpoint(ModelCheckpoint):
         return candidates
 
     def format_checkpoint_name(
-        self, metrics: dict[str, Tensor], filename: str | None = None, ver: int | None = None, prefix: str | None = None
+        self, metrics: dict[str, Tensor], filename: str | None = None, *more: Any, **options: Any
     ) -> str:
-        """As Lightning does it; a value that is not known is left out, where Lightning writes 0."""
+        """As Lightning does it, whose releases take more or fewer words; a value that is not known is left out."""
         known = [name for name, value in metrics.items() if value is not self._unknown]
         kept = without_unknown(filename or str(self.filename), known)
-        return super().format_checkpoint_name(metrics, kept, ver, prefix)
+        return str(super().format_checkpoint_name(metrics, kept, *more, **options))
 
 
 def _outdated(newest: Path) -> list[Path]:

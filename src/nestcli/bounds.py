@@ -26,7 +26,7 @@ def within(block: Any, low: float, high: float, *keys: str, above: bool = False,
             raise ValueError(f"{key}: the list is empty. Give at least one number, or null.")
         for each in elements:
             if each is not None and not is_within(each, low, high, above=above, below=below):
-                raise ValueError(f"{key}: {shown(each)} must be {range_of(low, high, above, below)}.")
+                raise ValueError(f"{key}: {short(each)} must be {range_of(low, high, above, below)}.")
 
 
 def is_within(value: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> bool:
@@ -43,9 +43,10 @@ def range_of(low: float, high: float, above: bool = False, below: bool = False) 
     return f"from {_plain(low)} to {_plain(high)}"
 
 
-def shown(value: Any) -> str:
-    """A value for a message; a number of more than twenty digits is not written out."""
-    return short(value)
+def as_written(value: Any, longest: int = 60) -> str:
+    """A value as a configuration has it, for a message: null, true, a text without quotes."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _plain(number: float) -> str:

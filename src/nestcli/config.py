@@ -20,59 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nestcli.bounds import coerced, is_within
 from nestcli.errors import ConfigError
-from nestcli.keys import foreign, is_off
+from nestcli.keys import EXTRA_KEYS, START_KEYS, START_PARTS, foreign, is_off
 from nestcli.targets import CLASSES, PLACES, TARGETS
 from nestcli.untrusted import check_plain, check_references, check_sizes, read_yaml, short
 
 BASE = "nest_fast-conformer"
 PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
-
-# Keys that are understood although NeMo's file does not carry them. docs/configuration.md describes each.
-_DATASET_KEYS = (
-    "batch_augmentor.nemo_exact", "max_failed_share", "read_timeout", "channel_selector",
-    "concat_sampling_scale", "concat_sampling_probabilities", "concat_sampling_seed", "concat_shuffle",
-    "bucketing_weights",
-    "use_lhotse", "cuts_path", "shar_path", "input_cfg", "reweight_temperature", "use_bucketing", "batch_duration",
-    "quadratic_duration", "num_buckets", "bucket_duration_bins", "bucket_batch_size", "shuffle_buffer_size",
-)  # fmt: skip
-_TRAIN_ONLY_KEYS = (  # that NeMo's file has in train_ds alone
-    "drop_last", "trim_silence", "is_concat", "concat_sampling_technique", "concat_sampling_temperature", "is_tarred",
-    "tarred_audio_filepaths", "shuffle_n", "bucketing_strategy", "bucketing_batch_size",
-)  # fmt: skip
-_TRAINER_KEYS = (
-    "deterministic", "detect_anomaly", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches",
-    "max_time",
-)  # fmt: skip
-_CHECKPOINT_KEYS = (
-    "auto_insert_metric_name", "every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose",
-)  # fmt: skip
-_WANDB_KEYS = ("id", "resume", "entity", "group", "tags")
-_SAFETY_KEYS = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines")
-START_KEYS = (
-    "init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_encoder", "init_from_pretrained_model",
-)  # fmt: skip
-_START_PARTS = ("path", "include", "exclude")  # of NeMo's form init_from_...: {name: {path: ..., include: [...]}}
-EXTRA_KEYS = frozenset(
-    (
-        "seed",
-        *START_KEYS,
-        "model.encoder.backend",
-        "model.encoder.compile",
-        "model.encoder.dropout_draws",
-        "model.encoder.use_pytorch_sdpa",
-        "model.encoder.conv_norm_ignore_padding",
-        "model.loss.nemo_exact",
-        "model.masking.mask_value",
-        "model.masking.max_mask_ratio",
-        "model.preprocessor.nemo_exact",
-        *(f"model.{part}.{key}" for part in ("train_ds", "validation_ds") for key in _DATASET_KEYS),
-        *(f"model.validation_ds.{key}" for key in _TRAIN_ONLY_KEYS),
-        *(f"nest.{key}" for key in _SAFETY_KEYS),
-        *(f"trainer.{key}" for key in _TRAINER_KEYS),
-        *(f"exp_manager.checkpoint_callback_params.{key}" for key in _CHECKPOINT_KEYS),
-        *(f"exp_manager.wandb_logger_kwargs.{key}" for key in _WANDB_KEYS),
-    )
-)
 
 # A file that stands alone (no `base:`) may leave these out; anything else that it lacks is an error, because NeMo's
 # own defaults for it differ from the values in this configuration.
@@ -221,11 +174,9 @@ def section(cls: type[T], config: DictConfig, key: str) -> T:
     block = OmegaConf.select(config, key)
     if not isinstance(block, DictConfig):
         raise ConfigError(f"{key} is missing from the configuration, or is not a block of keys.")
-    hints, content, values = (
-        _hints(typing.cast(typing.Hashable, cls)),
-        typing.cast("dict[str, Any]", OmegaConf.to_container(block, resolve=True)),
-        {},
-    )
+    hints = _hints(typing.cast(typing.Hashable, cls))
+    content = typing.cast("dict[str, Any]", OmegaConf.to_container(block, resolve=True))
+    values = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # cls is a dataclass by contract
         if field.name in content:
             values[field.name] = coerced(content[field.name], hints[field.name], f"{key}.{field.name}")
@@ -428,7 +379,7 @@ def _is_part(key: str) -> bool:
     """Whether a key is a part of a value that may be a block: a run's first weights, or trainer.max_time."""
     start, *name = key.split(".")
     if start in START_KEYS:
-        return len(name) == 2 and name[1] in _START_PARTS
+        return len(name) == 2 and name[1] in START_PARTS
     return key.rpartition(".")[0] == "trainer.max_time"
 
 

@@ -1,9 +1,57 @@
-"""Keys that NeMo, Lightning or PyTorch honour and nest does not have, and what to do in their place."""
+"""Keys of a configuration: those that nest has beside NeMo's file, and those of others that it does not have."""
 
 from __future__ import annotations
 
 from typing import Any
 
+# Keys that are understood although NeMo's file does not carry them. docs/configuration.md describes each.
+_OF_DATASETS = (
+    "batch_augmentor.nemo_exact", "max_failed_share", "read_timeout", "channel_selector",
+    "concat_sampling_scale", "concat_sampling_probabilities", "concat_sampling_seed", "concat_shuffle",
+    "bucketing_weights",
+    "use_lhotse", "cuts_path", "shar_path", "input_cfg", "reweight_temperature", "use_bucketing", "batch_duration",
+    "quadratic_duration", "num_buckets", "bucket_duration_bins", "bucket_batch_size", "shuffle_buffer_size",
+)  # fmt: skip
+_OF_TRAINING_DATA = (  # that NeMo's file has in train_ds alone
+    "drop_last", "trim_silence", "is_concat", "concat_sampling_technique", "concat_sampling_temperature", "is_tarred",
+    "tarred_audio_filepaths", "shuffle_n", "bucketing_strategy", "bucketing_batch_size",
+)  # fmt: skip
+_OF_TRAINER = (
+    "deterministic", "detect_anomaly", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches",
+    "max_time",
+)  # fmt: skip
+_OF_CHECKPOINTS = (
+    "auto_insert_metric_name", "every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose",
+)  # fmt: skip
+_OF_WANDB = ("id", "resume", "entity", "group", "tags")
+_OF_SAFETY = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines")
+START_KEYS = (
+    "init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_encoder", "init_from_pretrained_model",
+)  # fmt: skip
+START_PARTS = ("path", "include", "exclude")  # of NeMo's form init_from_...: {name: {path: ..., include: [...]}}
+EXTRA_KEYS = frozenset(
+    (
+        "seed",
+        *START_KEYS,
+        "model.encoder.backend",
+        "model.encoder.compile",
+        "model.encoder.dropout_draws",
+        "model.encoder.use_pytorch_sdpa",
+        "model.encoder.conv_norm_ignore_padding",
+        "model.loss.nemo_exact",
+        "model.masking.mask_value",
+        "model.masking.max_mask_ratio",
+        "model.preprocessor.nemo_exact",
+        *(f"model.{part}.{key}" for part in ("train_ds", "validation_ds") for key in _OF_DATASETS),
+        *(f"model.validation_ds.{key}" for key in _OF_TRAINING_DATA),
+        *(f"nest.{key}" for key in _OF_SAFETY),
+        *(f"trainer.{key}" for key in _OF_TRAINER),
+        *(f"exp_manager.checkpoint_callback_params.{key}" for key in _OF_CHECKPOINTS),
+        *(f"exp_manager.wandb_logger_kwargs.{key}" for key in _OF_WANDB),
+    )
+)
+
+# Keys that NeMo, Lightning or PyTorch honour and nest does not have.
 _NAMES = {
     "trainer": (
         "callbacks fast_dev_run min_epochs min_steps limit_test_batches limit_predict_batches overfit_batches "

@@ -359,7 +359,7 @@ def test_other_keys_are_told_once(corpus: dict[str, Path], tmp_path: Path) -> No
         (["model.train_ds.num_buckets=4", "model.train_ds.use_lhotse=true", "model.train_ds.use_bucketing=false"],
          ["model.train_ds.num_buckets=4 has no effect: use_bucketing is false."]),
         (["model.train_ds.use_start_end_token=true"],
-         ["model.train_ds.use_start_end_token=True has no effect: it is of NeMo's text data sets."]),
+         ["model.train_ds.use_start_end_token=true has no effect: it is of NeMo's text data sets."]),
         (["model.spec_augment.freq_masks=2"],
          ["model.spec_augment.freq_masks=2 has no effect: NEST has no SpecAugment, in NeMo neither."]),
         (["model.encoder.pos_emb_max_len=100"],

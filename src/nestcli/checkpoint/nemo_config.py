@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nestcli.config import (
-    EXTRA_KEYS,
     config_from_dict,
     leaves,
     load_config,
@@ -25,6 +24,7 @@ from nestcli.config import (
     with_overrides,
 )
 from nestcli.errors import CheckpointError
+from nestcli.keys import EXTRA_KEYS
 from nestcli.targets import nemo_target
 from nestcli.untrusted import check_plain, odd_in_yaml
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import Patience
 from nestcli.errors import ConfigError, RunFailedError
 
 if TYPE_CHECKING:
@@ -49,17 +50,7 @@ def augment(
         int | None,
         typer.Option("--jobs", "-j", metavar="N", min=1, max=1024, help="Processes that work. Default: one a core."),
     ] = None,
-    patience: Annotated[
-        float,
-        typer.Option(
-            "--patience",
-            metavar="SECONDS",
-            min=0.1,
-            max=1e6,
-            callback=console.finite,
-            help="Leave out a line whose files give no answer for this long.",
-        ),
-    ] = 120.0,
+    patience: Patience = 120.0,
     strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from nestcli.cli import console
 from nestcli.cli.bench_tables import show
+from nestcli.cli.options import amount
 from nestcli.errors import ConfigError
 
 _SECTIONS = ("loader", "scale", "train_step", "quantizer", "precisions", "buckets")
@@ -42,9 +43,7 @@ def bench(
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(
-            "--seconds", min=0.1, max=3600, callback=console.finite, help="Of each side in a round, section loader."
-        ),
+        amount("--seconds", "Of each side in a round, section loader.", most=3600),
     ] = None,
     lines: Annotated[
         list[int] | None,
@@ -55,24 +54,21 @@ def bench(
     ] = 30,
     memory: Annotated[
         float | None,
-        typer.Option(
+        amount(
             "--memory",
-            min=0.1,
-            max=1e5,
-            callback=console.finite,
-            help="GiB that a training step may take, section buckets; without it 90% of what the GPU has free, "
+            "GiB that a training step may take, section buckets; without it 90% of what the GPU has free, "
             "or 80% of the main memory that is free.",
+            most=1e5,
             show_default=False,
         ),
     ] = None,
     audio_seconds: Annotated[
         list[float] | None,
-        typer.Option(
+        amount(
             "--audio-seconds",
-            min=1,
-            max=1e5,
-            callback=console.finite,
-            help="Of a batch, section precisions. May be repeated.",
+            "Of a batch, section precisions. May be repeated.",
+            least=1,
+            most=1e5,
             show_default=False,
         ),
     ] = None,

@@ -8,6 +8,7 @@ import typer
 
 from nestcli.cli import console
 from nestcli.cli.named import read_config
+from nestcli.cli.options import amount
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,14 +28,7 @@ def count_params(
         int, typer.Option("--depth", min=1, max=100, help="Parts of the parameters' names to count by.")
     ] = 1,
     seconds: Annotated[
-        float,
-        typer.Option(
-            "--seconds",
-            min=0.1,
-            max=3600,
-            callback=console.finite,
-            help="Length of the clips for which FLOPs are counted.",
-        ),
+        float, amount("--seconds", "Length of the clips for which FLOPs are counted.", most=3600)
     ] = 15.0,
     every: Annotated[bool, typer.Option("--all", help="Every preset.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import amount
 
 if TYPE_CHECKING:
     from nestcli.demo.results import Results
@@ -23,7 +24,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")] = Path("nest_demo"),
     minutes: Annotated[
         float,
-        typer.Option("--minutes", min=4.0, max=1440.0, callback=console.finite, help="Minutes of speech to make."),
+        amount("--minutes", "Minutes of speech to make.", least=4.0, most=1440.0),
     ] = 12.0,
 ) -> None:
     """The whole way on speech that it makes itself: prepare, augment, pretrain for minutes, compare, probe.

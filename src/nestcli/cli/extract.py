@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import BatchDuration, amount
 
 
 def extract(
@@ -33,26 +34,8 @@ def extract(
     store: Annotated[str, typer.Option("--store", help="float32 or float16.")] = "float32",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16, of the computation.")] = "fp32",
-    batch_duration: Annotated[
-        float,
-        typer.Option(
-            "--batch-duration",
-            min=0.1,
-            max=1e6,
-            callback=console.finite,
-            help="Seconds of audio in a batch, padding included.",
-        ),
-    ] = 120.0,
-    max_duration: Annotated[
-        float,
-        typer.Option(
-            "--max-duration",
-            min=0.1,
-            max=1e6,
-            callback=console.finite,
-            help="Longer utterances, in seconds, are rejected.",
-        ),
-    ] = 240.0,
+    batch_duration: BatchDuration = 120.0,
+    max_duration: Annotated[float, amount("--max-duration", "Longer utterances, in seconds, are rejected.")] = 240.0,
     strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 if anything was rejected.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

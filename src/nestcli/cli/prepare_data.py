@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import Patience
 from nestcli.errors import DataError, RunFailedError
 
 if TYPE_CHECKING:
@@ -84,17 +85,7 @@ def prepare_data(
         str | None,
         typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: local, auto, HOST:PORT."),
     ] = None,
-    patience: Annotated[
-        float,
-        typer.Option(
-            "--patience",
-            metavar="SECONDS",
-            min=0.1,
-            max=1e6,
-            callback=console.finite,
-            help="Leave out a file that gives no answer for this long.",
-        ),
-    ] = 120.0,
+    patience: Patience = 120.0,
     only_below: Annotated[
         Path | None,
         typer.Option("--jail", metavar="DIR", help="Read audio below this folder only, links followed: $NEST_JAIL."),

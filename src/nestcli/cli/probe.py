@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import BatchDuration
 
 if TYPE_CHECKING:
     from nestcli.evaluation.probe import ProbeResult
@@ -47,16 +48,7 @@ def probe(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16, of the encoder.")] = "fp32",
-    batch_duration: Annotated[
-        float,
-        typer.Option(
-            "--batch-duration",
-            min=0.1,
-            max=1e6,
-            callback=console.finite,
-            help="Seconds of audio in a batch, padding included.",
-        ),
-    ] = 120.0,
+    batch_duration: BatchDuration = 120.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """A linear probe on frozen features, beside the same on an untrained encoder and on log-mel statistics."""

@@ -15,10 +15,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
-from nestcli.config import START_KEYS, leaves, resolved
+from nestcli.bounds import as_written
+from nestcli.config import leaves, resolved
 from nestcli.data.settings import DatasetConfig
 from nestcli.errors import ConfigError
 from nestcli.files import write_text
+from nestcli.keys import START_KEYS
 from nestcli.model.conformer import EncoderConfig
 from nestcli.model.decoder import DecoderConfig
 from nestcli.model.features import PreprocessorConfig
@@ -67,7 +69,6 @@ _BEST = tuple(
     for key in ("monitor", "mode", "every_n_train_steps", "every_n_epochs")
 )  # with another one, Lightning does not take over what the best models were
 _SHOWN = 8  # keys in a message
-_WIDTH = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,19 @@ class Changes:
             ours = block in MAY_CHANGE and any(field.name == name for field in dataclasses.fields(_BLOCKS[block]))
             if key == "model.mask_position" or (ours and name not in MAY_CHANGE[block]):
                 raise ConfigError(
-                    f"the run in {checkpoint.parent.parent} has {key}={_shown(then)}, and here it is {_shown(now)}: "
-                    f"that is another model. Set {key}={_shown(then)} to go on, or another exp_manager.name with "
-                    f"init_from_ptl_ckpt={checkpoint} to begin a new run with the weights of this one."
+                    f"the run in {checkpoint.parent.parent} has {key}={as_written(then)}, and here it is "
+                    f"{as_written(now)}: that is another model. Set {key}={as_written(then)} to go on, or another "
+                    f"exp_manager.name with init_from_ptl_ckpt={checkpoint} to begin a new run with the weights "
+                    "of this one."
                 )
 
     def tell(self, note: Callable[[str], None]) -> None:
         """Say what changes for training from here on; the length of a run and its surroundings go without saying."""
         told = {key: pair for key, pair in self.keys.items() if _is_told(key)}
         if told:
-            shown = [f"{key} is {_shown(now)}, was {_shown(then)}" for key, (then, now) in told.items()][:_SHOWN]
+            shown = [f"{key} is {as_written(now)}, was {as_written(then)}" for key, (then, now) in told.items()][
+                :_SHOWN
+            ]
             more = f"; and {len(told) - _SHOWN} more keys" if len(told) > _SHOWN else ""
             note(
                 f"From step {self.step + 1:,} on the configuration is another one: {'; '.join(shown)}{more}. "
@@ -224,8 +228,3 @@ def _is_told(key: str) -> bool:
         return False
     block, _, name = key.partition(".")
     return name in _TOLD_OF_TRAINER if block == "trainer" else True
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bounds import within
+from nestcli.bounds import as_written, within
 from nestcli.config import leaves, raw_config, section, seed_of
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.data.noisy_speech import MIN_SECONDS
@@ -83,7 +83,9 @@ def check_settings(config: DictConfig) -> None:
     section(CheckpointConfig, config, "exp_manager.checkpoint_callback_params")
     for key in ("exp_manager.wandb_logger_kwargs", "model.spec_augment"):
         if not isinstance(block := OmegaConf.select(config, key), DictConfig | None):
-            raise ConfigError(f"{key}: {_short(block)} is no block of keys. Leave it out, or set single keys of it.")
+            raise ConfigError(
+                f"{key}: {as_written(block)} is no block of keys. Leave it out, or set single keys of it."
+            )
     SafetyConfig.of(config)
     optim = section(OptimizerConfig, config, "model.optim")
     sched = section(ScheduleConfig, config, "model.optim.sched")
@@ -171,7 +173,7 @@ def without_effect(config: DictConfig) -> list[str]:
         value = OmegaConf.select(config, key)
         usual = standard.get(key, _USUAL.get(key.rpartition(".")[2]))
         if value is not None and value != usual:
-            found.append(f"{key}={_short(value)} has no effect: {why}.")
+            found.append(f"{key}={as_written(value)} has no effect: {why}.")
     return found
 
 
@@ -261,8 +263,3 @@ def _unused_of_data(settings: DatasetConfig, config: DictConfig, key: str) -> It
 def _is_nested(paths: Any) -> bool:
     plain = OmegaConf.to_container(paths) if OmegaConf.is_config(paths) else paths
     return isinstance(plain, list) and any(isinstance(each, list) for each in plain)
-
-
-def _short(value: Any) -> str:
-    text = str(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -18,11 +18,12 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bounds import range_of, shown, within
+from nestcli.bounds import range_of, within
 from nestcli.config import resolved, section
 from nestcli.data.cores import available_cores
 from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.training.wandb_run import wandb_options
+from nestcli.untrusted import short
 
 # As Lightning names them. bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
 _PRECISIONS = {
@@ -82,7 +83,7 @@ class TrainerConfig:
             raise ValueError(f"devices: {self.devices!r}: give a number, -1 for all, or a list such as [0,1].")
         if isinstance(self.devices, int) and not (self.devices == -1 or 1 <= self.devices <= 1 << 20):
             raise ValueError(
-                f"devices: {shown(self.devices)} is not a number of devices, give at least 1, or -1 for all."
+                f"devices: {short(self.devices)} is not a number of devices, give at least 1, or -1 for all."
             )
         if isinstance(self.devices, tuple):
             within(self, 0, 1 << 10, "devices")
@@ -116,7 +117,7 @@ def _check_batches(key: str, value: float | None, *, least: int) -> None:
         must = range_of(least, _ENDLESS)
         if is_share:
             must = f"{range_of(0, 1, above=least > 0)}: it is a share; batches are a whole number"
-        raise ValueError(f"{key}: {shown(value)} must be {must}.")
+        raise ValueError(f"{key}: {short(value)} must be {must}.")
 
 
 def _check_time(time: str | dict[str, Any] | None) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from nestcli.checkpoint.encoder import read_encoder
 from nestcli.checkpoint.load import checkpoint_weights
 from nestcli.checkpoint.weights import fitted_tensor
-from nestcli.config import START_KEYS, resolved
+from nestcli.config import resolved
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.files import user_path
+from nestcli.keys import START_KEYS
 
 ENCODER_KEY = "init_from_encoder"
 # What changes an encoder's function and none of its shapes.

@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from nestcli.data.journal import disk_faults_told
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file, new_folder, user_path
+from nestcli.jobs.journal import disk_faults_told
 
 
 def test_an_error_of_a_source_is_not_one_of_the_target(tmp_path):

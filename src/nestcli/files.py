@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 from urllib.parse import unquote
@@ -259,3 +260,15 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_name(key: str, identity: str) -> str:
+    """A name below the folder of converted files: as the input calls it, and that of no other identity."""
+    parts = [part for part in Path(os.path.splitext(key)[0]).parts if part not in ("/", "..", ".")]  # noqa: PTH122
+    readable = "/".join(_plain(part) for part in parts[-3:]) or "audio"
+    return f"{readable}-{blake2b(identity.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
+
+
+def _plain(part: str) -> str:
+    kept = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in part)
+    return kept.lstrip(".-")[:80] or "_"

@@ -28,7 +28,7 @@ from nestcli.bench.largest import Search, Trial
 from nestcli.bench.trial import is_out_of_memory
 from nestcli.config import load_config
 from nestcli.conversation import DiedError
-from nestcli.data.plan import bucketed
+from nestcli.data.batch_plan import bucketed
 from nestcli.errors import RunFailedError
 
 # ---- bins --------------------------------------------------------------------------------------------------------

@@ -166,14 +166,14 @@ def frames_of(*codes: tuple[str, str]) -> Any:
 @pytest.mark.parametrize(
     ("codes", "stage"),
     [
-        ([("/x/soundfile.py", "read"), ("/x/nestcli/data/audio.py", "load_audio")], "decode"),
-        ([("/x/soundfile.py", "_open"), ("/x/nestcli/data/sound.py", "decoder")], "open"),
-        ([("/x/soundfile.py", "read"), ("/x/nestcli/data/audio.py", "f"), ("/x/nestcli/data/noise.py", "draw")],
+        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/read.py", "load_audio")], "decode"),
+        ([("/x/soundfile.py", "_open"), ("/x/nestcli/audio/load.py", "decoder")], "open"),
+        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/read.py", "f"), ("/x/nestcli/data/noise_pool.py", "draw")],
          "noise: decode"),
-        ([("/x/nestcli/data/noise.py", "_white_noise"), ("/x/nestcli/data/noisy_speech.py", "_batch")], "noise"),
+        ([("/x/nestcli/data/noise_pool.py", "_white_noise"), ("/x/nestcli/data/dataset.py", "_batch")], "noise"),
         ([("/x/json/decoder.py", "decode"), ("/x/nestcli/data/manifest.py", "row")], "manifest entry"),
         ([("/x/torch/functional.py", "split"), ("/x/nestcli/data/augmentation.py", "mix")], "mix"),
-        ([("/x/nestcli/data/noisy_speech.py", "_batch")], "other"),
+        ([("/x/nestcli/data/dataset.py", "_batch")], "other"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -15,7 +15,7 @@ NEEDED = {
     "extract": ["in.json", "--checkpoint", "c.nemo", "--out", "o"],
     "probe": ["m.json", "--checkpoint", "c.nemo", "--label", "speaker"],
 }
-CHECKED_LATER = {"prepare-data"}  # by data/prepare_options.py
+CHECKED_LATER = {"prepare-data"}  # by prepare/options.py
 
 
 def numbers() -> Iterator[tuple[str, Any]]:

@@ -17,8 +17,8 @@ from nestcli.cli.paths import PATHS
 from nestcli.config import load_config
 from nestcli.data.corpus import noise_manifest, read_corpus
 from nestcli.data.manifest import read_manifests
+from nestcli.training.initial_weights import starts_of
 from nestcli.training.run import experiment_folder
-from nestcli.training.start import starts_of
 
 COMMANDS = typer.main.get_command(app).commands
 NO_PATHS = {"SECTION", "FORMAT", "FIELD", "ADDRESS", "REGEX", "[key=value ...]"}  # texts with another meaning

@@ -8,10 +8,10 @@ import pytest
 
 from conftest import tiny_config
 from nestcli.config import section
+from nestcli.data.batch_plan import BatchPlan
 from nestcli.data.corpus import Corpus, read_corpus
-from nestcli.data.plan import BatchPlan
+from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.planning import plan_batches
-from nestcli.data.settings import DatasetConfig
 from nestcli.errors import ConfigError, DataError
 
 KEY = "model.train_ds"

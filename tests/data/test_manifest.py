@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nestcli.data import scan as module
+from nestcli.data import manifest_scan as module
 from nestcli.data.manifest import read_manifests, write_manifest
 from nestcli.errors import DataError
 

@@ -18,7 +18,7 @@ import traceback
 from typing import Any, NoReturn
 
 _IMPORTS = (
-    "nestcli.checkpoint.export", "nestcli.data.prepare", "nestcli.data.augment", "nestcli.training.run",
+    "nestcli.checkpoint.export", "nestcli.prepare.pipeline", "nestcli.augment.run", "nestcli.training.run",
     "nestcli.parity.compare", "nestcli.evaluation.extract", "nestcli.evaluation.probe",
 )  # fmt: skip
 

@@ -23,13 +23,13 @@ with atheris.instrument_imports(include=["nestcli", "tarfile", "pickletools"], e
     from nestcli.checkpoint.nemo_config import plain_yaml
     from nestcli.checkpoint.weights import check_zip
     from nestcli.config import _parse_value, _read_yaml
-    from nestcli.data.collect import _any_row
-    from nestcli.data.kaldi import read_kaldi
     from nestcli.data.manifest import of_scan
-    from nestcli.data.scan import scan, to_row
-    from nestcli.data.shards import _shar_row, expand
-    from nestcli.data.tar_index import TarMembers
+    from nestcli.data.manifest_scan import scan, to_row
+    from nestcli.data.tarred import _shar_row, expand
     from nestcli.errors import NestError
+    from nestcli.prepare.inputs import _any_row
+    from nestcli.prepare.kaldi import read_kaldi
+    from nestcli.storage.tar_members import TarMembers
     from nestcli.untrusted import check_plain, check_references
 
 FOLDER = Path(tempfile.mkdtemp(prefix="nest-fuzz-"))

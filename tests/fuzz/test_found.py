@@ -14,17 +14,17 @@ import soundfile as sf
 import torch
 
 from fuzz.strategies import one_line
+from nestcli.audio.inspect import inspect_audio
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.checkpoint.nemo_config import plain_yaml
 from nestcli.checkpoint.weights import load_weights
 from nestcli.config import load_config
 from nestcli.data.corpus import _parts_of_input
-from nestcli.data.inspection import inspect_audio
-from nestcli.data.kaldi import read_kaldi
 from nestcli.data.manifest import read_manifests
-from nestcli.data.scan import scan
-from nestcli.data.shards import _shar_row, expand
+from nestcli.data.manifest_scan import scan
+from nestcli.data.tarred import _shar_row, expand
 from nestcli.errors import CheckpointError, ConfigError, DataError
+from nestcli.prepare.kaldi import read_kaldi
 from nestcli.untrusted import check_references
 
 CUT: dict[str, Any] = {"start": 0, "duration": 1, "recording": {"sources": [{"type": "file", "source": "/a.wav"}]}}

@@ -26,10 +26,10 @@ from nestcli.checkpoint.nemo import write_nemo
 from nestcli.checkpoint.safetensors_file import write_safetensors
 from nestcli.checkpoint.weights import load_weights, model_skeleton
 from nestcli.config import load_config, resolved
-from nestcli.data.tar_index import TarMembers
 from nestcli.errors import CheckpointError, ConfigError, DataError
 from nestcli.model.module import CONFIG_KEY
 from nestcli.model.nest import NestConfig, NestModel
+from nestcli.storage.tar_members import TarMembers
 
 TINY = [
     "model.encoder.d_model=8",

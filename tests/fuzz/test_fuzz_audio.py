@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz.strategies import bounded, damaged
-from nestcli.data.audio import load_audio, resampled, stream_audio
-from nestcli.data.inspection import inspect_audio
+from nestcli.audio.inspect import inspect_audio
+from nestcli.audio.read import load_audio, resampled, stream_audio
 from nestcli.errors import DataError
 
 FORMATS = [

@@ -15,14 +15,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzz.strategies import altered, any_text, bounded, damaged, one_line, scalars
-from nestcli.data import scan as scan_module
-from nestcli.data import shards as shards_module
-from nestcli.data.collect import _any_row, collect
-from nestcli.data.kaldi import read_kaldi
+from nestcli.data import manifest_scan as scan_module
+from nestcli.data import tarred as shards_module
 from nestcli.data.manifest import of_scan, read_manifests, write_manifest
-from nestcli.data.scan import MAX_SECONDS, scan, to_row
-from nestcli.data.shards import _shar_row, expand
+from nestcli.data.manifest_scan import MAX_SECONDS, scan, to_row
+from nestcli.data.tarred import _shar_row, expand
 from nestcli.errors import DataError
+from nestcli.prepare.inputs import _any_row, collect
+from nestcli.prepare.kaldi import read_kaldi
 
 seconds = st.floats(0, MAX_SECONDS) | st.integers(0, int(MAX_SECONDS))
 paths = any_text.filter(lambda p: p and "\0" not in p and "://" not in p and not re.match(r"pipe:|\||.*\|\Z", p, re.S))

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz.strategies import any_text, bounded
+from nestcli.data.batch_plan import BatchPlan, Limits, bucketed
 from nestcli.data.order import Mixing, Order
-from nestcli.data.plan import BatchPlan, Limits, bucketed
-from nestcli.data.samplers import OnePass, Position, ResumableSampler
-from nestcli.data.split import for_validation
+from nestcli.data.sampler import OnePass, Position, ResumableSampler
 from nestcli.model.masking import MaskingConfig, RandomBlockMasking
 from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
+from nestcli.prepare.split import for_validation
 
 groups = st.lists(st.none() | any_text | st.sampled_from(["a", "b", "c"]), max_size=12)
 shuffles: st.SearchStrategy[Literal["lines", "shards"] | None] = st.sampled_from([None, "lines", "shards"])

@@ -62,7 +62,7 @@ def found_faults(case: Case, outcome: Outcome, folder: Path) -> list[str]:
             faults.append(f"rejected {rejected}, not as {case.rejects}")
     if "Traceback" in outcome.errors or "internal error" in outcome.errors or len(outcome.errors) > 2000:
         faults.append(f"no clear message: {outcome.errors[:300]}")
-    faults += [f"started {event}" for event in outcome.started if "nestcli.data.pool" not in event]
+    faults += [f"started {event}" for event in outcome.started if "nestcli.jobs.pool" not in event]
     allowed = (str(folder), "/dev/null", "/tmp/nest-sox-")
     faults += [f"wrote {path}" for path in outcome.written if not path.startswith(allowed)]
     if outcome.seconds > MOST_SECONDS:

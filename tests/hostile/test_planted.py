@@ -18,10 +18,10 @@ import torch
 from hostile.bombs import doubling_key, packed_silence, with_table
 from hostile.corpus import Case, good_model, tone
 from hostile.watch import Outcome, call
+from nestcli.audio.inspect import inspect_audio
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.cli import plain
 from nestcli.config import load_config
-from nestcli.data.inspection import inspect_audio
 from nestcli.model.nest import NestConfig, NestModel
 
 PRECIOUS = "somebody's file\n"
@@ -313,7 +313,7 @@ def test_sox_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         path = packed_silence(tmp_path / "a.wv", minutes=5)
     except subprocess.CalledProcessError:
         pytest.skip("this sox cannot write wv")
-    monkeypatch.setattr("nestcli.data.sox._LEAST_LIMIT", 1 << 20)
+    monkeypatch.setattr("nestcli.audio.sox._LEAST_LIMIT", 1 << 20)
     report = inspect_audio(path)
     assert report.reason == "unreadable"
     assert "decoded it has more than" in report.detail

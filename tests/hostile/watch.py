@@ -26,7 +26,7 @@ import pytest
 if TYPE_CHECKING:
     from hostile.corpus import Case
 
-_IMPORTS = ("nestcli.cli.app", "nestcli.checkpoint.export", "nestcli.data.prepare", "nestcli.training.run")
+_IMPORTS = ("nestcli.cli.app", "nestcli.checkpoint.export", "nestcli.prepare.pipeline", "nestcli.training.run")
 _STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn", "os.startfile")
 _CONNECTS = ("socket.connect", "socket.getaddrinfo")
 _LONGEST = 60.0  # seconds

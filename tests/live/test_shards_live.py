@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from nestcli.data.prepare import PrepareOptions, prepare
-from nestcli.data.reading import read_audio
-from nestcli.data.shards import read_tarred
+from nestcli.data.tarred import read_tarred
+from nestcli.data.utterance_audio import read_audio
+from nestcli.prepare.pipeline import PrepareOptions, prepare
 
 pytestmark = [
     pytest.mark.nemo,

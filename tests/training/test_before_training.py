@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from conftest import TINY_RUN, tiny_config
 from nestcli.cli.app import app
-from nestcli.data import ready
+from nestcli.data import preflight
 from nestcli.data.manifest import read_manifests
-from nestcli.data.ready import available_memory, check_noise, check_speech, look_for_files, machine_notes
+from nestcli.data.preflight import available_memory, check_noise, check_speech, look_for_files, machine_notes
 from nestcli.errors import DataError, NestError
 from nestcli.training.run import Pretraining
 from training.test_run import Recorder
@@ -128,7 +128,7 @@ def test_speech_is_judged_by_the_share_that_a_run_allows(corpus: dict[str, Path]
 def test_of_a_long_manifest_some_lines_are_looked_at(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ready, "_SAMPLE", 120)
+    monkeypatch.setattr(preflight, "_SAMPLE", 120)
     many = manifest_of(rows_of(corpus["train"]) * 50, tmp_path / "many.json")  # 600 lines
     found = look_for_files(read_manifests(str(without(many, 600, tmp_path / "s.json"))), 120)
     assert (found.total, found.looked, found.missing) == (600, 120, 120)
@@ -150,15 +150,15 @@ def test_looking_is_fast(corpus: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_what_the_machine_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ready, "available_cores", lambda: 4)
-    monkeypatch.setattr(ready, "available_memory", lambda: 3 << 30)
+    monkeypatch.setattr(preflight, "available_cores", lambda: 4)
+    monkeypatch.setattr(preflight, "available_memory", lambda: 3 << 30)
     assert machine_notes("k", 4, 3 << 30, 1) == []
     [cores] = machine_notes("k", 5, 0, 1)
     assert cores == "k.num_workers=5 are more than the 4 processor cores that there are to use; 4 are started"
     [cores, memory] = machine_notes("k", 3, 2 << 30, 2)
     assert "k.num_workers=3 for each of 2 training processes" in cores
     assert "may need 4.0 GiB for its batches, and 3.0 GiB of memory are free" in memory
-    monkeypatch.setattr(ready, "available_memory", lambda: None)
+    monkeypatch.setattr(preflight, "available_memory", lambda: None)
     assert machine_notes("k", 1, 1 << 60, 1) == []
 
 

@@ -11,7 +11,7 @@ from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.config import load_config, resolved
 from nestcli.errors import ConfigError
 from nestcli.training.changes import Changes, place_steps
-from nestcli.training.resume import _first_change
+from nestcli.training.find_checkpoint import _first_change
 from nestcli.training.run import Pretraining
 
 FIRST = ("trainer.max_steps=2", "trainer.val_check_interval=2")

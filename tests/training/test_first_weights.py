@@ -14,8 +14,8 @@ from nestcli.cli.named import read_config
 from nestcli.config import load_config
 from nestcli.errors import ConfigError, NestError
 from nestcli.model.nest import NestConfig, NestModel
+from nestcli.training.initial_weights import start_from, starts_of
 from nestcli.training.run import Pretraining
-from nestcli.training.start import start_from, starts_of
 
 State = dict[str, torch.Tensor]
 

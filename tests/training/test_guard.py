@@ -12,8 +12,8 @@ from runs import Listener
 
 from conftest import tiny_config
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
-from nestcli.data.noisy_speech import NoisySpeech
-from nestcli.data.samplers import Place
+from nestcli.data.dataset import NoisySpeech
+from nestcli.data.sampler import Place
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.module import NestModule
 from nestcli.training.guard import StepGuard, _leave_out

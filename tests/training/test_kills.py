@@ -21,7 +21,7 @@ from conftest import TINY_RUN
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.config import load_config
-from nestcli.training.resume import newest_first
+from nestcli.training.find_checkpoint import newest_first
 from nestcli.training.run import Pretraining
 
 OTHER_DISK = Path("/dev/shm")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.data.plan import bucketed, duration_bins
+from nestcli.data.batch_plan import bucketed, duration_bins
 
 Durations = npt.NDArray[np.float64]  # seconds
 

@@ -15,7 +15,7 @@ from nestcli.bench.material import read_material
 from nestcli.bench.peer import Peer, our_peer
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.conversation import DiedError
-from nestcli.data.plan import bucketed
+from nestcli.data.batch_plan import bucketed
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.cost import batch_size
 from nestcli.training.settings import accelerator

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from nestcli.bench.material import Material, read_material
 from nestcli.data.batch import Samples
-from nestcli.data.reading import duration_of
+from nestcli.data.utterance_audio import duration_of
 
 _GAIN = np.float32(0.3)
 _AT_MOST = 4096  # utterances

@@ -12,7 +12,7 @@ _MODULES = {
     "data/manifest.py": "manifest entry",
     "data/augmentation.py": "mix",
     "data/batch.py": "collate",
-    "data/noise.py": "noise",
+    "data/noise_pool.py": "noise",
 }
 _READING = ("manifest entry", "open", "decode", "resample")
 STAGES = (
@@ -63,7 +63,7 @@ def stage_of(frame: FrameType | None) -> str:
 
 
 def _stage_of_code(file: str, function: str) -> str:
-    if file.endswith(("/soundfile.py", "data/audio.py", "data/sound.py")):
+    if file.endswith(("/soundfile.py", "audio/read.py", "audio/load.py")):
         if "resample" in function:
             return "resample"
         decodes = function in ("read", "_array_io", "_cdata_io", "_create_empty_array", "_check_frames")

@@ -13,7 +13,7 @@ from nestcli.cli.options import Patience
 from nestcli.errors import ConfigError, RunFailedError
 
 if TYPE_CHECKING:
-    from nestcli.data.augment import AugmentOptions, AugmentSummary
+    from nestcli.augment.run import AugmentOptions, AugmentSummary
 
 _BLOCK = "model.train_ds.batch_augmentor"
 
@@ -61,7 +61,7 @@ def augment(
     """
     from dataclasses import asdict, replace
 
-    from nestcli.data.augment import augment as write
+    from nestcli.augment.run import augment as write
 
     options = replace(_options(words or [], copies, seed, sample_rate, jobs), patience=patience)
     with console.progress("mixing") as advance:
@@ -80,10 +80,10 @@ def augment(
 def _options(words: list[str], copies: int, seed: int, sample_rate: int, jobs: int | None) -> AugmentOptions:
     from dataclasses import fields
 
+    from nestcli.augment.noisy_copy import CopyOptions
+    from nestcli.augment.run import AugmentOptions
     from nestcli.config import BASE, load_config, section
-    from nestcli.data.augment import AugmentOptions
     from nestcli.data.mixing import AugmentationConfig
-    from nestcli.data.noisy_copy import CopyOptions
     from nestcli.targets import TARGETS
 
     _check_keys(words, ["_target_", *(field.name for field in fields(AugmentationConfig))])
@@ -111,7 +111,7 @@ def _check_keys(words: list[str], known: list[str]) -> None:
 def _previews(summary: AugmentSummary, out: Path, count: int, sample_rate: int) -> list[str]:
     if not count or summary.manifest is None:
         return []
-    from nestcli.data.preview import draw_previews
+    from nestcli.augment.preview import draw_previews
 
     drawn = draw_previews(Path(summary.manifest), out / "preview", count, sample_rate, console.note)
     return [str(path) for path in drawn]

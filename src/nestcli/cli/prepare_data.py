@@ -14,7 +14,7 @@ from nestcli.cli.options import Patience
 from nestcli.errors import DataError, RunFailedError
 
 if TYPE_CHECKING:
-    from nestcli.data.prepare import PrepareSummary
+    from nestcli.prepare.pipeline import PrepareSummary
 
 
 def prepare_data(
@@ -99,13 +99,13 @@ def prepare_data(
     listed in DIR/rejected.jsonl with the reason; the rest goes to DIR/train_manifest.json and
     DIR/val_manifest.json. A run that was interrupted goes on with the same command.
     """
-    from nestcli.data import jail
-    from nestcli.data.prepare import PrepareOptions, first_rejection, prepare
+    from nestcli.prepare.pipeline import PrepareOptions, first_rejection, prepare
+    from nestcli.storage import allowed_folders
 
     if only_below is not None:
         if not only_below.is_dir():
             raise DataError(f"--jail {only_below} is no folder; name the one that holds the audio")
-        os.environ[jail.VARIABLE] = str(only_below.absolute())  # for the processes that work too
+        os.environ[allowed_folders.VARIABLE] = str(only_below.absolute())  # for the processes that work too
     options = PrepareOptions(
         kind=kind,
         val_fraction=val_fraction,

@@ -59,7 +59,7 @@ def pretrain(
 
 
 def _train(run: Pretraining) -> None:
-    from nestcli.training.processes import is_launched
+    from nestcli.training.launcher import is_launched
     from nestcli.training.signals import StoppedError, requeue
 
     try:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nestcli.data.reading import Skipped as Skipped  # (for those who know it from here)
+from nestcli.data.utterance_audio import Skipped as Skipped  # (for those who know it from here)
 
 
 @dataclass(frozen=True)

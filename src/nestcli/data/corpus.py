@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig, OmegaConf
 
+from nestcli.audio.channel import KEY as CHANNEL
 from nestcli.config import require, section
-from nestcli.data.channel import KEY as CHANNEL
+from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.manifest import Manifest, joined, read_manifests
-from nestcli.data.settings import DatasetConfig
-from nestcli.data.shards import expand, read_shar, read_tarred
+from nestcli.data.tarred import expand, read_shar, read_tarred
 from nestcli.errors import ConfigError, DataError
 from nestcli.files import user_path
 from nestcli.untrusted import check_plain, read_yaml, short

@@ -12,20 +12,20 @@ from torch.utils.data import DataLoader, Sampler
 
 from nestcli.config import section, seed_of
 from nestcli.data.batch import NoiseBatch
-from nestcli.data.cores import available_cores
+from nestcli.data.batch_plan import BatchPlan
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
-from nestcli.data.noise import NoisePool
-from nestcli.data.noisy_speech import MIN_SECONDS, NoisySpeech
-from nestcli.data.plan import BatchPlan
+from nestcli.data.dataset import MIN_SECONDS, NoisySpeech
+from nestcli.data.dataset_config import DatasetConfig
+from nestcli.data.loader.shared_buffers import Placed, SlabLoader, Slabs
+from nestcli.data.loader.signals import led_by_main_process
+from nestcli.data.loader.watched_workers import Watch, WatchedLoader
+from nestcli.data.noise_pool import NoisePool
 from nestcli.data.planning import plan_batches
-from nestcli.data.ready import check_noise, check_speech, machine_notes
-from nestcli.data.samplers import OnePass, Place, Position, ResumableSampler
-from nestcli.data.settings import DatasetConfig
+from nestcli.data.preflight import check_noise, check_speech, machine_notes
+from nestcli.data.sampler import OnePass, Place, Position, ResumableSampler
 from nestcli.data.skipping import SkipCounter
-from nestcli.data.slabs import Placed, SlabLoader, Slabs
-from nestcli.data.watch import Watch, WatchedLoader
-from nestcli.data.workers import led_by_main_process
 from nestcli.errors import DataError, NestError
+from nestcli.jobs.cores import available_cores
 
 _PREFETCHED = 2  # batches that a loader process is ahead
 _BYTES_A_SAMPLE, _LARGEST_SLAB = 8, 1 << 28  # of a batch on its way: clean and noisy audio

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.data import remote
-from nestcli.data.channel import KEY as CHANNEL
-from nestcli.data.channel import Channel, parsed_channel
-from nestcli.data.scan import Scan, Source, parse, scan
+from nestcli.audio.channel import KEY as CHANNEL
+from nestcli.audio.channel import Channel, parsed_channel
+from nestcli.data.manifest_scan import Scan, Source, parse, scan
 from nestcli.errors import DataError, NestError
 from nestcli.files import user_path, write_text
+from nestcli.storage import addresses
 
 _KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL, "speaker", "text", "lang", "reason", "detail")
 
@@ -193,12 +193,12 @@ def _dump(row: Mapping[str, Any]) -> str:
 
 
 def _resolve(path: str, folder: str) -> str:
-    if path.startswith("/") or remote.is_remote(path):
+    if path.startswith("/") or addresses.is_remote(path):
         return path
     if path.startswith("file:") and (local := user_path(path)) != path:
         return local
-    if remote.is_remote(folder):
-        return remote.join(folder, path)
+    if addresses.is_remote(folder):
+        return addresses.join(folder, path)
     beside = os.path.join(folder, path)  # noqa: PTH118  (pathlib is slower, and this runs for every utterance)
     return beside if os.path.exists(beside) else user_path(path)  # noqa: PTH110
 

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from nestcli.audio.load import Samples
 from nestcli.bounds import within
-from nestcli.data.sound import Samples
 
 NoiseOf = Callable[[int, int], Samples]  # (item, samples): the item's noise, or all of it where it is shorter
 

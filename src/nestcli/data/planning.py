@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from nestcli.data.batch_plan import BatchPlan, Limits, Sequence, bucketed, duration_bins
 from nestcli.data.corpus import Corpus
+from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.order import Mixing, Order, temperature_shares
-from nestcli.data.plan import BatchPlan, Limits, Sequence, bucketed, duration_bins
-from nestcli.data.settings import DatasetConfig
 from nestcli.errors import ConfigError, DataError
 
 N_BUCKETS = 30  # Lhotse's and NeMo's

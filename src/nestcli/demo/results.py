@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestcli.data.prepare import PrepareSummary
 from nestcli.demo.corpus import CorpusSummary
 from nestcli.evaluation.probe import ProbeResult
 from nestcli.parity.report import Report
+from nestcli.prepare.pipeline import PrepareSummary
 from nestcli.training.run import RunResult
 
 COMPARISON = "compare.html"

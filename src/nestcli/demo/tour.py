@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from nestcli.augment.noisy_copy import CopyOptions
+from nestcli.augment.preview import draw_previews
+from nestcli.augment.run import AugmentOptions, augment
 from nestcli.config import load_training_config, section
-from nestcli.data.augment import AugmentOptions, augment
 from nestcli.data.mixing import AugmentationConfig
-from nestcli.data.noisy_copy import CopyOptions
-from nestcli.data.prepare import PrepareOptions, PrepareSummary, prepare
-from nestcli.data.preview import draw_previews
 from nestcli.demo.corpus import make_corpus
 from nestcli.demo.page import write_results
 from nestcli.demo.pictures import draw_batch, draw_loss_curve
@@ -32,6 +31,7 @@ from nestcli.parity.compare import Request, compare
 from nestcli.parity.nemo import RecordedNemo
 from nestcli.parity.page import write_page
 from nestcli.parity.report import Report
+from nestcli.prepare.pipeline import PrepareOptions, PrepareSummary, prepare
 from nestcli.training.metrics import Reporter
 from nestcli.training.run import Pretraining, RunResult
 

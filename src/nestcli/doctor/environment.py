@@ -140,16 +140,16 @@ def jail_check(environ: Mapping[str, str]) -> Iterator[Check]:
 
 def cache_check(environ: Mapping[str, str]) -> Iterator[Check]:
     """Where copies of remote files go, and how many gigabytes of them; ~ needs a home."""
-    from nestcli.data import copies
     from nestcli.errors import NestError
+    from nestcli.storage import cache
 
-    if environ.get(copies.SIZE_VARIABLE):
+    if environ.get(cache.SIZE_VARIABLE):
         try:
-            copies.limit()
+            cache.limit()
         except NestError as error:
-            remedy = f"Set {copies.SIZE_VARIABLE} to a number of gigabytes, or unset it."
-            yield _check(copies.SIZE_VARIABLE, "problem", str(error), remedy)
-    folder = Path(environ.get(copies.CACHE_VARIABLE) or "~/.cache/nest")
+            remedy = f"Set {cache.SIZE_VARIABLE} to a number of gigabytes, or unset it."
+            yield _check(cache.SIZE_VARIABLE, "problem", str(error), remedy)
+    folder = Path(environ.get(cache.CACHE_VARIABLE) or "~/.cache/nest")
     try:
         there = next(each for each in (folder.expanduser().absolute(), *folder.expanduser().parents) if each.exists())
         writable = os.access(there, os.W_OK | os.X_OK)
@@ -157,9 +157,9 @@ def cache_check(environ: Mapping[str, str]) -> Iterator[Check]:
         writable = False
     if not writable:
         remedy = (
-            f"Only for data on S3 and other servers: set {copies.CACHE_VARIABLE} to a folder that can be written to."
+            f"Only for data on S3 and other servers: set {cache.CACHE_VARIABLE} to a folder that can be written to."
         )
-        yield _check(copies.CACHE_VARIABLE, "note", f"{folder} cannot be written to", remedy)
+        yield _check(cache.CACHE_VARIABLE, "note", f"{folder} cannot be written to", remedy)
 
 
 def temporary_check(environ: Mapping[str, str]) -> Iterator[Check]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from nestcli.data.audio import audio_duration
-from nestcli.data.collect import collect, is_manifest
+from nestcli.audio.read import audio_duration
 from nestcli.data.manifest import Manifest, read_manifests, write_manifest
-from nestcli.data.reading import duration_of
+from nestcli.data.utterance_audio import duration_of
 from nestcli.errors import DataError
+from nestcli.prepare.inputs import collect, is_manifest
 
 LISTING = "input.json"  # of a folder or a file, in the folder of results
 

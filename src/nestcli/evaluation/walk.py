@@ -15,13 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nestcli.data.ahead import ahead
-from nestcli.data.audio import reason_of
-from nestcli.data.cores import available_cores
+from nestcli.audio.load import Samples
+from nestcli.audio.read import reason_of
 from nestcli.data.manifest import Manifest
-from nestcli.data.reading import read_audio
-from nestcli.data.sound import Samples
+from nestcli.data.utterance_audio import read_audio
 from nestcli.errors import ConfigError, DataError
+from nestcli.jobs.cores import available_cores
+from nestcli.jobs.prefetch_thread import ahead
 
 BATCH_DURATION = 120.0  # s of padded audio
 MAX_DURATION = 240.0  # s; memory grows with the square of the length

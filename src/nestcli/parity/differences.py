@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nestcli.config import load_config
 from nestcli.data.manifest import read_manifests
-from nestcli.data.noise import NoisePool
+from nestcli.data.noise_pool import NoisePool
 from nestcli.model.masking import MaskingConfig, overlapping_blocks
 from nestcli.model.nest import NestConfig, NestModel
 from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer

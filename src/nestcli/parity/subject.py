@@ -17,8 +17,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from nestcli.audio.read import load_audio
 from nestcli.config import resolved
-from nestcli.data.audio import load_audio
 from nestcli.errors import DataError
 from nestcli.model.limits import check_memory
 from nestcli.model.nest import NestConfig, NestModel

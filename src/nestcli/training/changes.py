@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from nestcli.bounds import as_written
 from nestcli.config import leaves, resolved
-from nestcli.data.settings import DatasetConfig
+from nestcli.data.dataset_config import DatasetConfig
 from nestcli.errors import ConfigError
 from nestcli.files import write_text
 from nestcli.keys import START_KEYS

@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from nestcli.bounds import as_written, within
 from nestcli.config import leaves, raw_config, section, seed_of
+from nestcli.data.dataset import MIN_SECONDS
+from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.mixing import AugmentationConfig
-from nestcli.data.noisy_speech import MIN_SECONDS
-from nestcli.data.settings import DatasetConfig
 from nestcli.errors import ConfigError
 from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import disjoint_blocks, overlapping_blocks

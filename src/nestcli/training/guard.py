@@ -18,7 +18,7 @@ from nestcli.data.batch import NoiseBatch
 from nestcli.errors import DataError, RunFailedError
 from nestcli.model.health import total_norm
 from nestcli.model.module import NestModule
-from nestcli.training.lines import append_line, drop_lines_after
+from nestcli.training.jsonl import append_line, drop_lines_after
 
 _MEDIAN_OF = 100  # good steps whose losses tell what is usual
 _MEDIAN_FROM = 20  # of them; below, no loss counts as exploding

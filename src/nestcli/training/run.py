@@ -28,11 +28,14 @@ from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.changes import Changes, ConfiguredOptimizer, record_start
 from nestcli.training.checkpoints import NestCheckpoint
 from nestcli.training.checks import CheckpointConfig, check_masks, check_settings, without_effect
-from nestcli.training.launchers import check_launch, cluster_plugins
+from nestcli.training.cluster import check_launch, cluster_plugins
+from nestcli.training.disk import check_folder, check_shared_memory, check_space, disk_explained
+from nestcli.training.find_checkpoint import SameResume, find_resume
+from nestcli.training.initial_weights import start_from, starts_of
+from nestcli.training.launcher import ended_together
+from nestcli.training.lightning_counters import ResumedCounts
 from nestcli.training.metrics import Reporter
-from nestcli.training.processes import ended_together
-from nestcli.training.resume import SameResume, find_resume
-from nestcli.training.resuming import ResumedCounts
+from nestcli.training.monitoring import Watched
 from nestcli.training.settings import (
     Length,
     accelerator,
@@ -44,10 +47,7 @@ from nestcli.training.settings import (
     trainer_options,
 )
 from nestcli.training.signals import StopSignals, leave_signals_to_us
-from nestcli.training.space import check_folder, check_shared_memory, check_space, disk_explained
-from nestcli.training.start import start_from, starts_of
 from nestcli.training.wandb_run import keep_id
-from nestcli.training.watched import Watched
 
 DEFAULT_EXP_DIR = "nest_experiments"
 _PATIENCE = 5.0  # s, for loader processes of a killed run to find out that it is gone

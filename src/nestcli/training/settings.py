@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nestcli.bounds import range_of, within
 from nestcli.config import resolved, section
-from nestcli.data.cores import available_cores
 from nestcli.errors import ConfigError, MissingDependencyError
+from nestcli.jobs.cores import available_cores
 from nestcli.training.wandb_run import wandb_options
 from nestcli.untrusted import short
 

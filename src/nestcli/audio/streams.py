@@ -1,0 +1,244 @@
+"""How much audio the frames or pages of an Ogg, FLAC or MP3 file hold, against what its first header declares.
+
+Each function returns a reason and what to say about it, or two empty texts.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+import soundfile as sf
+
+from nestcli.audio.file_bytes import FileBytes
+from nestcli.audio.sox import CONVERT, RECOVER
+
+Fault = tuple[str, str]
+NO_FAULT: Fault = ("", "")
+SLACK = 0.1  # s: what a file may hold beyond its declared length; no word fits into it
+
+_TAIL = 1 << 16  # bytes: an Ogg page is never longer, and the last FLAC frames are seldom
+_READ_AHEAD, _LEFT = 1 << 16, 1 << 18  # bytes before and behind the decoder's place where its stream must end
+_MPEG_SLACK = 2 * 1152  # samples: encoder delay and padding may or may not be counted
+_CHUNK_SLACK = 64  # bytes
+_MOST_TRIES = 5_000  # places between the frames of a damaged MP3 that are looked at
+_MOST_STREAMS = 64  # that an Ogg file begins with
+
+
+def more_follows(declared: int, rate: int, remedy: str = CONVERT) -> Fault:
+    return "wrong_duration", f"the header declares {declared / rate:.2f} s, and more follows; {remedy}"
+
+
+def shorter(declared: int, frames: int, rate: int) -> Fault:
+    detail = f"the header declares {declared / rate:.2f} s, the file holds {frames / rate:.2f} s; {RECOVER}"
+    return "truncated", detail
+
+
+def _holds_near_end(file: FileBytes, marker: bytes, start: int) -> bool:
+    """Whether another stream begins near the place, behind `start`, where the decoder has stopped."""
+    first = max(start, file.place() - _READ_AHEAD)
+    return re.search(marker, file.at(first, _READ_AHEAD + _LEFT)) is not None
+
+
+# --- Ogg
+
+
+def ogg_fault(file: FileBytes) -> Fault:
+    """Look for a cut last page, and for a second stream behind the first, where the decoder has stopped.
+
+    A missing end flag proves nothing: live streams lack it.
+    """
+    tail = file.tail(_TAIL)
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    segments = page[26] if len(page) > 26 else 255
+    if len(page) < 27 + segments + sum(page[27 : 27 + segments]):
+        return "truncated", f"the last page of the Ogg stream is cut off; {RECOVER}"
+    place = file.behind_id3()
+    streams = set()
+    for _ in range(_MOST_STREAMS):
+        head = file.at(place, 27 + 255)
+        if head[:4] != b"OggS" or len(head) < 28 or not head[5] & 2:
+            break
+        streams.add(head[14:18])
+        place += 27 + head[26] + sum(head[27 : 27 + head[26]])
+    other = bool(streams) and page[14:18] not in streams
+    if other or _holds_near_end(file, rb"OggS\0\x02", place):
+        return "wrong_duration", f"several Ogg streams stand one after the other, and only one would be read; {CONVERT}"
+    return NO_FAULT
+
+
+# --- FLAC
+
+
+def flac_fault(file: FileBytes, sound: sf.SoundFile) -> Fault:
+    """Compare the declared length with the number that the last frame carries, and look for a second stream."""
+    begin = file.behind_id3()
+    info = file.at(begin, 42)
+    if info[:4] == b"fLaC" and len(info) == 42:
+        end = _flac_end(file.tail(_TAIL), int.from_bytes(info[8:10], "big"), int.from_bytes(info[10:12], "big"))
+        if end is not None and end - sound.frames > SLACK * sound.samplerate:
+            return more_follows(sound.frames, sound.samplerate)
+    if _holds_near_end(file, rb"fLaC[\0\x80]\0\0\x22", begin + 42):
+        return more_follows(sound.frames, sound.samplerate)
+    return NO_FAULT
+
+
+def _flac_end(tail: bytes, least_block: int, most_block: int) -> int | None:
+    """The sample behind the last frame; None where no two frames in a row are found."""
+    found = re.finditer(rb"\xff[\xf8\xf9]", tail)
+    later: tuple[int, int] | None = None
+    for at in reversed([each.start() for each in found]):
+        frame = _flac_frame(tail[at : at + 16], least_block, most_block)
+        if frame is None:
+            continue
+        if later is not None and frame[1] == later[0]:
+            return later[1]
+        later = frame
+    return later[1] if later is not None and later[0] == 0 else None
+
+
+def _flac_frame(head: bytes, least_block: int, most_block: int) -> tuple[int, int] | None:
+    """The first sample of a frame and the one behind it, by its header; None for bytes that are not one."""
+    code, rate_code = (head[2] >> 4, head[2] & 15) if len(head) == 16 else (0, 0)
+    if code == 0 or head[3] & 1 or head[3] >> 4 > 10:
+        return None
+    more = 0 if head[4] < 0x80 else 8 - (~head[4] & 0xFF).bit_length() - 1  # bytes behind the first, as in UTF-8
+    number = head[4] if more == 0 else head[4] & (0x3F >> more)
+    for byte in head[5 : 5 + more]:
+        number = number << 6 | byte & 0x3F
+    at = 5 + more
+    if code in (6, 7):
+        block = int.from_bytes(head[at : at + code - 5], "big") + 1
+        at += code - 5
+    else:
+        block = 192 if code == 1 else 576 << (code - 2) if code < 6 else 256 << (code - 8)
+    at += {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    if block > most_block or at >= len(head) or _crc8(head[:at]) != head[at]:
+        return None
+    start = number if head[1] & 1 else number * least_block
+    return start, start + block
+
+
+def _crc8(content: bytes) -> int:
+    value = 0
+    for byte in content:
+        value = _crc8_table()[value ^ byte]
+    return value
+
+
+@lru_cache(maxsize=1)
+def _crc8_table() -> list[int]:
+    table = list(range(256))
+    for _ in range(8):
+        table = [value << 1 & 0xFF ^ (7 if value & 0x80 else 0) for value in table]
+    return table
+
+
+# --- MP3
+
+
+def mpeg_fault(file: FileBytes, sound: sf.SoundFile, frames: int) -> Fault:
+    """Compare the stated length with the frames that are there; where none is stated, libsndfile estimates one."""
+    start = file.behind_id3()
+    head = file.at(start, 4096)
+    bytes_missing = _missing_mpeg_bytes(file, start, head)
+    if bytes_missing is not None and frames < sound.frames - (0 if bytes_missing else _MPEG_SLACK):
+        return shorter(sound.frames, frames, sound.samplerate)
+    count, samples = _mpeg_frames(file, start)
+    stated = _stated_mpeg_frames(head)
+    if stated is not None:
+        return more_follows(sound.frames, sound.samplerate) if count - 1 - stated > 2 else NO_FAULT
+    if count * samples - sound.frames > _MPEG_SLACK:
+        there, read = count * samples / sound.samplerate, sound.frames / sound.samplerate
+        return (
+            "wrong_duration",
+            f"it does not state its length, so that {read:.2f} of {there:.2f} s would be read; {CONVERT}",
+        )
+    return NO_FAULT
+
+
+_XING = re.compile(rb"(?:Xing|Info)\0\0\0(.)((?:.{4})?)(.{4})", re.DOTALL)
+
+
+def _stated_mpeg_frames(head: bytes) -> int | None:
+    """How many frames the first one states, itself not counted."""
+    if (found := _XING.search(head)) and found[1][0] & 1:
+        return int.from_bytes(found[2], "big") or None
+    at = head.find(b"VBRI")
+    return int.from_bytes(head[at + 14 : at + 18], "big") if at >= 0 and len(head) >= at + 18 else None
+
+
+def _missing_mpeg_bytes(file: FileBytes, start: int, head: bytes) -> bool | None:
+    """Whether a file has fewer bytes than its first frame states for all of them; None where it states no length."""
+    found = _XING.search(head)
+    if found is None:
+        return False if any(name in head for name in (b"Xing", b"Info", b"VBRI")) else None
+    has_frames, has_bytes = found[1][0] & 1, found[1][0] & 2
+    if not has_bytes:
+        return False
+    stated = int.from_bytes(found[3] if has_frames else found[2], "big")
+    held = file.size - start - found.start()
+    return stated - held > max(_CHUNK_SLACK, stated // 100)
+
+
+_KBPS = {  # by whether it is MPEG 1, and the layer's code (1: III, 2: II)
+    (True, 1): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (False, 1): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+@lru_cache(maxsize=1)
+def _frame_lengths() -> dict[int, tuple[int, int]]:
+    """Bytes and samples of a frame, by the second and third byte of its header."""
+    lengths = {}
+    for key in range(0xE000, 0x10000):
+        version, layer, bits, rate = key >> 11 & 3, key >> 9 & 3, key >> 4 & 15, key >> 2 & 3
+        if version == 1 or layer not in (1, 2) or bits in (0, 15) or rate == 3:
+            continue
+        samples = 576 if layer == 1 and version != 3 else 1152
+        hertz = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+        kbps = _KBPS[version == 3, layer][bits]
+        lengths[key] = samples // 8 * kbps * 1000 // hertz + (key >> 1 & 1), samples
+    return lengths
+
+
+def _mpeg_frames(file: FileBytes, place: int) -> tuple[int, int]:
+    """Walk from frame to frame over tags and damage; how many there are, and the samples of each."""
+    lengths, end = _frame_lengths(), file.before_tags()
+    count = samples = base = 0
+    tries = _MOST_TRIES
+    piece = b""
+    while place + 4 <= end:
+        at = place - base
+        if not 0 <= at <= len(piece) - 4:
+            base, piece, at = place, file.at(place, 1 << 20), 0
+            if len(piece) < 4:
+                break
+        found = lengths.get(piece[at + 1] << 8 | piece[at + 2]) if piece[at] == 0xFF else None
+        if found is not None:
+            count += 1
+            place, samples = place + found[0], found[1]
+            continue
+        if tries <= 0:
+            break
+        tags_end = file.behind_id3(place)
+        at, tries = (tags_end - base, tries - 1) if tags_end > place else _next_frame(piece, at + 1, lengths, tries)
+        place = base + at
+    return count, samples
+
+
+def _next_frame(piece: bytes, at: int, lengths: dict[int, tuple[int, int]], tries: int) -> tuple[int, int]:
+    """The place of the next frame that another one follows, else the end of `piece`; and the tries that are left."""
+    while tries > 0:
+        tries -= 1
+        at = piece.find(b"\xff", at)
+        if at < 0 or at + 4 > len(piece):
+            break
+        found = lengths.get(piece[at + 1] << 8 | piece[at + 2])
+        after = at + found[0] if found else len(piece)
+        if after + 3 <= len(piece) and piece[after] == 0xFF and piece[after + 1] << 8 | piece[after + 2] in lengths:
+            return at, tries
+        at += 1
+    return len(piece), tries

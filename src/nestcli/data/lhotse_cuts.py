@@ -1,0 +1,124 @@
+"""Lhotse's cuts, read without Lhotse: no command, address, pickle or transform in them is followed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nestcli.audio.channel import KEY as CHANNEL
+
+_HARMLESS = {"Resample"}  # the loader resamples anyway; other transforms would change what is heard
+
+
+def looks_like_cut(record: dict[str, Any]) -> bool:
+    return "recording" in record or str(record.get("type", "")).endswith("Cut")
+
+
+def cut_to_row(cut: dict[str, Any]) -> dict[str, Any]:
+    """A MonoCut as a row of a NeMo manifest, with the channel of its file where that has several.
+
+    Raises ValueError for a cut of any other kind.
+    """
+    kind = cut.get("type", "MonoCut")
+    if kind != "MonoCut":
+        raise ValueError(f"a {str(kind)[:60]} cannot be read; save its audio with Lhotse's save_audios, as MonoCuts")
+    recording = cut.get("recording")
+    if not isinstance(recording, dict):
+        raise ValueError("this cut has no recording, only features; nest reads audio")
+    path, channel = _audio_file(recording, cut.get("channel"))
+    row = {
+        "audio_filepath": path,
+        CHANNEL: channel,
+        "duration": cut.get("duration"),
+        "offset": cut.get("start", 0.0),
+        **supervision(cut.get("supervisions")),
+    }
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def recording_to_row(recording: dict[str, Any]) -> dict[str, Any]:
+    """A Lhotse recording of one audio file as a row of a NeMo manifest, with no channel chosen.
+
+    Raises ValueError for a recording of any other kind.
+    """
+    _check_transforms(recording)
+    sources = recording.get("sources")
+    if not isinstance(sources, list) or len(sources) != 1:
+        raise ValueError("the recording must have one source; make a cut of each of its channels")
+    return {"audio_filepath": _path_of(sources[0]), "id": str(recording.get("id", ""))}
+
+
+def _audio_file(recording: dict[str, Any], channel: Any) -> tuple[str, int | None]:
+    """The file that holds a cut's channel, and the number of the channel there; None for a file of one channel."""
+    _check_transforms(recording)
+    source, place = source_of(recording, channel)
+    return _path_of(source), place
+
+
+def source_of(recording: dict[str, Any], channel: Any) -> tuple[dict[str, Any], int | None]:
+    """The source of a recording that holds a cut's channel, and the channel's place in it; None if it has but one.
+
+    Raises ValueError where there is none, or more than one.
+    """
+    sources = recording.get("sources")
+    if not isinstance(sources, list) or not sources or not all(isinstance(each, dict) for each in sources):
+        raise ValueError("the recording must have at least one source")
+    if channel is None and len(sources) == 1 and len(_channels(sources[0])) == 1:
+        return sources[0], None
+    if type(channel) is not int:
+        number = sum(len(_channels(each)) for each in sources)
+        stated = "the cut names none" if channel is None else f"the cut's is {str(channel)[:60]}"
+        raise ValueError(f"the recording has {number} channels and {stated}; give the number of one of them")
+    found = [each for each in sources if channel in _channels(each)]
+    if len(found) != 1:
+        known = sorted({number for each in sources for number in _channels(each)})
+        raise ValueError(
+            f"the cut's channel is {channel}, and {'several' if found else 'none'} of the recording's sources "
+            f"{'have' if found else 'has'} it; its channels are {', '.join(map(str, known))[:60]}"
+        )
+    channels = _channels(found[0])
+    return found[0], channels.index(channel) if len(channels) > 1 else None
+
+
+def _channels(source: dict[str, Any]) -> list[int]:
+    """The numbers of a source's channels, in the order of its file; 0 where it states none."""
+    channels = source.get("channels", [0])
+    if not isinstance(channels, list) or not channels or any(type(each) is not int for each in channels):
+        raise ValueError("the source's channels are no list of numbers")
+    if len(set(channels)) < len(channels):
+        raise ValueError("a channel stands twice in the recording's source")
+    return channels
+
+
+def _path_of(source: Any) -> str:
+    """The path of a source, which must be a file."""
+    kind, path = (source.get("type"), source.get("source")) if isinstance(source, dict) else (None, None)
+    if kind != "file":
+        raise ValueError(f"a source of type {str(kind)[:60]!r} is refused; only files are read")
+    if not isinstance(path, str):
+        raise ValueError("the recording's source names no file")
+    return path
+
+
+def _check_transforms(recording: dict[str, Any]) -> None:
+    """Raise ValueError if a recording is to be changed before it is heard, except in its rate."""
+    transforms = recording.get("transforms") or []
+    if not isinstance(transforms, list):
+        raise ValueError("the recording's transforms are no list")
+    names = [str(each.get("name") if isinstance(each, dict) else each) for each in transforms]
+    if unknown := [name for name in names if name not in _HARMLESS]:
+        raise ValueError(f"the recording has the transform {unknown[0]}; save the changed audio first")
+
+
+def supervision(supervisions: Any) -> dict[str, Any]:
+    """Speaker and language where all supervisions agree on one, and their texts in a row. Raises ValueError."""
+    if not isinstance(supervisions or [], list):
+        raise ValueError("the cut's supervisions are no list")
+    known = [each for each in supervisions or [] if isinstance(each, dict)]
+    row: dict[str, Any] = {}
+    for key, theirs in (("speaker", "speaker"), ("lang", "language")):
+        values = {str(each[theirs]) for each in known if each.get(theirs)}
+        if len(values) == 1:
+            row[key] = values.pop()
+    if texts := [str(each["text"]) for each in known if each.get("text")]:
+        row["text"] = " ".join(texts)
+    return row

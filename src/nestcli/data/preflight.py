@@ -1,0 +1,135 @@
+"""What can be known of the data before training: are the files there, can the machine feed a run."""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nestcli.data.manifest import Manifest
+from nestcli.errors import DataError
+from nestcli.jobs.cores import available_cores
+from nestcli.storage import addresses
+
+_ALL_UP_TO, _SAMPLE = 10_000, 1_000  # lines of a manifest whose files are all looked for, and of a longer one
+_JUDGED_FROM = 100  # utterances; below, one rotten file is a large share
+_THREADS, _PIECE = 16, 64  # file servers answer slowly, but many at a time
+_SURE = 3  # standard deviations
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of so many lines that were looked at, those whose file is not there; `total` are all of the manifest."""
+
+    total: int
+    looked: int
+    missing: int
+    first: str  # that is missing: its file and its line
+
+    def exceeds(self, share: float) -> bool:
+        """Whether more than a share of all lines is surely missing."""
+        chance = math.sqrt(share * (1 - share) / self.looked) if self.looked < self.total else 0.0
+        return self.missing == self.looked or self.missing > (share + _SURE * chance) * self.looked
+
+    def __str__(self) -> str:
+        of = f"{self.looked:,}" if self.looked == self.total else f"{self.looked:,} that were looked for"
+        return f"{self.missing:,} of {of} files are not there, or may not be read; the first: {self.first}"
+
+
+def check_speech(manifest: Manifest, key: str, max_failed_share: float) -> None:
+    """Raise DataError if so much speech is missing that a run would end over it, or compute on nothing."""
+    found = look_for_files(manifest, _SAMPLE)
+    allowed = max_failed_share if found.looked >= _JUDGED_FROM else 0.5
+    if found.missing and found.exceeds(allowed):
+        raise DataError(f"{key}: {found}. {_remedy(manifest)}")
+
+
+def check_noise(manifest: Manifest, key: str, max_failed_share: float) -> str | None:
+    """What a person should know of noise that is missing. Raises DataError if it is more than a run may lack."""
+    found = look_for_files(manifest, len(manifest) if len(manifest) <= _ALL_UP_TO else _SAMPLE)
+    if found.missing and found.exceeds(max_failed_share):
+        raise DataError(
+            f"{key}.noise_manifest: {found}. {_remedy(manifest)} {key}.noise_manifest=null goes without noise."
+        )
+    return f"{key}.noise_manifest: {found}. Other noise is taken instead." if found.missing else None
+
+
+def look_for_files(manifest: Manifest, most: int) -> Found:
+    """Look whether the files of at most so many lines, spread over the manifest, can be read; remote ones are not."""
+    lines = np.linspace(0, len(manifest) - 1, min(len(manifest), most)).astype(int).tolist()
+    pieces = [lines[start : start + _PIECE] for start in range(0, len(lines), _PIECE)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        missing = [line for piece in threads.map(lambda piece: _missing(manifest, piece), pieces) for line in piece]
+    first = f"{manifest.entry(missing[0]).name} ({manifest.where(missing[0])})" if missing else ""
+    return Found(len(manifest), len(lines), len(missing), first)
+
+
+def _missing(manifest: Manifest, lines: list[int]) -> list[int]:
+    missing, shards = [], dict[str, bool]()
+    for line in lines:
+        entry = manifest.entry(line)
+        if entry.shard is None:
+            there = _can_be_read(entry.audio_filepath)
+        else:
+            there = shards[entry.shard] if entry.shard in shards else _can_be_read(entry.shard)
+            shards[entry.shard] = there
+        if not there:
+            missing.append(line)
+    return missing
+
+
+def _can_be_read(path: str) -> bool:
+    try:
+        return addresses.is_remote(path) or os.access(path, os.R_OK)
+    except ValueError:  # a NUL in it
+        return False
+
+
+def _remedy(manifest: Manifest) -> str:
+    return (
+        f"If the audio was moved, run `nest prepare-data` where it is now; if a disk is not mounted, mount it. "
+        f"Paths in {manifest.sources[0].path} are absolute, or relative to its folder."
+    )
+
+
+# --- the machine
+
+
+def machine_notes(key: str, workers: int, loader_bytes: int, processes: int) -> list[str]:
+    """What a person should know of `workers` loader processes for each of the run's `processes` on this machine.
+
+    They need up to `loader_bytes` for batches on their way, over all.
+    """
+    told, cores = [], available_cores()
+    if workers * processes > cores:
+        each = f" for each of {processes} training processes" if processes > 1 else ""
+        told.append(
+            f"{key}.num_workers={workers}{each} are more than the {cores} processor cores that there are to use; "
+            f"{min(workers, cores)} are started{each}"
+        )
+    memory = available_memory()
+    if memory is not None and loader_bytes * processes > memory:
+        told.append(
+            f"the loader of {key} may need {loader_bytes * processes / 2**30:.1f} GiB for its batches, and "
+            f"{memory / 2**30:.1f} GiB of memory are free; if the run is killed, lower {key}.num_workers or "
+            "the size of its batches"
+        )
+    return told
+
+
+def available_memory() -> int | None:
+    """Bytes that this process and its children may still take, or None where the system does not say."""
+    left = []
+    with suppress(OSError, ValueError, IndexError):
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        left.append(int(rows["MemAvailable"].split()[0]) * 1024)
+    with suppress(OSError, ValueError):  # a container
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        left.append(int(most) - int(used))
+    return min(left, default=None)

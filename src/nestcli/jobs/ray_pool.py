@@ -1,0 +1,119 @@
+"""A pool of processes on a Ray cluster, for preparations that are too large for one machine.
+
+The workers need this package and must see the audio and the output folder under the same paths, as on a cluster with
+a shared file system.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+from nestcli.errors import DataError, MissingDependencyError
+from nestcli.jobs.pool import Died, Limit, Pool, Result, Task, local_pool
+
+_RETRIES = 3  # of a task whose process or machine is lost
+_AHEAD = 4  # tasks for each processor that may wait for an earlier one's result
+_PATIENCE = 10.0  # s for the cluster's address to answer
+
+
+def ray_pool(address: str) -> Pool:
+    """A pool on the cluster at an address: HOST:PORT, ray://HOST:PORT, auto (this machine's), or local (a new one).
+
+    Raises MissingDependencyError and DataError when it is entered.
+    """
+    return _RayPool(address)
+
+
+class _RayPool:
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.jobs = 1
+        self._ray: Any = None
+
+    def __enter__(self) -> _RayPool:
+        try:
+            ray: Any = import_module("ray")
+        except ImportError:
+            raise MissingDependencyError(
+                '--ray needs Ray, which is not installed. Run pip install "nestcli[ray]".'
+            ) from None
+        _check_reachable(self.address)
+        try:
+            ray.init(
+                address=None if self.address == "local" else self.address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                ignore_reinit_error=True,
+            )
+        except Exception as error:  # connection errors of several kinds
+            raise DataError(
+                f"--ray {self.address}: there is no cluster to work on: {' '.join(str(error).split())[:200]}"
+            ) from None
+        self._ray = ray
+        self.jobs = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
+    def in_order(
+        self, work: Callable[[Task], Result], tasks: Iterable[Task], limit: Limit[Task] = None
+    ) -> Iterator[Result | Died]:
+        ray = self._ray
+        run = ray.remote(num_cpus=1, max_retries=_RETRIES)(_within)
+        waiting: deque[Any] = deque()
+        try:
+            for task in tasks:
+                waiting.append(run.remote(work, task, 0.0 if limit is None else limit(task)))
+                if len(waiting) > _AHEAD * self.jobs:
+                    yield self._result(waiting.popleft())
+            while waiting:
+                yield self._result(waiting.popleft())
+        finally:
+            for reference in waiting:
+                ray.cancel(reference, force=True)
+
+    def _result(self, reference: Any) -> Any:
+        ray = self._ray
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:  # its process died, again and again
+            return Died(f"its process was lost {1 + _RETRIES} times on the cluster ({type(error).__name__})")
+
+
+def _within(work: Callable[[Task], Result], task: Task, seconds: float) -> Result | Died:
+    """On a machine of the cluster: the result of a process that is ended after so many seconds; 0 for no limit.
+
+    The process stays for the next task: it ends with Ray's own, which has started it.
+    """
+    if not seconds:
+        return work(task)
+    return next(_own_process().in_order(work, [task], lambda _: seconds))
+
+
+@lru_cache(maxsize=1)
+def _own_process() -> Pool:
+    return local_pool(1)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes to reach an address where there is nothing."""
+    host, found, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("local", "auto"):
+        return
+    if not found or not port.isdigit():
+        raise DataError(f"--ray {address}: give HOST:PORT, ray://HOST:PORT, auto or local")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except OSError as error:
+        raise DataError(
+            f"--ray {address}: nothing answers there ({error}). Is the cluster running (`ray status`)?"
+        ) from None

@@ -1,0 +1,395 @@
+"""From folders, files and manifests to checked manifests: collect, check, judge, shape, split, write, pack.
+
+Every step is a function of its own over items in input order; the result depends on inputs and options only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nestcli.audio.channel import KEY as CHANNEL
+from nestcli.audio.channel import kept_channel
+from nestcli.data.manifest import write_manifest
+from nestcli.errors import DataError, RunFailedError
+from nestcli.files import file_name, refuse_links, write_text
+from nestcli.jobs.cores import available_cores
+from nestcli.jobs.journal import REMEDY, Journal, disk_faults_told, open_journal
+from nestcli.jobs.pool import Pool, local_pool
+from nestcli.prepare.check import check_files
+from nestcli.prepare.inputs import OUTPUTS, Collection, collect, made_before
+from nestcli.prepare.options import PrepareOptions, checked_fraction, speaker_finder
+from nestcli.prepare.segment import Piece, ShapeOptions, ShapeTask, shape
+from nestcli.prepare.select import Accepted, Limits, Rejected, judge, length_fault
+from nestcli.prepare.split import for_validation
+from nestcli.prepare.summary_picture import draw_summary, duration_bins, level_bins
+from nestcli.prepare.write_shards import ShardSet, write_shards
+from nestcli.storage.file_kinds import known_ending
+
+__all__ = ["SHORT", "PrepareOptions", "PrepareSummary", "first_rejection", "prepare"]
+
+SHORT = 1.0  # s; `nest pretrain` leaves out shorter utterances unless told otherwise
+
+_write_rows = partial(write_manifest, error=RunFailedError, remedy=REMEDY)
+Progress = Callable[..., None]  # (done, total, doing)
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSummary:
+    """What was prepared, as it stands in summary.json; durations in seconds, levels in dBFS.
+
+    `shards` are the keys of `model.train_ds` and `model.validation_ds` that make `nest pretrain` read the shards;
+    `not_packed` utterances could not be read any more when those were made, and stand in their folders' skipped.jsonl.
+    """
+
+    kind: str
+    accepted: int
+    rejected: int
+    hours: float
+    manifests: dict[str, str | None]
+    utterances: dict[str, int]
+    rejections: dict[str, int]
+    speakers: int
+    without_speaker: int
+    durations: dict[str, float]
+    levels: dict[str, float]
+    histograms: dict[str, dict[str, float]]
+    shorter_than_1s: int
+    sample_rates: dict[int, int]
+    passed_over: int
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    not_packed: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prepare(
+    inputs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    options: PrepareOptions,
+    progress: Progress = lambda done, total, doing="": None,
+) -> PrepareSummary:
+    """Check every input and write train_manifest.json, val_manifest.json, rejected.jsonl and summary.json.
+
+    The result depends on inputs and options only, not on who works how fast; a run that was interrupted goes on where
+    it was. Raises DataError for a wrong call or input; where nothing can be accepted the summary says so.
+    """
+    fraction = checked_fraction(options)
+    find_speaker = speaker_finder(options.speaker_pattern)
+    collection = collect(inputs, Path(out))
+    if not collection.items:
+        raise DataError(_nothing_found(inputs, collection))
+    folder = _make_folder(Path(out))
+    _check_folders(folder, options)
+    if options.split_by == "speaker":
+        _check_speakers(map(find_speaker, collection.items))
+    with (
+        disk_faults_told(folder),
+        open_journal(folder) as journal,
+        _without_leftovers(folder),
+        _pool(options) as pool,
+    ):
+        usable = (item for item in collection.items if item.refused is None)
+        files = list(dict.fromkeys((item.path, kept_channel(item.channel, options.channel)) for item in usable))
+        reports = check_files(files, pool, journal, progress, options.patience)
+        limits = Limits(options.min_duration, options.max_duration, options.segment is not None, options.max_clipped)
+        accepted, rejected = judge(collection.items, reports, limits, find_speaker, options.channel)
+        reports.clear()
+        accepted, rejected = _shaped(accepted, rejected, folder, options, limits, pool, journal, progress)
+        in_val = for_validation(_groups(accepted, options.split_by), fraction) if accepted else []
+        _write_rows(folder / "rejected.jsonl", (_rejected_row(each) for each in rejected))
+        manifests = _write(folder, accepted, in_val)
+        shards = _packed(folder, manifests, options, pool, progress) if options.shards else {}
+        summary = _summarise(options.kind, accepted, rejected, in_val, manifests, collection.passed_over)
+        summary = replace(
+            summary,
+            shards={side: made.config for side, made in shards.items()},
+            not_packed=sum(len(made.skipped) for made in shards.values()),
+        )
+        draw_summary(folder / "summary.svg", options.kind, accepted)
+        text = json.dumps(summary.as_json(), ensure_ascii=False, indent=2)
+        write_text(folder / "summary.json", [text, "\n"], RunFailedError, REMEDY)
+    return summary
+
+
+def first_rejection(out: str | os.PathLike[str]) -> str:
+    """The first input that was left out and why, for a message."""
+    with (Path(out) / "rejected.jsonl").open(encoding="utf-8") as file:
+        row = json.loads(file.readline())
+    return f"{row['audio_filepath']}: {row['detail']}"
+
+
+@contextmanager
+def _pool(options: PrepareOptions) -> Iterator[Pool]:
+    if options.ray is None:
+        with local_pool(options.jobs or available_cores()) as pool:
+            yield pool
+        return
+    from nestcli.jobs.ray_pool import ray_pool
+
+    with ray_pool(options.ray) as pool:
+        yield pool
+
+
+# --- the call
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"the folder {folder} cannot be written to; choose another for --out")
+    return folder
+
+
+def _check_folders(folder: Path, options: PrepareOptions) -> None:
+    """Nothing that this run writes to, or tidies up, may be a link."""
+    used = {folder / "audio"} if options.convert else set()
+    if options.shards:
+        used |= {folder / "train_shards", folder / "val_shards"}
+    for each in sorted({*used, *made_before(folder)}):
+        refuse_links(each, DataError)
+
+
+def _nothing_found(inputs: Sequence[str | os.PathLike[str]], collection: Collection) -> str:
+    where = ", ".join(os.fspath(each) for each in inputs)
+    others = f"; {collection.passed_over} other files were passed over" if collection.passed_over else ""
+    for ending, count in collection.endings.most_common():
+        if about := known_ending(ending):
+            held = "a file" if count == 1 else f"{count} files"
+            return f"there is no audio file in {where}, but {held} of the ending {ending}: {about}{others}."
+    return f"there is no audio in {where}{others}. Give folders, audio files or manifests."
+
+
+# --- shaping and packing
+
+
+def _shaped(
+    accepted: list[Accepted],
+    rejected: list[Rejected],
+    folder: Path,
+    options: PrepareOptions,
+    limits: Limits,
+    pool: Pool,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[list[Accepted], list[Rejected]]:
+    """The utterances after cutting and converting; those that became too short or could not be made are rejected."""
+    if options.segment is None and not options.convert:
+        return accepted, rejected
+    audio = folder.absolute() / "audio"
+    how = ShapeOptions(options.segment, str(audio) if options.convert else None, options.sample_rate)
+    of_channel = {channel: replace(how, channel=channel) for channel in {each.channel for each in accepted}}
+    tasks = [_shape_task(each, of_channel[each.channel]) for each in accepted]
+    final = Limits(limits.min_duration, limits.max_duration, cut=False)
+    with _audio_journal(audio) if options.convert else nullcontext(journal) as pieces_made:
+        shaped = shape(tasks, pool, pieces_made, partial(progress, doing="(cutting and converting)"), options.patience)
+        return _piecewise(accepted, rejected, shaped, options, final)
+
+
+def _piecewise(
+    accepted: Sequence[Accepted],
+    rejected: list[Rejected],
+    shaped: Iterable[list[Piece] | str],
+    options: PrepareOptions,
+    limits: Limits,
+) -> tuple[list[Accepted], list[Rejected]]:
+    kept: list[Accepted] = []
+    for whole, pieces in zip(accepted, shaped, strict=True):
+        if isinstance(pieces, str):
+            rejected.append(Rejected(whole.item, "not_converted", pieces))
+            continue
+        start = whole.offset
+        for piece in pieces:
+            if fault := length_fault(piece.duration, limits):
+                where = f"its piece at {start:.2f} s: " if len(pieces) > 1 else ""
+                rejected.append(Rejected(whole.item, fault[0], where + fault[1]))
+                start += piece.duration
+                continue
+            start += piece.duration
+            path = piece.path if options.convert else None
+            rate = options.sample_rate if options.convert else whole.sample_rate
+            kept.append(replace(whole, offset=piece.offset, duration=piece.duration, path=path, sample_rate=rate))
+    return kept, rejected
+
+
+@contextmanager
+def _audio_journal(folder: Path) -> Iterator[Journal]:
+    """The journal of converted files. Raises DataError where the folder is somebody else's."""
+    if folder.is_dir() and any(folder.iterdir()) and folder not in made_before(folder.parent):
+        raise DataError(f"{folder} has files of yours; converted ones would go between them. Give another --out")
+    folder.mkdir(exist_ok=True)
+    journal = Journal(folder)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+@contextmanager
+def _without_leftovers(folder: Path) -> Iterator[None]:
+    """Remove what a run that was killed had not finished, and what this one's processes are writing when it fails."""
+    _clear_leftovers(folder)
+    try:
+        yield
+    finally:
+        _clear_leftovers(folder)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    stale = [path for name in OUTPUTS for path in folder.glob(f".{name}.*.tmp")]
+    for made in made_before(folder):
+        stale.extend(made.rglob(".*.tmp"))
+        for half in made.glob(".shar-*"):
+            shutil.rmtree(half, ignore_errors=True)
+    for path in stale:
+        path.unlink(missing_ok=True)
+
+
+def _shape_task(utterance: Accepted, how: ShapeOptions) -> ShapeTask:
+    item = utterance.item
+    # one name for one content: another run with other options must not find its own pieces changed
+    content = (item.path, utterance.offset, utterance.duration, how.segment, how.sample_rate, how.channel)
+    return ShapeTask(item.path, utterance.offset, utterance.duration, file_name(item.key, repr(content)), how)
+
+
+def _packed(
+    folder: Path, manifests: dict[str, str | None], options: PrepareOptions, pool: Pool, progress: Progress
+) -> dict[str, ShardSet]:
+    """Shards of both sides; those of validation in proportion."""
+    assert options.shards is not None
+    shards: dict[str, ShardSet] = {}
+    counts = {side: _n_lines(path) for side, path in manifests.items() if path is not None}
+    for side, count in counts.items():
+        share = 1.0 if side == "train" else count / counts.get("train", count)
+        path = manifests[side]
+        assert path is not None
+        shards[side] = write_shards(
+            path,
+            folder / f"{side}_shards",
+            shards=min(max(1, round(options.shards * share)), count),
+            format=options.shard_format,
+            sample_rate=options.sample_rate,
+            patience=options.patience,
+            pool=pool,
+            progress=partial(progress, doing=f"(packing the shards of {side})"),
+        )
+    return shards
+
+
+def _n_lines(path: str) -> int:
+    with Path(path).open("rb") as file:
+        return sum(1 for _ in file)
+
+
+# --- splitting and writing
+
+
+def _groups(accepted: Sequence[Accepted], by: str) -> list[str | None]:
+    """What must stay on one side of the split: a speaker, or all that came from one path."""
+    if by == "utterance":
+        return [each.item.key for each in accepted]
+    speakers = [each.speaker for each in accepted]
+    _check_speakers(speakers)
+    return speakers
+
+
+def _check_speakers(speakers: Iterable[str | None]) -> None:
+    if not any(speakers):
+        raise DataError("no speakers are known to split by; give --speaker-pattern, or manifests with speakers")
+
+
+def _write(folder: Path, accepted: Sequence[Accepted], in_val: Sequence[bool]) -> dict[str, str | None]:
+    """Write both manifests; the path of each, None for one that has no lines."""
+    written: dict[str, str | None] = {}
+    for name, side in (("train", False), ("val", True)):
+        path = folder / f"{name}_manifest.json"
+        if side in in_val:
+            _write_rows(path, (_row(each) for each, is_val in zip(accepted, in_val, strict=True) if is_val is side))
+            written[name] = str(path.absolute())
+        else:
+            path.unlink(missing_ok=True)  # of an earlier run
+            written[name] = None
+    return written
+
+
+def _row(utterance: Accepted) -> dict[str, Any]:
+    """The manifest's line: all that the input's manifest knew, with what was measured in place."""
+    row = utterance.item.known()
+    row.update(audio_filepath=utterance.audio, duration=utterance.duration)
+    row.pop("offset", None)
+    chosen_there = row.pop(CHANNEL, None)
+    if utterance.path is None and (utterance.channel is not None or chosen_there == "average"):
+        row[CHANNEL] = chosen_there if utterance.channel is None else utterance.channel
+    if utterance.offset:
+        row["offset"] = utterance.offset
+    if utterance.speaker is not None:
+        row["speaker"] = utterance.speaker
+    return row
+
+
+def _rejected_row(rejected: Rejected) -> dict[str, Any]:
+    return {"audio_filepath": rejected.item.path, "reason": rejected.reason, "detail": rejected.detail}
+
+
+def _count_reasons(rejected: Sequence[Rejected]) -> dict[str, int]:
+    return dict(sorted(Counter(each.reason for each in rejected).items()))
+
+
+def _summarise(
+    kind: str,
+    accepted: Sequence[Accepted],
+    rejected: Sequence[Rejected],
+    in_val: Sequence[bool],
+    manifests: dict[str, str | None],
+    passed_over: int,
+) -> PrepareSummary:
+    durations = [each.duration for each in accepted] or [0.0]
+    levels = [each.rms_db for each in accepted] or [0.0]
+    return PrepareSummary(
+        kind=kind,
+        accepted=len(accepted),
+        rejected=len(rejected),
+        hours=round(math.fsum(durations) / 3600, 6),
+        manifests=manifests,
+        utterances={"train": len(accepted) - sum(in_val), "val": sum(in_val)},
+        rejections=_count_reasons(rejected),
+        speakers=len({each.speaker for each in accepted} - {None}),
+        without_speaker=sum(each.speaker is None for each in accepted),
+        durations=_spread(durations),
+        levels=_spread(levels),
+        histograms=_histograms(np.array(durations), np.array(levels)) if accepted else {},
+        shorter_than_1s=sum(each.duration < SHORT for each in accepted),
+        sample_rates=dict(sorted(Counter(each.sample_rate for each in accepted).items())),
+        passed_over=passed_over,
+    )
+
+
+def _histograms(durations: npt.NDArray[np.float64], levels: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    """Hours by the seconds, and utterances by the dBFS, up to which they go; coarse, for the terminal."""
+    hours = zip(*duration_bins(durations, most=12), strict=True)
+    counts = zip(*level_bins(levels, step=6.0), strict=True)
+    return {
+        "hours_by_seconds": {label: round(value, 6) for label, value in hours},
+        "utterances_by_dbfs": dict(counts),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}

@@ -1,0 +1,159 @@
+"""Which utterances are taken and which are left out, and why: judged from reports, in input order."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from nestcli.audio.channel import kept_channel
+from nestcli.audio.inspect import AudioReport
+from nestcli.audio.load import stated_slack
+from nestcli.prepare.check import File
+from nestcli.prepare.inputs import Item
+
+MAX_CLIPPED = 0.01  # share of samples in runs at full scale; speech with one in a hundred is audibly distorted
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Durations in seconds; None for no limit. With `cut`, what is too long is cut later. `max_clipped` is a share."""
+
+    min_duration: float | None
+    max_duration: float | None
+    cut: bool
+    max_clipped: float = MAX_CLIPPED
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An utterance to use; times in seconds of its file."""
+
+    item: Item
+    offset: float
+    duration: float
+    speaker: str | None
+    sample_rate: int
+    rms_db: float
+    channel: int | None = None  # None for the average of all, or for the only one
+    path: str | None = None  # of a file that was made of it
+
+    @property
+    def audio(self) -> str:
+        return self.path or self.item.path
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An input that is left out, why, and what to say about it."""
+
+    item: Item
+    reason: str
+    detail: str
+
+
+def judge(
+    items: Sequence[Item],
+    reports: dict[File, AudioReport],
+    limits: Limits,
+    find_speaker: Callable[[Item], str | None],
+    channel: int | None = None,
+) -> tuple[list[Accepted], list[Rejected]]:
+    """Sort the items into those to take and those to leave out. Of what is there twice, the first is taken.
+
+    `channel` is for items that choose none; there is a report of each item's file and channel.
+    """
+    accepted: list[Accepted] = []
+    rejected: list[Rejected] = []
+    places: set[bytes] = set()  # hashes, as there may be millions
+    contents: dict[bytes, int] = {}  # by the number of the item
+    folders: dict[str, str] = {}
+    for number, item in enumerate(items):
+        if item.refused is not None:
+            rejected.append(Rejected(item, item.reason, item.refused))
+            continue
+        if not _is_utf8(item.path):
+            rejected.append(Rejected(item, "bad_name", "the file's name is not UTF-8; rename it"))
+            continue
+        kept = kept_channel(item.channel, channel)
+        report = reports[item.path, kept]
+        kept = kept if report.channels > 1 else None
+        offset, duration = _segment(item, report)
+        # whichever input named it, and whether that stated its length or not
+        place = _short(f"{_real_path(item.path, folders)}\0{kept}", offset, duration)
+        content = _short(report.digest, offset, duration)
+        same_as = items[contents[content]].path if content in contents else None
+        if fault := _fault(item, report, duration, limits, place in places, same_as):
+            rejected.append(Rejected(item, *fault))
+        else:
+            speaker = find_speaker(item)
+            accepted.append(Accepted(item, offset, duration, speaker, report.sample_rate, report.rms_db, kept))
+            contents[content] = number
+        places.add(place)
+    return accepted, rejected
+
+
+def _short(what: str, offset: float, duration: float) -> bytes:
+    """A part of something in 12 bytes, of which two are the same with a chance of 1e-16 among a million."""
+    return blake2b(f"{what}\0{offset}\0{duration}".encode("utf-8", "surrogatepass"), digest_size=12).digest()
+
+
+def _real_path(path: str, folders: dict[str, str]) -> str:
+    """What os.path.realpath says; every folder is looked up once."""
+    if os.path.islink(path):  # noqa: PTH114  (str paths, perhaps with bytes that are not UTF-8)
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return f"{folders[folder]}/{name}"
+
+
+def _fault(
+    item: Item, report: AudioReport, duration: float, limits: Limits, seen: bool, same_as: str | None
+) -> tuple[str, str] | None:
+    """The first reason to leave an item out, and what to say about it."""
+    if report.reason is not None:
+        return report.reason, report.detail
+    stated_end = item.offset + (0.0 if math.isnan(item.duration) else item.duration)
+    if not math.isnan(item.duration) and item.duration <= 0:
+        return "bad_duration", f"its manifest gives it {item.duration:g} s"
+    slack = 0.5 if math.isnan(item.duration) else stated_slack(item.duration)
+    if duration <= 0 or stated_end > report.duration + slack:
+        detail = f"{item.where()} goes beyond the file's {report.duration:.2f} s"
+        return "truncated", f"{detail}; copy the file again, or correct the line"
+    if seen:  # after its own faults: of broken files each has its own reason
+        return "duplicate_path", "the same audio is in the inputs already"
+    if report.clipped > limits.max_clipped:
+        return "clipped", f"{report.clipped:.1%} of its samples are cut off at full scale"
+    if same_as is not None:
+        return "duplicate_content", f"its samples are those of {same_as}"
+    return length_fault(duration, limits)
+
+
+def length_fault(duration: float, limits: Limits) -> tuple[str, str] | None:
+    """Why an utterance is too short or too long."""
+    if limits.min_duration is not None and duration < limits.min_duration:
+        return "too_short", f"{duration:.2f} s are less than {limits.min_duration:g} s"
+    if limits.max_duration is not None and duration > limits.max_duration and not limits.cut:
+        return "too_long", f"{duration:.2f} s are more than {limits.max_duration:g} s"
+    return None
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _segment(item: Item, report: AudioReport) -> tuple[float, float]:
+    """Offset and duration in seconds, in whole microseconds and never beyond the decoded end."""
+    if report.frames == 0:
+        return item.offset, 0.0
+    end = report.frames * 1_000_000 // report.sample_rate
+    start = math.ceil(item.offset * 1e6)
+    wanted = end if math.isnan(item.duration) else round(item.duration * 1e6)
+    return item.offset, min(wanted, end - start) / 1e6

@@ -1,0 +1,188 @@
+"""A folder of copies that the processes of a machine share: each is made once, and those used longest ago make room.
+
+A copy grows under a second name, under a lock on that very file: it needs no lock file, and a process that dies
+leaves a lock that is free and a rest that is written over. A finished copy is never changed, only removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import resource
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from nestcli.errors import NestError
+from nestcli.jobs.activity import moved
+
+CACHE_VARIABLE, SIZE_VARIABLE = "NEST_CACHE", "NEST_CACHE_GB"
+_DEFAULT_GB = 50.0
+_GROWING = ".part"
+_POLL = 0.05  # s between looks at a copy that another process makes
+_JUST_USED = 60.0  # s in which a copy that was asked for is not removed: it is about to be opened
+
+_OURS = re.compile(r"[0-9a-f]{32}-")  # the folder may be one where the user has files too
+
+_held: dict[Path, int] = {}  # descriptors that keep copies from being removed
+
+
+def limit() -> int:
+    """Bytes that the folder may hold."""
+    text = os.environ.get(SIZE_VARIABLE) or str(_DEFAULT_GB)
+    try:
+        size = float(text)
+    except ValueError:
+        size = -1.0
+    if not 0 < size < float("inf"):
+        raise NestError(f"${SIZE_VARIABLE} is {text!r}; it must be a number of gigabytes.")
+    return int(size * 1e9)
+
+
+def make(copy: Path, size: int | None, limit: int, write: Callable[[BinaryIO], bool]) -> bool:
+    """Have `write` fill a file that then is `copy`, unless it is there or another process makes it now.
+
+    `size` in bytes, if it is known. False if `write` said that what it wrote is of no use. Raises NestError.
+    """
+    part = copy.with_name(copy.name + _GROWING)
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        while not _is_whole(copy, size):
+            with _locked(part) as file:
+                if file is None:
+                    moved()  # whoever makes it is watched as well
+                    time.sleep(_POLL)
+                elif not _is_whole(copy, size):  # it may have been finished before we had the lock
+                    _make_room(copy.parent, size or 0, limit)
+                    if not _fill(file, part, copy, write):
+                        return False
+                else:
+                    part.unlink(missing_ok=True)
+    except OSError as error:
+        raise NestError(
+            f"{copy.parent} cannot hold copies of remote files: {error.strerror or error}. "
+            f"Set ${CACHE_VARIABLE} to a folder with room, or ${SIZE_VARIABLE} to what there is."
+        ) from None
+    touch(copy)
+    return True
+
+
+def touch(copy: Path) -> bool:
+    """Note that a copy is used now; False if it is not there."""
+    try:
+        os.utime(copy)
+    except FileNotFoundError:
+        return False
+    except OSError:  # another user's folder, or a read-only one
+        return copy.exists()
+    return True
+
+
+def hold(copy: Path) -> bool:
+    """Keep a copy from being removed while this process, or one that it forks, lives; False if it is not there."""
+    if copy in _held:
+        return True
+    try:
+        descriptor = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise NestError(
+            f"{len(_held):,} remote manifests are open, and this process may have {most:,} files open. "
+            "Allow more with `ulimit -n`, or name fewer manifests."
+        ) from None
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if not _is_still(descriptor, copy):
+        os.close(descriptor)
+        return False
+    _held[copy] = descriptor
+    return True
+
+
+def _is_whole(copy: Path, size: int | None) -> bool:
+    try:
+        there = copy.stat().st_size
+    except FileNotFoundError:
+        return False
+    return size is None or there == size
+
+
+def _fill(file: BinaryIO, part: Path, copy: Path, write: Callable[[BinaryIO], bool]) -> bool:
+    done = False
+    try:
+        file.truncate(0)
+        if write(file):
+            file.flush()
+            os.fsync(file.fileno())
+            part.replace(copy)
+            done = True
+    finally:
+        if not done:
+            part.unlink(missing_ok=True)
+    return done
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO | None]:
+    """A file that no other process writes now, made if need be; None if one does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with open(descriptor, "r+b") as file:  # noqa: PTH123  (a descriptor)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        try:
+            yield file if _is_still(descriptor, path) else None
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # at once, even if a process was forked with it meanwhile
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether a path still leads to an open file: it was perhaps finished, or removed, before we had its lock."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _make_room(folder: Path, wanted: int, limit: int) -> None:
+    """Remove the copies used longest ago until `wanted` more bytes fit in. Who has one open still reads it."""
+    if wanted > limit:
+        raise NestError(f"a file of {wanted:,} bytes does not fit into a cache of {limit:,}. Set ${SIZE_VARIABLE}.")
+    files = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode) and _OURS.match(path.name):
+                files.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in files) + wanted
+    for used, size, path in sorted(files):
+        if total <= limit or used > time.time() - _JUST_USED:
+            return
+        if _remove(path):
+            total -= size
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file unless a process writes it or holds it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

@@ -10,6 +10,10 @@ NEMO := NEST_NEMO_PYTHON=$(NEMO_VENV)/bin/python
 
 AUDIT_VENV := .venv-audit
 
+# One process of tests for each core, eight at most. One thread each: threads of PyTorch wait for one another by
+# spinning, which on a busy core takes far longer than the work.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 .PHONY: help demo test test-all test-slow test-ray check audit pins dist parity docs docs-cli format setup setup-nemo clean
 
 help:
@@ -40,13 +44,13 @@ demo: setup
 	$(VENV)/bin/nest demo --out nest_demo
 
 test: setup
-	$(VENV)/bin/python -m pytest -m "not slow and not nemo and not gpu and not ray"
+	$(PYTEST) -m "not slow and not nemo and not gpu and not ray"
 
 test-slow: setup
-	$(VENV)/bin/python -m pytest -m "slow and not nemo and not gpu and not ray"
+	$(PYTEST) -m "slow and not nemo and not gpu and not ray"
 
 test-all: setup
-	$(VENV)/bin/python -m pytest -m "not nemo and not gpu and not ray"
+	$(PYTEST) -m "not nemo and not gpu and not ray"
 
 test-ray: setup
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[ray]"

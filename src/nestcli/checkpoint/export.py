@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from nestcli.checkpoint.transformers import write_transformers
 from nestcli.errors import RunFailedError
 from nestcli.model.speech_encoder import SpeechEncoder
 
-Format: TypeAlias = Literal["nemo", "safetensors", "transformers", "onnx"]
+Look: TypeAlias = Callable[[], tuple[str, float | None]]  # reads a result again: what was verified, the difference
+Writer: TypeAlias = Callable[[str | os.PathLike[str], Path, Part, bool], tuple[int, Look]]
 TOLERANCE = 1e-4  # of outputs on valid frames
 
 
@@ -40,9 +41,9 @@ class Exported:
 
 
 def export(
-    checkpoint: str | os.PathLike[str], to: Format, out: Path, *, part: Part = "all", force: bool = False
+    checkpoint: str | os.PathLike[str], to: str, out: Path, *, part: Part = "all", force: bool = False
 ) -> Exported:
-    """Write a checkpoint as `to` at `out`, which is new unless `force` is set, and verify it.
+    """Write a checkpoint as `to`, a key of WRITERS, at `out`, which is new unless `force` is set, and verify it.
 
     Raises CheckpointError, ConfigError, MissingDependencyError; RunFailedError if what was written differs from the
     checkpoint or cannot be read. What stood at `out` before is there again then.
@@ -51,24 +52,49 @@ def export(
         return _export(checkpoint, to, out, part, force)
 
 
-def _export(checkpoint: str | os.PathLike[str], to: Format, out: Path, part: Part, force: bool) -> Exported:
-    if to in ("nemo", "safetensors"):
-        loaded = load_checkpoint(checkpoint)
-        {"nemo": write_nemo, "safetensors": write_safetensors}[to](out, loaded.config, loaded.state_dict)
-        tensors, look = len(loaded.state_dict), partial(_whole, loaded, out)
-    else:
-        stored = read_encoder(checkpoint)
-        tensors = sum(name.startswith("encoder.") for name in stored.state_dict)
-        if to == "onnx":
-            encoder = stored.build()
-            write_onnx(out, encoder, part)
-            look = partial(_onnx, encoder, out, part)
-        else:
-            write_transformers(out, stored.config, stored.state_dict, force=force)
-            look = partial(_transformers, stored, out)
+def _export(checkpoint: str | os.PathLike[str], to: str, out: Path, part: Part, force: bool) -> Exported:
+    tensors, look = WRITERS[to](checkpoint, out, part, force)
     verified, difference = _verified(out, checkpoint, look)
     files = [out] if out.is_file() else list(out.iterdir())
     return Exported(out, tensors, sum(file.stat().st_size for file in files), verified, difference)
+
+
+def _write_nemo(checkpoint: str | os.PathLike[str], out: Path, _part: Part, _force: bool) -> tuple[int, Look]:
+    loaded = load_checkpoint(checkpoint)
+    write_nemo(out, loaded.config, loaded.state_dict)
+    return len(loaded.state_dict), partial(_whole, loaded, out)
+
+
+def _write_safetensors(checkpoint: str | os.PathLike[str], out: Path, _part: Part, _force: bool) -> tuple[int, Look]:
+    loaded = load_checkpoint(checkpoint)
+    write_safetensors(out, loaded.config, loaded.state_dict)
+    return len(loaded.state_dict), partial(_whole, loaded, out)
+
+
+def _write_transformers(checkpoint: str | os.PathLike[str], out: Path, _part: Part, force: bool) -> tuple[int, Look]:
+    stored = read_encoder(checkpoint)
+    write_transformers(out, stored.config, stored.state_dict, force=force)
+    return _encoder_tensors(stored), partial(_transformers, stored, out)
+
+
+def _write_onnx(checkpoint: str | os.PathLike[str], out: Path, part: Part, _force: bool) -> tuple[int, Look]:
+    stored = read_encoder(checkpoint)
+    encoder = stored.build()
+    write_onnx(out, encoder, part)
+    return _encoder_tensors(stored), partial(_onnx, encoder, out, part)
+
+
+# Each format's writer: it writes `out`, and returns the number of tensors and the function that reads `out` again.
+WRITERS: dict[str, Writer] = {
+    "nemo": _write_nemo,
+    "safetensors": _write_safetensors,
+    "transformers": _write_transformers,
+    "onnx": _write_onnx,
+}
+
+
+def _encoder_tensors(stored: StoredEncoder) -> int:
+    return sum(name.startswith("encoder.") for name in stored.state_dict)
 
 
 @contextmanager
@@ -100,9 +126,7 @@ def _link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
         shutil.copy2(source, target)
 
 
-def _verified(
-    out: Path, checkpoint: str | os.PathLike[str], look: Callable[[], tuple[str, float | None]]
-) -> tuple[str, float | None]:
+def _verified(out: Path, checkpoint: str | os.PathLike[str], look: Look) -> tuple[str, float | None]:
     """What `look` found in `out`, which is removed if it cannot be read or differs. Raises RunFailedError."""
     bug = "It was removed. This is a bug in nest, or of a version of the other library: please report both versions."
     try:

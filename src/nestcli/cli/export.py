@@ -13,9 +13,9 @@ from nestcli.cli import console
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nestcli.checkpoint.export import Format
     from nestcli.checkpoint.onnx import Part
 
+# For each of WRITERS in checkpoint/export.py, which this module does not import at start-up; empty for a folder.
 _SUFFIXES = {"nemo": ".nemo", "safetensors": ".safetensors", "transformers": "", "onnx": ".onnx"}
 _PARTS = ("all", "encoder")
 _OF_EXPORT = re.compile(  # names in a folder of transformers, and what its users put beside them
@@ -54,7 +54,7 @@ def export(
     console.note("loading ...")
     from nestcli.checkpoint import export as formats
 
-    done = formats.export(checkpoint, cast("Format", to), out, part=cast("Part", part), force=force)
+    done = formats.export(checkpoint, to, out, part=cast("Part", part), force=force)
     if as_json:
         document = {"checkpoint": checkpoint, "format": to, "path": str(out), "bytes": done.n_bytes}
         verified = {"verified": done.verified, "difference": done.difference}

@@ -160,7 +160,7 @@ def test_compressed_and_other_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="is compressed; unpack it with gunzip"):
         TarMembers(str(path))
     path.write_bytes(b"<html>" * 500)
-    with pytest.raises(DataError, match="no tar, or damaged"):
+    with pytest.raises(DataError, match="no tar file, or a damaged one"):
         TarMembers(str(path))
     with pytest.raises(DataError, match=r"gone\.tar cannot be read: No such file"):
         TarMembers(str(tmp_path / "gone.tar"))

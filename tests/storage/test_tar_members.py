@@ -194,6 +194,30 @@ def test_giant_and_negative_sizes_are_refused_before_anything_is_read(tmp_path, 
         TarMembers(str(path))
 
 
+def test_sizes_of_pax_records_count(tmp_path):
+    """As of files beyond 8 GiB, whose own field has no room for it."""
+    path = built(
+        tmp_path / "a.tar", ("x", b"x", 11, b"11 size=03\n"), ("a.wav", b"0", 0, b"abc"), ("b.wav", b"0", 1, b"d")
+    )
+    content = (tmp_path / "a.tar").read_bytes()
+    assert reference(path) == {"a.wav": b"abc", "b.wav": b"d"}
+    shard = TarMembers(path)
+    assert {name: shard.read(name) for name in shard.members} == {"a.wav": b"abc", "b.wav": b"d"}
+    (tmp_path / "a.tar").write_bytes(content.replace(b"11 size=03\n", b"11 size=9e\n"))
+    with pytest.raises(DataError, match="damaged"):
+        TarMembers(path)
+    (tmp_path / "a.tar").write_bytes(content.replace(b"11 size=03\n", b"11 size=-9\n"))
+    with pytest.raises(DataError, match="cut off"):
+        TarMembers(path)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L"])
+def test_names_and_records_without_end_are_refused(tmp_path, kind):
+    path = built(tmp_path / "a.tar", ("x", kind, 2 << 20, bytes(2 << 20)), ("a.wav", b"0", 1, b"a"))
+    with pytest.raises(DataError, match=r"damaged one: a name or PAX header of 2,097,152 bytes"):
+        TarMembers(path)
+
+
 def test_random_damage_ends_in_an_error_or_in_an_index(tmp_path):
     path = tmp_path / "a.tar"
     write(path, [(f"{number}.wav", b"x" * 700) for number in range(4)], tarfile.PAX_FORMAT)

@@ -1,4 +1,4 @@
-"""Another process that answers requests, one line of JSON each: ours to be measured, or NeMo's Python beside ours."""
+"""Another process that answers requests, one line of JSON each: ours to be measured or tried, or NeMo's Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any
 
@@ -20,41 +21,65 @@ _PATIENCE = 10.0  # s, until a process that is to end is killed
 
 
 class DiedError(RunFailedError):
-    """The process ended, or was ended, before it answered."""
+    """The process ended, or was ended, before it answered; `status` is its exit status, `lines` its last words.
+
+    `late`: it was ended because the answer took longer than it may.
+    """
+
+    def __init__(
+        self, message: str, status: int | None = None, lines: Sequence[str] = (), *, late: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.status, self.lines, self.late = status, lines, late
 
 
 class Conversation:
     """A process that reads a request from stdin and writes its answer to stdout; a context manager that ends it.
 
-    `name` is what messages call it.
+    `name` is what messages call it. Raises OSError if `command` cannot be started.
     """
 
     def __init__(self, command: list[str], name: str, environment: Mapping[str, str]) -> None:
         self.name = name
         self._log: IO[bytes] = tempfile.TemporaryFile(prefix="nest-")  # noqa: SIM115  # closed in close()
-        self._process = subprocess.Popen(  # noqa: S603  # our own interpreter, or the one that the user names
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env={**environment, **_QUIET},
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  # our own interpreter, or the one that the user names
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                env={**environment, **_QUIET},
+            )
+        except OSError:
+            self._log.close()
+            raise
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a request. Raises DiedError."""
+    def exchange(self, request: Mapping[str, Any], limit: float = threading.TIMEOUT_MAX) -> dict[str, Any]:
+        """Return the answer to a request; a process that gives none within `limit` s is killed. Raises DiedError."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(limit, end)
+        timer.daemon = True
+        timer.start()
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             reply: dict[str, Any] = json.loads(self._process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            raise DiedError(self._last_words()) from None
+            raise self._death(late.is_set()) from None
+        finally:
+            timer.cancel()
         return reply
 
     def close(self) -> None:
@@ -78,14 +103,16 @@ class Conversation:
     ) -> None:
         self.close()
 
-    def _last_words(self) -> str:
+    def _death(self, late: bool) -> DiedError:
         try:
-            ended = f"ended with {self._process.wait(timeout=_PATIENCE)}"
+            status = self._process.wait(timeout=_PATIENCE)
+            ended = f"ended with {status}"
         except subprocess.TimeoutExpired:
-            ended = "sent something that is no answer"
+            status, ended = None, "sent something that is no answer"
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()[-_LAST_LINES:]
-        return f"{self.name} {ended}; its last words: {' / '.join(lines) or 'none'}"
+        message = f"{self.name} {ended}; its last words: {' / '.join(lines) or 'none'}"
+        return DiedError(message, status, lines, late=late)
 
 
 def nemo_python(python: str) -> str:

@@ -42,7 +42,7 @@ _LARGEST = {
     "model.preprocessor.pad_to": 1 << 16,
     "model.preprocessor.sample_rate": 1 << 20,
 }
-_REFERENCE = re.compile(r"\$\{([^{}$]*)\}")
+_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\}", re.ASCII)
 # The parser in C, where PyYAML was built with it, is ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -148,108 +148,45 @@ def check_sizes(config: Mapping[str, Any], source: str) -> None:
 
 
 def check_references(content: Mapping[str, Any], source: str) -> None:
-    """Refuse references that call a resolver, go in circles, or grow beyond any configuration. Raises ConfigError.
+    """Refuse references but `${a.b}` to a key with a single value, alone or within a text. Raises ConfigError.
 
-    `${a.b}` and `${.b}` may stand in a file; `${oc.env:HOME}` would read what the file has no business with.
+    `${oc.env:HOME}` would read what the file has no business with; references to blocks or to other references can
+    grow without end, or go in circles. A key that does not exist is OmegaConf's to report: an override may add it.
     """
-    references = _References(content, source)
-    if references.letters(()) > _MOST_LETTERS:
+    try:
+        letters = _letters(content, source)
+    except ValueError:  # Python writes out no more than 4,300 digits
+        raise ConfigError(f"{source}: it holds a number of too many digits. Refused.") from None
+    if letters > _MOST_LETTERS:
         raise ConfigError(f"{source}: its references (${{...}}) grow beyond {_MOST_LETTERS:,} letters. Refused.")
 
 
-_Path = tuple[Any, ...]  # keys of mappings, which may be numbers, and places in lists
-
-
-class _References:
-    """How many letters each value has once its references are resolved, without resolving them."""
-
-    def __init__(self, content: Mapping[str, Any], source: str) -> None:
-        self._content, self._source = content, source
-        self._known: dict[_Path, int] = {}
-        self._open: list[_Path] = []
-
-    def letters(self, path: _Path) -> int:
-        path, value = self._at(path)
-        if path not in self._known:
-            if path in self._open or len(self._open) > 4 * _DEEPEST:
-                raise self._circle(path)
-            self._open.append(path)
-            self._known[path] = self._count(path, value)
-            self._open.pop()
-        return self._known[path]
-
-    def _count(self, path: _Path, value: Any) -> int:
+def _letters(content: Mapping[str, Any], source: str) -> int:
+    """Return how many letters all values have at most once their references are resolved."""
+    letters = 0
+    waiting: list[tuple[str, Any]] = [("", content)]
+    while waiting:
+        path, value = waiting.pop()
         if isinstance(value, Mapping):
-            return 1 + sum(self.letters((*path, key)) for key in value)
-        if isinstance(value, list):
-            return 1 + sum(self.letters((*path, number)) for number in range(len(value)))
-        text = str(value)
-        if "${" not in text:
-            return len(text)
-        targets = [self._target(path, inner) for inner in self._references(path, text)]
-        if not _REFERENCE.fullmatch(text) and any(self._is_block(target) for target in targets):
-            # written out, with a backslash before each of its own: that doubles from one such text to the next
-            raise ConfigError(
-                f"{self._source}: {_dotted(path)}: {text[:60]!r} refers to a block within a text. Refused."
-            )
-        return len(text) + sum(map(self.letters, targets))
-
-    def _is_block(self, path: _Path) -> bool:
-        for _ in range(_DEEPEST):
-            path, value = self._at(path)
-            if not isinstance(value, str) or not (whole := _REFERENCE.fullmatch(value)):
-                return isinstance(value, Mapping | list)
-            path = self._target(path, whole[1])
-        raise self._circle(path)
-
-    def _references(self, path: _Path, text: str) -> list[str]:
-        found = _REFERENCE.findall(text)
-        if len(found) != text.count("${") or any(":" in inner for inner in found):
-            raise ConfigError(
-                f"{self._source}: {_dotted(path)}: {text[:60]!r} calls a resolver, or builds the name of a key. "
-                "Refused: write the value, or give it on the command line, where resolvers such as ${oc.env:NAME} work."
-            )
-        return found
-
-    def _target(self, path: _Path, inner: str) -> _Path:
-        """The path that `a.b`, `a[b]` or `.b` (a sibling), `..b` stand for."""
-        name = inner.strip().replace("[", ".").replace("]", "")
-        up = len(name) - len(name.lstrip("."))
-        parts = tuple(part for part in name.split(".") if part)
-        return (*path[: max(0, len(path) - up)], *parts) if up else parts
-
-    def _at(self, path: _Path, hops: int = 0) -> tuple[_Path, Any]:
-        """Where a path ends, and the value there; as OmegaConf does, it goes on in what a reference on its way names.
-
-        None where it leads nowhere: OmegaConf has the message for that.
-        """
-        if hops > _DEEPEST:
-            raise self._circle(path)
-        place: _Path = ()
-        value: Any = self._content
-        for part in path:
-            while isinstance(value, str) and (whole := _REFERENCE.fullmatch(value)):
-                place, value = self._at(self._target(place, whole[1]), hops := hops + 1)
-            part, value = _inside(value, part)
-            place = (*place, part)
-        return place, value
-
-    def _circle(self, path: _Path) -> ConfigError:
-        return ConfigError(f"{self._source}: {_dotted(path)} refers to itself. Write its value instead.")
+            waiting += [(f"{path}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{path}.{number}", inner) for number, inner in enumerate(value)]
+        else:
+            text = str(value)
+            targets = [_value_at(content, name) for name in _REFERENCE.findall(text)]
+            odd = any(isinstance(target, Mapping | list) or "${" in str(target) for target in targets)
+            if odd or "${" in _REFERENCE.sub("", text):
+                raise ConfigError(
+                    f"{source}: {path[1:201]}: {text[:60]!r} calls a resolver, or refers to more than a single value. "
+                    "Refused: ${a.b} may name a key that holds one value, no block and no other reference. Write the "
+                    "value, or give it on the command line, where resolvers such as ${oc.env:NAME} work."
+                )
+            letters += len(text) + sum(len(str(target)) for target in targets)
+    return letters
 
 
-def _inside(value: Any, part: Any) -> tuple[Any, Any]:
-    """The key or place that a part of a path stands for in a value, and what is there; None if there is nothing."""
-    if isinstance(value, Mapping):
-        return part, value.get(part)
-    if isinstance(value, list):
-        try:
-            place = range(len(value))[int(part)]  # counted from the end too, and in any digits, as OmegaConf does
-        except (ValueError, IndexError):
-            return part, None
-        return place, value[place]
-    return part, None
-
-
-def _dotted(path: _Path) -> str:
-    return ".".join(str(part) for part in path)[:200]
+def _value_at(content: Any, name: str) -> Any:
+    """The value at a dotted name, None where it leads nowhere."""
+    for part in name.split("."):
+        content = content.get(part) if isinstance(content, Mapping) else None
+    return content

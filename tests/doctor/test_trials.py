@@ -1,5 +1,6 @@
 """Processes that may die: every trial has an answer, and what they try really works here."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,9 @@ def test_a_trial_that_hangs_is_ended(modules: Path) -> None:
 
 def test_the_child_stands_alone_and_hides_nothing() -> None:
     """It runs without nestcli, and modules of this folder such as `audio` are not importable from it."""
-    command = [sys.executable, "-I", child.__file__, "import:json", "import:requirements"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    requests = "".join(json.dumps({"trial": f"import:{name}"}) + "\n" for name in ("json", "requirements"))
+    command = [sys.executable, "-I", child.__file__]
+    done = subprocess.run(command, input=requests, capture_output=True, text=True, check=True)
     assert "No module named 'requirements'" in done.stdout
 
 

@@ -110,13 +110,13 @@ def doubling(first: str, way: str) -> dict[str, Any]:
     "way", ["${{list[{0}]}}", "${{block.k{0}}}", "${{via.k{0}}}", "${{..via.k{0}}}", "${{list.+{0}}}"]
 )
 def test_references_that_double_are_refused_however_they_are_named(way: str) -> None:
-    with pytest.raises(ConfigError, match="grow beyond"):
+    with pytest.raises(ConfigError, match="refers to more than a single value"):
         check_references(doubling("lol", way), "x.yaml")
 
 
 def test_references_that_count_from_the_end_are_counted() -> None:
     content = {"c": ["lol", *(f"${{c.{number - 41}}}" * 2 for number in range(40))]}
-    with pytest.raises(ConfigError, match="grow beyond"):
+    with pytest.raises(ConfigError, match="refers to more than a single value"):
         check_references(content, "x.yaml")
 
 
@@ -127,9 +127,18 @@ def test_references_below_keys_that_are_no_text_are_counted() -> None:
 
 def test_a_block_within_a_text_is_refused() -> None:
     """Its backslashes would double from one text to the next."""
-    with pytest.raises(ConfigError, match="refers to a block within a text"):
+    with pytest.raises(ConfigError, match="refers to more than a single value"):
         check_references({"a": ["\\"], "b": ["x${a}"], "c": ["x${b}"]}, "x.yaml")
-    check_references({"a": ["\\"], "b": "${a}", "c": "x${b[0]}"}, "x.yaml")
+    with pytest.raises(ConfigError, match="refers to more than a single value"):
+        check_references({"a": ["\\"], "b": "${a}", "c": "x${b[0]}"}, "x.yaml")
+    check_references({"a": "\\", "b": "${a}", "c": {"d": "x${a}"}}, "x.yaml")
+
+
+def test_a_number_of_many_digits(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"base: small\nname: 0x{'f' * 5000}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: it holds a number of too many digits"):
+        load_config(str(path))
 
 
 def test_a_file_that_is_a_number_alone(tmp_path: Path) -> None:
@@ -142,7 +151,8 @@ def test_a_file_that_is_a_number_alone(tmp_path: Path) -> None:
 
 
 def test_a_place_in_digits_that_are_none() -> None:
-    check_references({"c": ["x"], "a": "${c.²}"}, "x.yaml")
+    with pytest.raises(ConfigError, match="refers to more than a single value"):
+        check_references({"c": ["x"], "a": "${c.²}"}, "x.yaml")
 
 
 def test_an_input_cfg_that_names_itself_or_calls_resolvers(tmp_path: Path) -> None:

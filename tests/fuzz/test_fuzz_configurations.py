@@ -29,7 +29,7 @@ from nestcli.config import (
 )
 from nestcli.errors import ConfigError, NestError
 from nestcli.training.checks import check_settings, without_effect
-from nestcli.untrusted import _MOST_LETTERS, _References, check_plain, check_references, odd_in_yaml
+from nestcli.untrusted import _MOST_LETTERS, _letters, check_plain, check_references, odd_in_yaml
 
 KEYS = sorted(_known_keys())
 TEXTS = (
@@ -269,6 +269,8 @@ def resolved_or_none(content: dict[str, Any]) -> Any:
 
 @given(content=trees)
 @example(content={"a": {"c": "lol" * 9}, "b": "${a}", "d": "${b.c}${b.c}"})
+@example(content={"a": {"c": "lol" * 9}, "d": "x${a.c}${a.c}", "b": ["${d.a}"]})
+@example(content={"a": "\\", "b": "\\${a}", "c": "${a}\\"})
 @example(content={"c": ["lol" * 9, "${c.-2}${c.-2}"]})
 @example(content={"c": ["x"], "a": "${c.²}"})
 @example(content={"a": ["\\"], "b": ["x${a}"], "c": ["x${b}"], "d": ["x${c}"]})
@@ -279,7 +281,7 @@ def test_what_passes_resolves_to_no_more_letters_than_were_counted(content: dict
     except ConfigError as error:
         assert "x.yaml" in str(error)
         return
-    counted = _References(content, "x.yaml").letters(())
+    counted = _letters(content, "x.yaml")
     assert counted <= _MOST_LETTERS
     found = resolved_or_none(content)
     assert found is None or letters_of(found) <= counted
@@ -294,22 +296,37 @@ def test_what_passes_resolves_to_no_more_letters_than_were_counted(content: dict
 @example(seed=0, width=2, length=40, way="via.{}")
 @bounded(60)
 def test_chains_that_double_are_refused_before_they_are_resolved(seed: int, width: int, length: int, way: str) -> None:
-    """Each value repeats the one before it; however that is named, what passes is small."""
+    """Each value repeats the one before it; what passes repeats a plain value, however it is named."""
     names = [f"k{number}" for number in range(length)]
     chain = {names[0]: "lol"}
     for before, name in itertools.pairwise(names):
         chain[name] = ("${" + way.format(before) + "}") * width
     shuffled = list(chain.items())
     random.Random(seed).shuffle(shuffled)
-    content = {**dict(shuffled), "via": "${c}", "c": dict(shuffled)}
+    content = {**dict(shuffled), "c": dict(shuffled), **({"via": "${c}"} if way.startswith("via") else {})}
     true_length = 3 * width ** (length - 1)
+    plain = way in ("{}", "c.{}") and length <= 2
     try:
         check_references(content, "x.yaml")
     except ConfigError:
-        assert true_length * 100 > _MOST_LETTERS
+        assert not plain
         return
+    assert plain or (length == 1 and not way.startswith("via"))
     assert true_length <= _MOST_LETTERS
     assert letters_of(resolved_or_none(content) or {}) <= _MOST_LETTERS
+
+
+@given(width=st.integers(1, 2000), letters=st.integers(0, 2000))
+@bounded(60)
+def test_a_text_that_repeats_a_value_is_refused_where_it_grows(width: int, letters: int) -> None:
+    content = {"a": "x" * letters, "b": "${a}" * width}
+    try:
+        check_references(content, "x.yaml")
+    except ConfigError as error:
+        assert "grow beyond" in str(error)
+        assert letters + width * (letters + 4) > _MOST_LETTERS
+        return
+    assert letters_of(resolved_or_none(content)) <= _MOST_LETTERS
 
 
 @given(

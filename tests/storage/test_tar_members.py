@@ -160,7 +160,7 @@ def test_compressed_and_other_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="is compressed; unpack it with gunzip"):
         TarMembers(str(path))
     path.write_bytes(b"<html>" * 500)
-    with pytest.raises(DataError, match="no tar, or damaged"):
+    with pytest.raises(DataError, match="no tar file, or a damaged one"):
         TarMembers(str(path))
     with pytest.raises(DataError, match=r"gone\.tar cannot be read: No such file"):
         TarMembers(str(tmp_path / "gone.tar"))
@@ -192,6 +192,30 @@ def test_giant_and_negative_sizes_are_refused_before_anything_is_read(tmp_path, 
     path.write_bytes(patched(content[:512], 124, size) + content[512:])
     with pytest.raises(DataError, match=r"cut off|damaged"):
         TarMembers(str(path))
+
+
+def test_sizes_of_pax_records_count(tmp_path):
+    """As of files beyond 8 GiB, whose own field has no room for it."""
+    path = built(
+        tmp_path / "a.tar", ("x", b"x", 11, b"11 size=03\n"), ("a.wav", b"0", 0, b"abc"), ("b.wav", b"0", 1, b"d")
+    )
+    content = (tmp_path / "a.tar").read_bytes()
+    assert reference(path) == {"a.wav": b"abc", "b.wav": b"d"}
+    shard = TarMembers(path)
+    assert {name: shard.read(name) for name in shard.members} == {"a.wav": b"abc", "b.wav": b"d"}
+    (tmp_path / "a.tar").write_bytes(content.replace(b"11 size=03\n", b"11 size=9e\n"))
+    with pytest.raises(DataError, match="damaged"):
+        TarMembers(path)
+    (tmp_path / "a.tar").write_bytes(content.replace(b"11 size=03\n", b"11 size=-9\n"))
+    with pytest.raises(DataError, match="cut off"):
+        TarMembers(path)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L"])
+def test_names_and_records_without_end_are_refused(tmp_path, kind):
+    path = built(tmp_path / "a.tar", ("x", kind, 2 << 20, bytes(2 << 20)), ("a.wav", b"0", 1, b"a"))
+    with pytest.raises(DataError, match=r"damaged one: a name or PAX header of 2,097,152 bytes"):
+        TarMembers(path)
 
 
 def test_random_damage_ends_in_an_error_or_in_an_index(tmp_path):

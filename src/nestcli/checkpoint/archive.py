@@ -1,7 +1,6 @@
 """The tar files of NeMo: looked through block by block, and refused whole when anything in them is odd.
 
-Nothing is extracted. Python's `tarfile` parses single headers here; it does not walk the archive, because it would
-follow renaming headers, sparse maps and sizes that only a limit on every step keeps harmless.
+Nothing is extracted. `storage.tar_headers` walks the archive; this file decides which headers a model may have.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import re
 import tarfile
 import tempfile
 import zlib
@@ -21,15 +19,14 @@ from typing import IO
 
 from nestcli.checkpoint.sizes import oversized
 from nestcli.errors import CheckpointError
+from nestcli.storage.tar_headers import BLOCK, BrokenTarError, headers
 
-BLOCK = 512
 RECORD = 20 * BLOCK  # tar files are padded to it
 MAX_MEMBERS = 256  # NeMo writes 3, and a few more for a tokenizer
 MAX_EXPANSION = 8  # of gzip; fp32 weights that come from bf16 shrink to less than half, others by little
 _ALWAYS_EXPANDED = 64 << 20  # bytes; small files of zeros shrink further
 _MAX_TAIL = 1 << 20  # bytes of padding after the last member
 _MAX_NOTES = 1 << 16  # bytes of a PAX header
-_PAX_RECORD = re.compile(rb"(\d{1,6}) ([^=\n]{1,100})=")
 _PAX_KEYS = frozenset(("mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment"))
 _KINDS = {
     tarfile.LNKTYPE: "a hard link",
@@ -96,47 +93,33 @@ def _expand(raw: IO[bytes], plain: IO[bytes], source: str) -> None:
                 if plain.tell() + len(piece) > limit:
                     raise CheckpointError(f"{source}: what is packed in it grows beyond {limit:,} bytes. Refused.")
                 plain.write(piece)
+        plain.flush()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise CheckpointError(f"{source}: its compression is damaged: {error}.") from None
 
 
 def _members(file: IO[bytes], source: str) -> dict[str, Member]:
-    total = file.seek(0, io.SEEK_END)
     members: dict[str, Member] = {}
-    position, seen, names = 0, 0, set[str]()
-    while True:
-        header = _header(file, position, source)
-        position += BLOCK
-        if header is None:
-            _check_tail(file, position, total, source)
-            return members
-        seen += 1
-        if len(names) >= MAX_MEMBERS or seen > 2 * MAX_MEMBERS:  # a PAX header may go before each
-            raise CheckpointError(f"{source} has more than {MAX_MEMBERS} members. Refused.")
-        if header.size < 0 or position + header.size > total:
-            raise CheckpointError(f"{source}: {_shown(header.name)} claims more bytes than there are; it is cut off.")
-        if header.type == tarfile.XHDTYPE:
-            _check_notes(file, header.size, source)
-        else:
-            name = _checked_name(header, source)
-            if name in names:
-                raise CheckpointError(f"{source} holds {_shown(name)} twice. Refused.")
-            names.add(name)
-            if header.type != tarfile.DIRTYPE:
-                members[name] = Member(name, position, header.size)
-        position += -(-header.size // BLOCK) * BLOCK
-
-
-def _header(file: IO[bytes], position: int, source: str) -> tarfile.TarInfo | None:
-    """The header at a position, None at the archive's end; the file then stands behind it."""
-    file.seek(position)
-    block = file.read(BLOCK)
-    if block == bytes(BLOCK):
-        return None
+    names = set[str]()
+    end = 0
     try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(f"{source} is no tar file, or a damaged one: {error} at byte {position:,}.") from None
+        for seen, header in enumerate(headers(file.fileno())):
+            if len(names) >= MAX_MEMBERS or seen >= 2 * MAX_MEMBERS:  # a PAX header may go before each
+                raise CheckpointError(f"{source} has more than {MAX_MEMBERS} members. Refused.")
+            if header.type == tarfile.XHDTYPE:
+                _check_notes(header, source)
+            else:
+                name = _checked_name(header, source)
+                if name in names:
+                    raise CheckpointError(f"{source} holds {_shown(name)} twice. Refused.")
+                names.add(name)
+                if header.type != tarfile.DIRTYPE:
+                    members[name] = Member(name, header.offset_data, header.size)
+            end = header.offset_data + header.size + len(padding(header.size))
+    except BrokenTarError as error:
+        raise CheckpointError(f"{source} is {error}.") from None
+    _check_tail(file, end, source)
+    return members
 
 
 def _checked_name(header: tarfile.TarInfo, source: str) -> str:
@@ -152,25 +135,22 @@ def _checked_name(header: tarfile.TarInfo, source: str) -> str:
     return "/".join(parts) or "."
 
 
-def _check_notes(file: IO[bytes], size: int, source: str) -> None:
+def _check_notes(header: tarfile.TarInfo, source: str) -> None:
     """Let a PAX header pass that notes times and owners; one that renames, resizes or maps is refused."""
-    notes = file.read(size) if size <= _MAX_NOTES else b""
-    position = 0
-    while position < size:
-        record = _PAX_RECORD.match(notes, position)
-        end = position + int(record[1]) if record else 0
-        key = record[2].decode("utf-8", "replace") if record else "?"
-        if record is None or key not in _PAX_KEYS or not record.end() < end <= size:
-            raise CheckpointError(
-                f"{source} has a PAX header that changes {_shown(key)} of a member. Refused: "
-                "only times and owners may stand there."
-            )
-        position = end
+    odd = sorted(header.pax_headers.keys() - _PAX_KEYS)
+    if odd or header.size > _MAX_NOTES:
+        raise CheckpointError(
+            f"{source} has a PAX header that changes {_shown(odd[0] if odd else '?')} of a member. Refused: "
+            "only times and owners may stand there."
+        )
 
 
-def _check_tail(file: IO[bytes], position: int, total: int, source: str) -> None:
-    tail = total - position
-    if tail > _MAX_TAIL or file.read(tail).strip(b"\0"):
+def _check_tail(file: IO[bytes], position: int, source: str) -> None:
+    file.seek(position)
+    tail = file.read(_MAX_TAIL + 1)
+    if len(tail) < BLOCK:
+        raise CheckpointError(f"{source} is no tar file, or cut off: its end is missing.")
+    if len(tail) > _MAX_TAIL or tail.strip(b"\0"):
         raise CheckpointError(f"{source} goes on behind its end. Refused.")
 
 

@@ -16,11 +16,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nestcli.checkpoint.archive import BLOCK, RECORD, Archive, header_of, open_archive, padding
+from nestcli.checkpoint.archive import RECORD, Archive, header_of, open_archive, padding
 from nestcli.checkpoint.atomic import atomic_file, save_tensors
 from nestcli.checkpoint.nemo_config import from_nemo, is_nest, plain_yaml, to_nemo, yaml_of
 from nestcli.checkpoint.weights import checked_state, fitted_state, load_weights, model_skeleton
 from nestcli.errors import CheckpointError
+from nestcli.storage.tar_headers import BLOCK
 from nestcli.untrusted import MAX_YAML
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"

@@ -1,7 +1,7 @@
-"""The trials that may crash or hang, run one after another in a process of their own: `python child.py TRIAL...`.
+"""The trials that may crash or hang, run one after another in a process of their own: `python child.py`.
 
-Each trial's begin and end is a line of JSON. This file stands alone: a trial imports what it is about, and a broken
-installation breaks that trial only. `trials.py` is the other side.
+A request is a line of JSON on stdin, its answer one on stdout. This file stands alone: a trial imports what it is
+about, and a broken installation breaks that trial only. `trials.py` is the other side.
 """
 
 from __future__ import annotations
@@ -197,25 +197,23 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
-def main(trials: list[str]) -> None:
-    """Run each trial `NAME` or `NAME:ARGUMENT`."""
+def main() -> None:
+    """Answer each request {"trial": "NAME"} or {"trial": "NAME:ARGUMENT"} until there are no more."""
     here = Path(__file__).parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]  # no `import audio` of ours
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever libraries print is no answer
-
-    def tell(**line: Any) -> None:
-        answers.write(json.dumps(line) + "\n")
-        answers.flush()
-
-    for trial in trials:
-        tell(begun=trial)
-        name, _, argument = trial.partition(":")
+    requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what libraries read is no request
+    os.dup2(2, 1)  # whatever they print is no answer
+    for request in requests:
+        name, _, argument = json.loads(request)["trial"].partition(":")
+        answer: dict[str, Any]
         try:
-            tell(trial=trial, facts=TRIALS[name](argument))
+            answer = {"facts": TRIALS[name](argument)}
         except BaseException as error:  # SystemExit of a module too
-            tell(trial=trial, error=_first_line(error))
+            answer = {"error": _first_line(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

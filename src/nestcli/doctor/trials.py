@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nestcli.conversation import Conversation, DiedError
 from nestcli.doctor import child
 
 LIMIT = 300.0  # s for one trial: torch on a network disk takes minutes to import
@@ -38,71 +35,25 @@ def run_trials(
 
     Raises OSError if `python` cannot be started.
     """
+    environment = dict(os.environ)
+    if python == sys.executable:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     answers: dict[str, Answer] = {}
     while left := [trial for trial in trials if trial not in answers]:
-        _go_through(left, answers, python, limit, begun)
+        with Conversation([python, child.__file__], "the process", environment) as process:
+            for trial in left:
+                begun(trial)
+                try:
+                    answers[trial] = Answer(**process.exchange({"trial": trial}, limit))
+                except DiedError as error:
+                    answers[trial] = Answer(error=_how_it_ended(error, limit), died=True)
+                    break
     return answers
 
 
-def _go_through(
-    trials: list[str], answers: dict[str, Answer], python: str, limit: float, begun: Callable[[str], None]
-) -> None:
-    """Run trials until all are answered or the process ends; at least one more has an answer then."""
-    with tempfile.TemporaryFile(prefix="nest-doctor-") as log:
-        process = _start(trials, python, log.fileno())
-        assert process.stdout is not None
-        now, timed_out = trials[0], threading.Event()
-        watch = _watch(process, limit, timed_out)
-        for text in process.stdout:
-            watch.cancel()
-            line = json.loads(text)
-            if "begun" in line:
-                now = line["begun"]
-                begun(now)
-            else:
-                answers[line["trial"]] = Answer(line.get("facts", {}), line.get("error", ""))
-            watch = _watch(process, limit, timed_out)
-        watch.cancel()
-        process.stdout.close()
-        status = process.wait()
-        if now not in answers:
-            why = f"no answer within {limit:g} s" if timed_out.is_set() else _how_it_ended(status, _last_line(log))
-            answers[now] = Answer(error=why, died=True)
-
-
-def _start(trials: list[str], python: str, log: int) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-    if python == sys.executable:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    return subprocess.Popen(  # noqa: S603  # our own interpreter, or the one that the user names
-        [python, child.__file__, *trials],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        encoding="utf-8",
-        errors="replace",
-        env=environment,
-    )
-
-
-def _watch(process: subprocess.Popen[str], limit: float, timed_out: threading.Event) -> threading.Timer:
-    def end() -> None:
-        timed_out.set()
-        process.kill()
-
-    timer = threading.Timer(limit, end)
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
-def _how_it_ended(status: int, last_words: str) -> str:
-    if status < 0:
-        return f"the process died of {signal.Signals(-status).name}"
-    return f"the process ended with {status}: {last_words or 'it said nothing'}"
-
-
-def _last_line(log: Any) -> str:
-    log.seek(0)
-    lines = log.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1][:300] if lines else ""
+def _how_it_ended(error: DiedError, limit: float) -> str:
+    if error.late:
+        return f"no answer within {limit:g} s"
+    if error.status is not None and error.status < 0:
+        return f"the process died of {signal.Signals(-error.status).name}"
+    return f"the process ended with {error.status}: {error.lines[-1][:300] if error.lines else 'it said nothing'}"

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import os
 import stat
+import tarfile
 import weakref
 from collections import OrderedDict
 from typing import Any
 
 from nestcli.errors import DataError
 from nestcli.storage import addresses, allowed_folders
+from nestcli.storage.tar_headers import BrokenTarError, headers
 
-_BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
 _OPEN_SHARDS = 64  # in each process
-_MAX_EXTENSION = 1 << 20  # bytes of a long name or of PAX records
-_DIGITS = 20  # of a number in them: Python gives up at 4,300
-_FILES = (b"0", b"7", b"\0")
-_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes, whatever size they state
-_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _SPARSE = b"L", b"K", b"x", b"g", b"S"
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz"}
 
 
@@ -38,7 +34,7 @@ class TarMembers:
         self._size: int | None = None  # in bytes
         try:
             self._size = os.fstat(self._open()).st_size
-            self.members = self._walk(self._size)
+            self.members = self._walk()
         except OSError as error:
             raise self._unreadable(error) from None
 
@@ -84,115 +80,37 @@ class TarMembers:
     def _unreadable(self, error: OSError) -> DataError:
         return DataError(f"the shard {self.path} cannot be read: {error.strerror or error}")
 
-    # ---- walking ----
-
-    def _walk(self, total: int) -> dict[str, tuple[int, int]]:
-        members: dict[str, tuple[int, int]] = {}
-        position, last = 0, "none"
-        name: str | None = None  # given by an extension before the header
-        size: int | None = None
-        while position < total:
-            header = os.pread(self._open(), _BLOCK, position)
-            if not any(header):
-                break  # the end of the archive
-            kind, own_name, own_size = self._header(header, position, last)
-            content = position + _BLOCK
-            length = 0 if kind in _WITHOUT_CONTENT else own_size if size is None else size
-            if content + length > total:
-                raise self._damaged(
-                    f"it ends inside of {name or own_name!r}; the last whole member is {last!r}", "cut off"
+    def _walk(self) -> dict[str, tuple[int, int]]:
+        start = os.pread(self._open(), 8, 0)
+        for magic, program in _COMPRESSED.items():
+            if start.startswith(magic):
+                raise DataError(
+                    f"the shard {self.path} is compressed; unpack it with {program}: shards are read by position, "
+                    "and audio does not get smaller by this"
                 )
-            position = content + -(-length // _BLOCK) * _BLOCK
-            if kind == _LONG_NAME:
-                name = self._extension(content, length).split(b"\0")[0].decode("utf-8", "surrogateescape")
-            elif kind == _PAX:
-                records = _pax_records(self._extension(content, length))
-                name, size = records.get("path", name), _number(records.get("size"), size)
-                if any(key.startswith("GNU.sparse.") for key in records):
-                    raise self._sparse(records.get("GNU.sparse.name", name))
-            elif kind == _SPARSE:
-                raise self._sparse(name or own_name)
-            elif kind not in (_LONG_LINK, _PAX_GLOBAL):
-                own_name = name or own_name
-                if kind in _FILES and not (kind == b"\0" and own_name.endswith("/")):  # an old tar's folder
-                    last = own_name
-                    members[last.removeprefix("./")] = (content, length)
-                name = size = None
+        members: dict[str, tuple[int, int]] = {}
+        last = "none"
+        try:
+            for header in headers(self._open()):
+                if not header.isreg():
+                    continue
+                last = header.name
+                if header.type == tarfile.GNUTYPE_SPARSE or any(
+                    key.startswith("GNU.sparse.") for key in header.pax_headers
+                ):
+                    raise self._sparse(header.pax_headers.get("GNU.sparse.name", last))
+                members[last.removeprefix("./")] = (header.offset_data, header.size)
+        except BrokenTarError as error:
+            raise DataError(
+                f"the shard {self.path} is {error}; the last whole member is {last!r}. Write it again."
+            ) from None
         return members
 
-    def _header(self, header: bytes, position: int, last: str) -> tuple[bytes, str, int]:
-        """Kind, name and size of a member; raises DataError for what is no header."""
-        if position == 0:
-            for magic, program in _COMPRESSED.items():
-                if header.startswith(magic):
-                    raise DataError(
-                        f"the shard {self.path} is compressed; unpack it with {program}: shards are read by position, "
-                        "and audio does not get smaller by this"
-                    )
-        if len(header) < _BLOCK:
-            raise self._damaged(f"the last whole member is {last!r}", "cut off")
-        try:
-            stated = int(header[148:156].strip(b"\0 "), 8)
-            size = _tar_number(header[124:136])
-        except ValueError:
-            raise self._damaged(
-                f"there is no header at byte {position}, after {last!r}", "no tar, or damaged"
-            ) from None
-        if size < 0 or (stated != _sum(header) and stated != _signed_sum(header)):
-            raise self._damaged(f"the header at byte {position}, after {last!r}, is wrong", "damaged")
-        name = header[:100].split(b"\0")[0]
-        if header[257:263] == b"ustar\0" and (prefix := header[345:500].split(b"\0")[0]):
-            name = prefix + b"/" + name
-        return header[156:157], name.decode("utf-8", "surrogateescape"), size
-
-    def _extension(self, position: int, length: int) -> bytes:
-        if length > _MAX_EXTENSION:
-            raise self._damaged(f"a name at byte {position} is of {length} bytes", "damaged")
-        return os.pread(self._open(), length, position)
-
-    def _sparse(self, name: str | None) -> DataError:
+    def _sparse(self, name: str) -> DataError:
         return DataError(
             f"the shard {self.path} holds a sparse file, {name!r}, whose bytes are not in one place. "
             "Write it again, without tar's --sparse."
         )
-
-    def _damaged(self, detail: str, what: str) -> DataError:
-        return DataError(f"the shard {self.path} is {what}: {detail}. Write it again.")
-
-
-def _sum(header: bytes) -> int:
-    """The sum of a header's bytes, its own field taken as blanks."""
-    return sum(header) - sum(header[148:156]) + 8 * 32
-
-
-def _signed_sum(header: bytes) -> int:
-    """The same as some old programs compute it, bytes from 128 on taken as negative."""
-    return _sum(header) - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
-
-
-def _tar_number(field: bytes) -> int:
-    """An octal number, or a binary one where it would not fit."""
-    if field[0] in (0x80, 0xFF):
-        return int.from_bytes(field[1:], "big", signed=field[0] == 0xFF)
-    return int(field.strip(b"\0 ") or b"0", 8)
-
-
-def _pax_records(content: bytes) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE\\n` of a PAX header."""
-    records = {}
-    while content:
-        digits, _, _ = content.partition(b" ")
-        if not (digits.isdigit() and len(digits) < _DIGITS) or not len(digits) < int(digits) <= len(content):
-            break
-        record, content = content[len(digits) + 1 : int(digits) - 1], content[int(digits) :]
-        key, _, value = record.partition(b"=")
-        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-    return records
-
-
-def _number(text: str | None, otherwise: int | None) -> int | None:
-    usable = text is not None and len(text) < _DIGITS and text.isascii() and text.isdigit()
-    return int(text) if usable and text is not None else otherwise
 
 
 _opened: OrderedDict[str, TarMembers] = OrderedDict()

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-
-from nestcli.errors import NestError
 from nestcli.parity.drawing import (
     DIFFERENCE,
     FEATURES,
@@ -28,6 +26,8 @@ from nestcli.parity.drawing import (
     shared_decades,
     to_indices,
 )
+
+from nestcli.errors import NestError
 from nestcli.parity.page import share_of_tolerance, write_page
 from nestcli.parity.report import SECTIONS, Check, KnownDifference, Report, Section
 

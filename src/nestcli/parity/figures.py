@@ -36,11 +36,11 @@ def curves_figure(section: Section) -> str:
     """The section's curves by layer, beside their tolerance."""
     limits = {label: _limit(section, label) for label in section.curves}
     decades = shared_decades(list(section.curves.values()), list(limits.values()))
-    panels = [
-        _panel(label, curve_in_words(values, limits[label]), draw_curve(values, limits[label], decades), label)
-        for label, values in section.curves.items()
-        if values
-    ]
+    panels = []
+    for label, values in section.curves.items():
+        if values:
+            shown = curve_in_words(values, limits[label])
+            panels.append(_panel(label, shown, draw_curve(values, limits[label], decades), f"{label}: {shown}"))
     caption = (
         "Largest difference between our output and NeMo's after each layer, on a logarithmic scale. "
         "A dot on the lowest line is no difference at all; a cross is beyond the tolerance."

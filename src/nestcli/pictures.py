@@ -44,7 +44,7 @@ _STYLE = {
     "axes.grid.axis": "y", "grid.color": PALE, "axes.axisbelow": True,
     "xtick.color": GREY, "xtick.labelcolor": INK, "xtick.labelsize": 9,
     "ytick.color": GREY, "ytick.labelcolor": INK, "ytick.labelsize": 9,
-    "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 9,
+    "lines.markersize": 4, "legend.fontsize": 9, "legend.facecolor": "white", "legend.edgecolor": "none",
     "svg.fonttype": "none", "svg.hashsalt": "nest",
 }  # fmt: skip
 

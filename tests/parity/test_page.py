@@ -366,8 +366,8 @@ def test_masks_differ_by_frames(tmp_path: Path) -> None:
     document, page = written(report(section), tmp_path)
     drawn = images(document)
     np.testing.assert_array_equal((drawn[0] == colour(MASK, 1)).all(2), ours)
-    np.testing.assert_array_equal((drawn[2] == colour(MASK, 1)).all(2), nemo)
-    assert (drawn[4] == colour(DIFFERENCE, 255)).all(2).nonzero()[1].tolist() == [7]
+    np.testing.assert_array_equal((drawn[1] == colour(MASK, 1)).all(2), nemo)
+    assert (drawn[2] == colour(DIFFERENCE, 255)).all(2).nonzero()[1].tolist() == [7]
     assert page.words["figcaption"][2] == "difference, a 1 of 80 values differ"
 
 

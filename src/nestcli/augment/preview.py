@@ -120,7 +120,7 @@ def _title(row: Mapping[str, Any]) -> str:
     what = "noise" if done["mode"] == "noise" else "other speakers"
     span = "" if done["span_ratio_db"] is None else f", {done['span_ratio_db']:+.1f} dB where it is mixed in"
     turned = f"; turned down by {-20 * math.log10(done['scale']):.1f} dB" if done["scale"] < 1 else ""
-    return f"{name}: {what} at {done['ratio_db']:+.1f} dB over the clip{span}{turned}"
+    return f"{name}\n{what} at {done['ratio_db']:+.1f} dB over the clip{span}{turned}"
 
 
 def _levels(sound: Samples) -> npt.NDArray[np.float32]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nestcli.parity.report import Section
-from nestcli.pictures import BLUE, INK, PALE, RED, colour_bar, new_figure, page_element, styled
+from nestcli.pictures import BLUE, INK, RED, colour_bar, new_figure, page_element, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 Picture = npt.NDArray[Any]
 
-# Lightness goes one way in the first two, so that they read in grey too.
-FEATURES, DIFFERENCE, MASK = "magma", "OrRd", (PALE, BLUE)
+# Lightness goes one way in the first two: they read in grey too. A mask's colours are none of those of the page:
+# pixels are the same in its dark scheme, and so must their scale be.
+FEATURES, DIFFERENCE, MASK = "magma", "OrRd", ("#dee2e7", "#2e6db5")
 NOT_FINITE = "#00a08c"
 
 SECONDS_PER_FRAME = 0.01
@@ -80,7 +81,8 @@ def _pair(label: str, sides: Mapping[str, Picture]) -> list[str]:
     scale, ends = (0.0, 1.0), ("visible", "masked", "")
     if mel:
         finite = np.concatenate([values[np.isfinite(values)] for values in named.values()])
-        scale = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+        scale = (low, high if high > low else low + 1.0)
         ends = (f"{scale[0]:.1f}", f"{scale[1]:.1f}", "standard deviations")
     panels = []
     for side, values in named.items():

@@ -89,20 +89,17 @@ def _pair(label: str, sides: Mapping[str, Picture]) -> list[str]:
         what = f"{side}, {label}" if label else side
         n_bad = int((~np.isfinite(values)).sum())
         remark = f"not finite: {n_bad:,} of {values.size:,}" if n_bad else ""
-        drawn = _picture(values, pooled(values), FEATURES if mel else MASK, scale, ends, mel=mel)
-        rows, n_frames = values.shape
-        panels.append(
-            _panel(what, remark, drawn, f"{what}: {'features' if mel else 'masks'}, {rows} rows, {n_frames} frames")
-        )
+        drawn = _picture(values, FEATURES if mel else MASK, scale, ends, mel=mel)
+        description = f"{what}: {'features' if mel else 'masks'}, {values.shape[0]} rows, {values.shape[1]} frames"
+        panels.append(_panel(what, remark, drawn, description))
     return [*panels, _difference(label, named["ours"], named["NeMo"], mel=mel)]
 
 
 def _difference(label: str, ours: Picture, nemo: Picture, *, mel: bool) -> str:
     title = f"difference, {label}" if label else "difference"
     if ours.shape != nemo.shape:
-        return _panel(
-            title, "", *_no_picture(nemo, "the shapes differ", f"ours {ours.shape}, NeMo's {nemo.shape}", mel=mel)
-        )
+        lines = ("the shapes differ", f"ours {ours.shape}, NeMo's {nemo.shape}")
+        return _panel(title, "", *_no_picture(nemo, *lines, mel=mel))
     with np.errstate(invalid="ignore"):
         differences = np.where((ours == nemo) | (np.isnan(ours) & np.isnan(nemo)), 0.0, np.abs(ours - nemo))
     differs = differences != 0
@@ -113,7 +110,7 @@ def _difference(label: str, ours: Picture, nemo: Picture, *, mel: bool) -> str:
     share = f"{n_differing:,} of {differences.size:,} values differ"
     first = int(np.flatnonzero(differs.any(0))[0]) * SECONDS_PER_FRAME
     ends = ("0", scientific(largest), "") if mel else ("same", "not the same", "")
-    drawn = _picture(differences, pooled(differences, largest=True), DIFFERENCE, (0.0, largest), ends, mel=mel)
+    drawn = _picture(differences, DIFFERENCE, (0.0, largest), ends, mel=mel, keep_largest=True)
     description = f"{title}: {share}, the largest by {scientific(largest)}, from {first:.2f} s on"
     return _panel(title, share, drawn, description)
 
@@ -141,25 +138,25 @@ def _figure(heading: str, caption: str, panels: Sequence[str]) -> str:
 
 
 def _picture(
-    whole: Picture,
     values: Picture,
     colours: str | Sequence[str],
     scale: tuple[float, float],
     ends: Sequence[str],
     *,
     mel: bool,
+    keep_largest: bool = False,
 ) -> Figure:
     """Values (rows, columns) over time, with the colour scale below; `ends` words its low end, its high end, its unit.
 
-    Rows are mel bins from the bottom, or utterances from the top. `values` are `whole`, perhaps in fewer columns.
+    Rows are mel bins from the bottom, or utterances from the top.
     """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    figure, axes = _axes_over_time(whole, mel=mel)
+    figure, axes = _axes_over_time(values, mel=mel)
     colour_map = colormaps[colours] if isinstance(colours, str) else ListedColormap(list(colours))
     image = axes.imshow(
-        values,
+        pooled(values, largest=keep_largest),
         cmap=colour_map.with_extremes(bad=NOT_FINITE),
         vmin=scale[0],
         vmax=scale[1],

@@ -1,39 +1,80 @@
-"""What all pictures share: colours, an empty figure, a tidy frame, a PNG.
+"""All pictures are drawn here, by matplotlib: one style, colours, a figure, and its way into a file or a page.
 
-Matplotlib is optional and slow to import, so only the functions name it, and only its object-oriented side: a
-`Figure` that nobody else holds, drawn by the Agg backend that `savefig` chooses for a PNG.
+Matplotlib is slow to import, so only functions name it, and only its object-oriented side: a `Figure` that nobody else
+holds, drawn by the backend that `savefig` chooses for a kind of file. Its settings are ours inside `styled` and as they
+were before after it.
 """
 
 from __future__ import annotations
 
+import io
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
-from nestcli.errors import MissingDependencyError
+from nestcli.errors import MissingDependencyError, NestError
 from nestcli.files import atomic_file
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontEntry
 
 INK, GREY, PALE = "#22262b", "#8a9099", "#e3e6ea"
-BLUE, ORANGE = "#2f6db5", "#d9702b"  # told apart by colour-blind readers too
+BLUE, ORANGE, GREEN, RED = "#2f6db5", "#d9702b", "#3a8f6b", "#b3261e"  # told apart by colour-blind readers too
 DOTS_PER_INCH = 144
 _SHOWN = 12  # letters that a message names
+_PAGE_COLOURS = {INK: "--ink", GREY: "--grey", PALE: "--faint", BLUE: "--line", RED: "--bad"}  # of parity/page.css
+_UNSIGNED: dict[str, dict[str, Any]] = {  # no dates and versions: the same numbers make the same file
+    "png": {"Software": None},
+    "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
+}
+_STYLE = {
+    "figure.constrained_layout.use": True, "figure.titlesize": 12, "figure.titleweight": "bold",
+    "font.sans-serif": ["DejaVu Sans"], "text.color": INK,
+    "axes.facecolor": "none", "axes.edgecolor": GREY, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.titlelocation": "left", "axes.titlesize": 10,
+    "axes.prop_cycle": f"cycler('color', {[BLUE, ORANGE, GREEN]})",
+    "axes.grid.axis": "y", "grid.color": PALE, "axes.axisbelow": True,
+    "xtick.color": GREY, "xtick.labelcolor": INK, "xtick.labelsize": 9,
+    "ytick.color": GREY, "ytick.labelcolor": INK, "ytick.labelsize": 9,
+    "lines.markersize": 4, "legend.fontsize": 9, "legend.facecolor": "white", "legend.edgecolor": "none",
+    "svg.fonttype": "none", "svg.hashsalt": "nest",
+}  # fmt: skip
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches. Raises MissingDependencyError without matplotlib."""
+@contextmanager
+def styled() -> Iterator[None]:
+    """Matplotlib's defaults and our style for as long as something is drawn; also a decorator of what draws.
+
+    A matplotlibrc is not followed: it may lie in the current folder, be somebody else's, and start LaTeX.
+    Raises MissingDependencyError if matplotlib cannot be imported.
+    """
     try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError as error:
-        message = f'Pictures need matplotlib ({error}). Install it: pip install "nestcli[demo]"'
+        message = f"Pictures need matplotlib ({error}). Install it again: pip install --force-reinstall matplotlib"
         raise MissingDependencyError(message) from error
-    mpl.rcParams["text.usetex"] = False  # which a matplotlibrc in the current folder may say; it would start LaTeX
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
+    del settings["backend"]  # setting it would choose one for everybody
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """An empty figure of that many inches, under a title."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    if title:
+        figure.suptitle(title, x=0.01, ha="left")
+    return figure
 
 
 def words(text: str, longest: int = 60) -> str:
@@ -42,11 +83,54 @@ def words(text: str, longest: int = 60) -> str:
     return plain.replace("$", r"\$") + ("…" if len(text) > longest else "")
 
 
-def save(figure: Figure, path: Path) -> str:
-    """Write a figure as PNG, whole or not at all. Returns what `render` does, with the file's name."""
-    with atomic_file(path) as file:
-        note = render(figure, file, "png", DOTS_PER_INCH)
+def colour_bar(figure: Figure, image: ScalarMappable, beside: Any, label: str = "", **options: Any) -> Colorbar:
+    """A thin scale of an image's colours, without a frame."""
+    bar = figure.colorbar(image, ax=beside, label=label, **{"shrink": 0.5, "aspect": 30, "pad": 0.01, **options})
+    bar.outline.set_visible(False)
+    return bar
+
+
+def save(
+    figure: Figure,
+    path: Path,
+    *,
+    dpi: float = DOTS_PER_INCH,
+    colours: int = 0,
+    error: type[NestError] = NestError,
+    remedy: str = "",
+) -> str:
+    """Write a figure, whole or not at all, as the kind of file that its name ends in.
+
+    A PNG of so many `colours`, where they are given, is a third as large. Returns what `render` does, with the file's
+    name; raises `error` as `atomic_file` does.
+    """
+    drawn = io.BytesIO()
+    note = render(figure, drawn, path.suffix[1:] or "png", dpi)
+    if colours:
+        from PIL import Image  # which matplotlib needs and brings
+
+        image = Image.open(drawn).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE)
+        drawn = io.BytesIO()
+        image.save(drawn, format="PNG", optimize=True)
+    with atomic_file(path, error, remedy) as file:
+        file.write(drawn.getvalue())
     return note and f"{path}: {note}"
+
+
+def page_element(figure: Figure, description: str) -> str:
+    """A figure as an SVG element of an HTML page, whose style sheet gives the colours of lines and words.
+
+    `description` is for those who do not see it. The figure's own words are plain text, without a link or a name.
+    """
+    drawn = io.BytesIO()
+    figure.set_facecolor("none")
+    render(figure, drawn, "svg", 72)
+    width, height = 72 * figure.get_size_inches()
+    text = drawn.getvalue().decode()
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index('<g id="figure_1"') :]).replace("base64,\n", "base64,")
+    for colour, name in _PAGE_COLOURS.items():
+        text = text.replace(colour, f"var({name})")
+    return f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width:g} {height:g}">{text}'
 
 
 def render(figure: Figure, file: IO[bytes], kind: str, dpi: float) -> str:
@@ -58,7 +142,7 @@ def render(figure: Figure, file: IO[bytes], kind: str, dpi: float) -> str:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ ")  # one line for each letter and each time that it is measured
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # the words are longer than the picture
-        figure.savefig(file, format=kind, dpi=dpi)
+        figure.savefig(file, format=kind, dpi=dpi, metadata=_UNSIGNED.get(kind))
     if not missing:
         return ""
     shown, more = "".join(missing[:_SHOWN]), f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -101,10 +185,3 @@ def _find_fonts(figure: Figure) -> list[str]:
 
 def _usefulness(entry: FontEntry) -> tuple[bool, bool, str]:
     return ("Sans" not in entry.name, str(entry.weight) not in ("400", "normal", "regular"), entry.name)
-
-
-def tidy(axes: Axes) -> None:
-    """Axes without a box around them."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=9)

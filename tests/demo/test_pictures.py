@@ -63,5 +63,5 @@ def test_batch_leaves_masked_frames_blank(tmp_path: Path, n_masked: int) -> None
 
 def test_missing_matplotlib_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "nestcli\[demo\]"'):
+    with pytest.raises(MissingDependencyError, match="pip install --force-reinstall matplotlib"):
         draw_loss_curve(tmp_path / "loss.png", STEPS, LOSS, ACCURACY, [], [], even_loss=9.0, frequency_loss=7.0)

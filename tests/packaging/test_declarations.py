@@ -27,7 +27,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # What is imported under another name than it is installed.
 PACKAGES = {"yaml": "pyyaml"}
 UNDECLARED = {
-    "PIL": "matplotlib, which needs it too, is asked for first",
+    "PIL": "matplotlib needs it and brings it",
     "aiohttp": "fsspec's reader of http needs it itself; lightning brings it",
     "nemo": "an environment of its own, or the user's",
     "transformers": "a look at the version only, where it is installed",

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
-import struct
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.image import imread
 
 from nestcli.errors import NestError
-from nestcli.parity.drawing import (
+from nestcli.parity.figures import (
     DIFFERENCE,
     FEATURES,
     MASK,
     NOT_FINITE,
     curve_in_words,
-    curve_panel,
-    palette_of,
-    png,
+    draw_curve,
     pooled,
     scientific,
     shared_decades,
-    to_indices,
 )
 from nestcli.parity.page import share_of_tolerance, write_page
 from nestcli.parity.report import SECTIONS, Check, KnownDifference, Report, Section
+from nestcli.pictures import page_element, styled
 
 VOID = {"meta", "br", "wbr"}
 RANDOM = np.random.default_rng(0)
@@ -118,26 +119,24 @@ def whole_report(n_layers: int = 16) -> Report:
 
 
 def images(document: str) -> list[npt.NDArray[np.uint8]]:
-    """The pictures of a page as colours (rows, columns, 3)."""
-    found = re.findall(r'href="data:image/png;base64,([^"]+)"', document)
-    return [decode(base64.b64decode(address)) for address in found]
+    """The pictures of a page as colours (rows, columns, 3), the upper row first."""
+    found = re.findall(r"<image [^>]+>", document)
+    return [decode(tag)[:: -1 if re.search(r"scale\(1 -1\)|matrix\(\S+ 0 0 -", tag) else 1] for tag in found]
 
 
-def decode(content: bytes) -> npt.NDArray[np.uint8]:
-    """A PNG of eight-bit palette colours, each chunk checked."""
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    chunks, at = {}, 8
-    while at < len(content):
-        (length,) = struct.unpack_from(">I", content, at)
-        kind, data = content[at + 4 : at + 8], content[at + 8 : at + 8 + length]
-        assert struct.unpack_from(">I", content, at + 8 + length) == (zlib.crc32(kind + data),)
-        chunks[kind] = data
-        at += 12 + length
-    columns, rows, *format_ = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
-    assert format_ == [8, 3, 0, 0, 0]
-    lines = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(rows, columns + 1)
-    assert not lines[:, 0].any()
-    return np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)[lines[:, 1:]]
+def decode(tag: str) -> npt.NDArray[np.uint8]:
+    """The PNG inside of an image's element, none of it transparent."""
+    address = re.search(r'href="data:image/png;base64,([^"]+)"', tag)
+    assert address
+    drawn = (255 * imread(io.BytesIO(base64.b64decode(address[1])))).round().astype(np.uint8)
+    assert (drawn[:, :, 3] == 255).all()
+    return drawn[:, :, :3]
+
+
+def colour(of: str | tuple[str, ...], place: int = 0) -> npt.NDArray[np.uint8]:
+    """A colour of a scale, by its name or its list of colours."""
+    scale = colormaps[of] if of in colormaps else ListedColormap([of] if isinstance(of, str) else list(of))
+    return np.array(scale(place, bytes=True)[:3], np.uint8)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -175,7 +174,7 @@ def test_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
     for attributes in (attributes for _, attributes in page.elements):
         for name in ("href", "src"):
             assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r"base64,[^\"]*", "", document))
+    assert not re.search(r"https?:|//[a-z]|url\((?!#)|@import", re.sub(r"base64,[^\"]*", "", document))
 
 
 def test_page_is_told_to_those_who_do_not_see_it(tmp_path: Path) -> None:
@@ -284,25 +283,26 @@ def test_page_that_cannot_be_written(tmp_path: Path, place: str) -> None:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def test_png_decodes_to_its_pixels() -> None:
-    indices = RANDOM.integers(0, 256, (7, 13)).astype(np.uint8)
-    palette = RANDOM.integers(0, 256, (256, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(decode(png(indices, palette)), palette[indices])
-
-
-@pytest.mark.parametrize("stops", [FEATURES, DIFFERENCE, MASK])
-def test_lightness_goes_one_way(stops: tuple[tuple[int, int, int], ...]) -> None:
-    lightness = palette_of(stops)[:255].astype(float) @ [0.2126, 0.7152, 0.0722]
+@pytest.mark.parametrize("name", [FEATURES, DIFFERENCE])
+def test_lightness_goes_one_way(name: str) -> None:
+    lightness = np.array([colour(name, place) for place in range(256)]) @ [0.2126, 0.7152, 0.0722]
     steps = np.diff(lightness) * np.sign(lightness[-1] - lightness[0])
     assert steps.min() > -1.0  # colours are rounded to whole numbers
     assert steps.sum() > 80
 
 
-def test_values_find_their_colours() -> None:
-    values = np.array([[-9.0, 0.0, 1.0, 2.0, 9.0, np.nan, np.inf]])
-    assert to_indices(values, 0.0, 2.0).tolist() == [[0, 0, 127, 254, 254, 255, 255]]
-    assert tuple(palette_of(FEATURES)[255]) == NOT_FINITE
-    assert to_indices(np.ones((1, 2)), 1.0, 1.0).tolist() == [[0, 0]]
+def test_the_two_colours_of_a_mask_differ_in_lightness() -> None:
+    assert abs((colour(MASK, 0).astype(float) - colour(MASK, 1)) @ [0.2126, 0.7152, 0.0722]) > 80
+
+
+def test_values_find_their_colours(tmp_path: Path) -> None:
+    values = np.array([[0.0, 0.0, 1.0, 2.0, 2.0, np.nan, np.inf]])
+    document, _ = written(report(Section("x", [good()], pictures={"ours": values, "NeMo": values})), tmp_path)
+    scale = [colour(FEATURES, place) for place in (0, 0, 128, 255, 255)]
+    np.testing.assert_array_equal(images(document)[0], [[*scale, colour(NOT_FINITE), colour(NOT_FINITE)]])
+    flat = np.ones((1, 2))
+    document, _ = written(report(Section("x", [good()], pictures={"ours": flat, "NeMo": flat})), tmp_path)
+    np.testing.assert_array_equal(images(document)[0], [[colour(FEATURES, 0)] * 2])
 
 
 def test_pooling_keeps_the_largest_difference() -> None:
@@ -321,8 +321,8 @@ def test_features_stand_with_the_lowest_bin_at_the_bottom(tmp_path: Path) -> Non
     document, page = written(report(section), tmp_path)
     drawn = images(document)
     assert len(drawn) == 4  # two sides, and the scale of each; the difference says that there is none
-    np.testing.assert_array_equal(drawn[0][-1], np.broadcast_to(FEATURES[0], (20, 3)))
-    np.testing.assert_array_equal(drawn[0][0], np.broadcast_to(FEATURES[-1], (20, 3)))
+    np.testing.assert_array_equal(drawn[0][-1], np.broadcast_to(colour(FEATURES, 0), (20, 3)))
+    np.testing.assert_array_equal(drawn[0][0], np.broadcast_to(colour(FEATURES, 255), (20, 3)))
     labels = [str(attributes["aria-label"]) for attributes in page.of("svg")]
     assert labels[-1] == "identical, all 1,600 values are equal"
 
@@ -335,9 +335,9 @@ def test_difference_shows_where_and_how_much(tmp_path: Path) -> None:
     section = Section("preprocessor", [bad()], pictures={"ours": ours, "NeMo": nemo})
     document, page = written(report(section), tmp_path)
     drawn = images(document)[4]
-    assert tuple(drawn[79 - 10, 30]) == DIFFERENCE[-1]
-    assert tuple(drawn[79 - 11, 40]) == NOT_FINITE
-    assert (drawn == DIFFERENCE[0]).all(2).sum() == drawn.shape[0] * drawn.shape[1] - 2
+    np.testing.assert_array_equal(drawn[79 - 10, 30], colour(DIFFERENCE, 255))
+    np.testing.assert_array_equal(drawn[79 - 11, 40], colour(NOT_FINITE))
+    assert (drawn == colour(DIFFERENCE, 0)).all(2).sum() == drawn.shape[0] * drawn.shape[1] - 2
     captions = page.words["figcaption"]
     assert captions == ["ours", "NeMo not finite: 1 of 4,000", "difference 2 of 4,000 values differ"]
     assert "2.0e-03" in page.words["text"][-1]
@@ -365,42 +365,53 @@ def test_masks_differ_by_frames(tmp_path: Path) -> None:
     section = Section("masking", [bad()], pictures={"ours, a": ours, "NeMo, a": nemo})
     document, page = written(report(section), tmp_path)
     drawn = images(document)
-    np.testing.assert_array_equal((drawn[0] == MASK[1]).all(2), ours)
-    np.testing.assert_array_equal((drawn[2] == MASK[1]).all(2), nemo)
-    assert (drawn[4] == DIFFERENCE[-1]).all(2).nonzero()[1].tolist() == [7]
+    np.testing.assert_array_equal((drawn[0] == colour(MASK, 1)).all(2), ours)
+    np.testing.assert_array_equal((drawn[1] == colour(MASK, 1)).all(2), nemo)
+    assert (drawn[2] == colour(DIFFERENCE, 255)).all(2).nonzero()[1].tolist() == [7]
     assert page.words["figcaption"][2] == "difference, a 1 of 80 values differ"
 
 
 # ---- curves and numbers ----------------------------------------------------------------------------------------------
 
 
+def drawn_curve(values: list[float], tolerance: float | None) -> tuple[Axes, dict[str, list[float]], list[str]]:
+    """Its axes, the heights of its dots ("o") and crosses ("x"), and its words."""
+    with styled():
+        figure = draw_curve(values, tolerance, shared_decades([values], [tolerance]))
+        page = Page(page_element(figure, "a curve"))
+    (axes,) = figure.axes
+    heights = {str(line.get_marker()): list(map(float, line.get_ydata())) for line in axes.lines}  # type: ignore[arg-type]
+    return axes, heights, page.words["text"]
+
+
 @pytest.mark.parametrize("n_layers", [1, 2, 42])
 def test_curve_of_zeros_stands_on_its_line(n_layers: int) -> None:
-    drawn = curve_panel("evaluation", [0.0] * n_layers, 1e-4, shared_decades([[0.0] * n_layers], [1e-4]))
-    page = Page(drawn)
-    assert {attributes["cy"] for attributes in page.of("circle")} == {"156.0"}
-    assert len(page.of("circle")) == n_layers
-    assert "exactly 0" in page.words["text"]
-    assert "tolerance 1.0e-04" in page.words["text"]
+    axes, heights, words = drawn_curve([0.0] * n_layers, 1e-4)
+    assert (heights["o"], heights["x"]) == ([0.0] * n_layers, [])
+    assert axes.get_ylim()[0] == 0.0
+    assert "exactly 0" in words
+    assert "tolerance 1.0e-04" in words
+    assert {"0"} <= {word for word in words if word.isdigit()} <= set(map(str, range(n_layers)))
 
 
-def test_curve_marks_what_is_beyond_the_tolerance() -> None:
+def test_curve_marks_what_is_beyond_the_tolerance(tmp_path: Path) -> None:
     values = [0.0, 1e-6, 2e-3, float("inf"), float("nan")]
-    decades = shared_decades([values], [1e-4])
-    page = Page(curve_panel("evaluation", values, 1e-4, decades))
-    assert decades == (-8, -2)
-    assert (len(page.of("circle")), len(page.of("path"))) == (2, 3)
-    heights = [float(attributes["cy"] or 0) for attributes in page.of("circle")]
-    assert heights[1] < heights[0]
+    assert shared_decades([values], [1e-4]) == (-8, -2)
+    axes, heights, _ = drawn_curve(values, 1e-4)
+    assert (heights["o"], heights["x"]) == ([0.0, 1e-6], [2e-3, 1e-2, 1e-2])
+    at = axes.transData.transform([(0, height) for height in (0.0, 1e-6, 1e-2)])[:, 1]
+    assert at[0] < at[1] < at[2]
     words = "at most 2.0e-03, after layer 2; first beyond the tolerance after layer 2; not finite from layer 3 on"
+    checks = [good("evaluation: layers.0")]
+    _, page = written(report(Section("encoder", checks, curves={"evaluation": values})), tmp_path)
     assert page.of("svg")[0]["aria-label"] == f"evaluation: {words}"
     assert curve_in_words([float("nan")], None) == "not finite at layer 0"
 
 
 def test_curve_without_a_tolerance() -> None:
-    page = Page(curve_panel("evaluation", [1e-12, 5.0], None, shared_decades([[1e-12, 5.0]], [None])))
-    assert (len(page.of("circle")), len(page.of("path"))) == (2, 0)
-    assert not any("tolerance" in words for words in page.words["text"])
+    _, heights, words = drawn_curve([1e-12, 5.0], None)
+    assert (heights["o"], heights["x"]) == ([1e-12, 5.0], [])
+    assert not any("tolerance" in word for word in words)
 
 
 def test_numbers_have_two_digits() -> None:

@@ -1,8 +1,7 @@
-"""Pictures of augmented utterances: clean speech, what was mixed in, and the mixture. Needs matplotlib."""
+"""Pictures of augmented utterances: clean speech, what was mixed in, and the mixture."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -16,15 +15,13 @@ from nestcli.audio.load import Samples
 from nestcli.audio.read import load_audio
 from nestcli.data.manifest import Entry
 from nestcli.data.utterance_audio import read_audio
-from nestcli.errors import DataError, MissingDependencyError
-from nestcli.files import atomic_file
-from nestcli.pictures import render, words
+from nestcli.errors import DataError
+from nestcli.pictures import ORANGE, new_figure, save, styled, words
 
 _N_FFT, _HOP = 512, 160  # samples
 _RANGE_DB = 70.0
 _COLOURS = 64
 _LETTERS = 150  # of a label that fit into the width of a panel
-_INK, _MARK = "#22262b", "#d9702b"
 
 
 def draw_previews(
@@ -49,18 +46,12 @@ def draw_previews(
     return drawn
 
 
+@styled()
 def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> str:
     """Write a PNG of three spectrograms with the mixed segments marked, from a row of an augmented manifest.
 
     Returns what `pictures.save` does.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-        from PIL import Image  # matplotlib needs it too
-    except ImportError:
-        raise MissingDependencyError('--preview needs matplotlib: run pip install "nestcli[demo]".') from None
-    mpl.rcParams["text.usetex"] = False  # as in `pictures`
     done = row["augmentation"]
     clean = _clean(row, sample_rate)
     noisy = load_audio(row["audio_filepath"], sample_rate=sample_rate) / np.float32(done["scale"])
@@ -68,8 +59,7 @@ def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> str:
     sounds = {"clean": clean[:length], "mixed in": noisy[:length] - clean[:length], "noisy": noisy[:length]}
     levels = {name: _levels(sound) for name, sound in sounds.items()}
     loudest = max(float(each.max()) for each in levels.values())
-    figure = Figure(figsize=(10, 7.2), layout="constrained")
-    figure.suptitle(_title(row), color=_INK, fontsize=11)
+    figure = new_figure(10, 7.2, _title(row))
     panels = figure.subplots(3, 1, sharex=True, sharey=True)
     for axes, (name, level) in zip(panels, levels.items(), strict=True):
         axes.imshow(
@@ -82,18 +72,12 @@ def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> str:
             vmax=loudest,
             cmap="magma",
         )
-        axes.set_ylabel(f"{name}\nkHz", color=_INK)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        axes.set_ylabel(f"{name}\nkHz")
+        axes.spines[:].set_visible(False)
         if name != "clean":
             _mark(axes, done["segments"], sample_rate / 2000, labels=name == "mixed in")
-    panels[-1].set_xlabel("seconds", color=_INK)
-    drawn = io.BytesIO()
-    note = render(figure, drawn, "png", 100)
-    image = Image.open(drawn).convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)
-    with atomic_file(path, DataError) as file:
-        image.save(file, format="PNG", optimize=True)
-    return note and f"{path}: {note}"
+    panels[-1].set_xlabel("seconds")
+    return save(figure, path, dpi=100, colours=_COLOURS, error=DataError)
 
 
 def _clean(row: Mapping[str, Any], sample_rate: int) -> Samples:
@@ -118,7 +102,7 @@ def _mark(axes: Any, segments: list[dict[str, Any]], top: float, *, labels: bool
     right = axes.get_xlim()[1]
     for segment in segments:
         start, end = segment["start"], segment["start"] + segment["duration"]
-        axes.axvspan(start, end, 0.004, 0.996, fill=False, edgecolor=_MARK, linewidth=1.8)
+        axes.axvspan(start, end, 0.004, 0.996, fill=False, edgecolor=ORANGE, linewidth=1.8)
         if labels:
             source = segment.get("speaker") or Path(segment["source"]).name
             text = f"{source}\nfrom {segment['source_offset']:.2f} s"
@@ -136,7 +120,7 @@ def _title(row: Mapping[str, Any]) -> str:
     what = "noise" if done["mode"] == "noise" else "other speakers"
     span = "" if done["span_ratio_db"] is None else f", {done['span_ratio_db']:+.1f} dB where it is mixed in"
     turned = f"; turned down by {-20 * math.log10(done['scale']):.1f} dB" if done["scale"] < 1 else ""
-    return f"{name}: {what} at {done['ratio_db']:+.1f} dB over the clip{span}{turned}"
+    return f"{name}\n{what} at {done['ratio_db']:+.1f} dB over the clip{span}{turned}"
 
 
 def _levels(sound: Samples) -> npt.NDArray[np.float32]:

@@ -144,7 +144,11 @@ def _show(summary: PrepareSummary, out: Path, *, pattern_given: bool) -> None:
     console.table("", [f"{summary.kind} in {out}", ">"], _rows(summary))
     for title, values in zip(("hours, by seconds", "utterances, by dBFS"), summary.histograms.values(), strict=True):
         console.histogram(title, values)
-    console.note(f"Lengths and levels are drawn in {out / 'summary.svg'}.")
+    picture = out / "summary.svg"
+    drawn = f"Lengths and levels are drawn in {picture}."
+    console.note(
+        drawn if picture.exists() else "No picture was drawn: `nest doctor` says what is wrong with matplotlib."
+    )
     for remark in _remarks(summary, out, pattern_given):
         console.note(remark)
     console.note(f"next: {_next_command(summary, out)}")

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.pictures import BLUE, GREY, INK, ORANGE, PALE, new_figure, save, tidy
+from nestcli.pictures import BLUE, GREY, ORANGE, PALE, colour_bar, new_figure, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
 
+@styled()
 def draw_loss_curve(
     path: Path,
     steps: npt.ArrayLike,
@@ -42,22 +42,22 @@ def draw_loss_curve(
     figure = new_figure(8, 6)
     losses, accuracies = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _curve(losses, steps, train_loss, BLUE, "training")
-    losses.plot(val_steps, val_loss, color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="validation")
+    losses.plot(val_steps, val_loss, color=ORANGE, marker="o", label="validation")
     losses.axhline(even_loss, color=GREY, linestyle=(0, (4, 3)), linewidth=1, label=even)
     losses.axhline(frequency_loss, color=GREY, linestyle=(0, (1, 2)), linewidth=1, label=by_frequency)
-    losses.set_ylabel("masked-token loss (nats)", color=INK)
-    losses.legend(frameon=False, labelcolor=INK, fontsize=9)
+    losses.set_ylabel("masked-token loss (nats)")
+    losses.legend()
     _curve(accuracies, steps, 100 * np.asarray(accuracy, np.float64), BLUE, "training")
-    accuracies.set_ylabel("masked tokens right (%)", color=INK)
-    accuracies.set_xlabel("training step", color=INK)
+    accuracies.set_ylabel("masked tokens right (%)")
+    accuracies.set_xlabel("training step")
     accuracies.set_ylim(bottom=0)
     for axes in (losses, accuracies):
-        tidy(axes)
-        axes.grid(axis="y", color=PALE, linewidth=0.8)
+        axes.grid(axis="y")
     figure.align_ylabels()
     save(figure, path)
 
 
+@styled()
 def draw_batch(
     path: Path,
     clean_FT: FloatArray,
@@ -80,16 +80,15 @@ def draw_batch(
         "noisy · after mixing": noisy_FT,
         f"masked · what the encoder sees; blank: the {masked_T.mean():.0%} of frames replaced": visible_FT,
     }
-    figure = new_figure(10, 7)
+    figure = new_figure(10, 7, title)
     rows = figure.subplots(3, 1, sharex=True, sharey=True)
     lowest, highest = np.percentile(np.stack([clean_FT, noisy_FT]), [1, 99.7])
     for axes, (name, features_FT) in zip(rows, panels.items(), strict=True):
         image = _spectrogram(axes, features_FT, hop_seconds, lowest, highest)
-        axes.set_title(name, loc="left", fontsize=10, color=INK)
+        axes.set_title(name)
     rows[-1].set_xlabel("time (s)")
-    figure.supylabel("mel channel", fontsize=10, color=INK)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    _colour_bar(figure, image, list(rows))
+    figure.supylabel("mel channel", fontsize=10)
+    colour_bar(figure, image, list(rows), "log-mel energy")
     save(figure, path)
 
 
@@ -116,12 +115,4 @@ def _spectrogram(axes: Axes, features_FT: FloatArray, hop_seconds: float, lowest
         vmax=highest,
     )
     axes.set_facecolor(PALE)  # shows through where the image has no value
-    tidy(axes)
     return image
-
-
-def _colour_bar(figure: Figure, image: AxesImage, beside: list[Axes]) -> None:
-    bar = figure.colorbar(image, ax=beside, shrink=0.5, aspect=30, pad=0.01)
-    bar.set_label("log-mel energy", color=INK)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=GREY, labelsize=9)

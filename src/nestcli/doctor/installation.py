@@ -20,7 +20,7 @@ from nestcli.doctor.trials import Answer
 _check = partial(Check, "installation")
 _CORE = (
     "numpy", "torch", "rich", "typer", "pyyaml", "omegaconf", "soundfile", "soxr", "sox", "fsspec", "urllib3",
-    "safetensors", "tensorboard", "lightning", "lhotse",
+    "safetensors", "tensorboard", "matplotlib", "lightning", "lhotse",
 )  # fmt: skip  # those that others import come first
 _MODULES = {"lightning": "lightning.pytorch", "pyyaml": "yaml"}  # where it is not the distribution's own name
 _MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
@@ -30,7 +30,7 @@ _WHY = {
 }
 _WITH_NEMO = {"lightning": "2.4", "omegaconf": "2.3"}  # NeMo 3.0.0 pins these; nest runs with them
 _EXTRAS = {
-    "demo": "nest demo's voices, pictures",
+    "demo": "nest demo's voices",
     "wandb": "Weights & Biases",
     "s3": "data on S3",
     "gcs": "data on Google Cloud Storage",

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from nestcli.evaluation.probe import LOG_MEL, PRETRAINED, UNTRAINED, ProbeResult
-from nestcli.pictures import BLUE, GREY, INK, PALE, new_figure, save, tidy, words
+from nestcli.pictures import BLUE, GREY, colour_bar, new_figure, save, styled, words
 
 _MOST_NAMES, _LONGEST_NAME = 40, 24  # class names that can be read along an axis, and letters of one
 
 
+@styled()
 def draw_confusion(path: Path, result: ProbeResult) -> str:
     """Write a PNG of the share of each class's utterances (rows) that was taken for each class (columns).
 
@@ -22,20 +23,19 @@ def draw_confusion(path: Path, result: ProbeResult) -> str:
     figure = new_figure(7, 6)
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xlabel("answered", color=INK)
-    axes.set_ylabel(words(result.label), color=INK)
+    axes.set_xlabel("answered")
+    axes.set_ylabel(words(result.label))
     if len(result.classes) <= _MOST_NAMES:
         places, names = range(len(result.classes)), [words(name, _LONGEST_NAME) for name in result.classes]
         axes.set_xticks(places, names, rotation=90, fontsize=8)
         axes.set_yticks(places, names, fontsize=8)
     best = result.best(PRETRAINED)
-    axes.set_title(f"{PRETRAINED}, {best.pool}: {best.mean:.1%} right", loc="left", fontsize=10, color=INK)
-    tidy(axes)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.02)
-    bar.outline.set_visible(False)
+    axes.set_title(f"{PRETRAINED}, {best.pool}: {best.mean:.1%} right")
+    colour_bar(figure, image, axes, "share of the class's utterances")
     return save(figure, path)
 
 
+@styled()
 def draw_layers(path: Path, result: ProbeResult) -> None:
     """Write a PNG of the weight of each layer in the probes, its mean and spread over the splits."""
     rows = [each for each in result.outcomes if each.name != LOG_MEL]
@@ -47,13 +47,12 @@ def draw_layers(path: Path, result: ProbeResult) -> None:
         places, mean, spread = np.arange(weights.shape[1]), weights.mean(0), weights.std(0)
         line = "-" if outcome.pool == "mean" else "--"
         label = f"{outcome.name}, {outcome.pool}"
-        axes.plot(places, mean, color=styles[outcome.name], linestyle=line, marker="o", markersize=4, label=label)
+        axes.plot(places, mean, color=styles[outcome.name], linestyle=line, marker="o", label=label)
         axes.fill_between(places, mean - spread, mean + spread, color=styles[outcome.name], alpha=0.12, linewidth=0)
     axes.set_xticks(range(len(rows[0].layers)), rows[0].layers)
-    axes.set_xlabel("layer", color=INK)
-    axes.set_ylabel("weight in the probe", color=INK)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("weight in the probe")
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    tidy(axes)
+    axes.grid(axis="y")
+    axes.legend()
     save(figure, path)

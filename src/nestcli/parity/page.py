@@ -20,8 +20,7 @@ import torch
 
 from nestcli import __version__
 from nestcli.files import atomic_file
-from nestcli.parity.drawing import scientific
-from nestcli.parity.figures import curves_figure, pictures_figure
+from nestcli.parity.figures import curves_figure, pictures_figure, scientific
 from nestcli.parity.report import SECTIONS, Check, KnownDifference, Report, Section
 
 _LONGEST_VALUE, _LONGEST_REMARK = 44, 320  # characters

@@ -18,7 +18,7 @@ from nestcli.config import load_config
 from nestcli.data.corpus import noise_manifest, read_corpus
 from nestcli.data.manifest import read_manifests
 from nestcli.training.initial_weights import starts_of
-from nestcli.training.run import experiment_folder
+from nestcli.training.run_folder import experiment_folder
 
 COMMANDS = typer.main.get_command(app).commands
 NO_PATHS = {"SECTION", "FORMAT", "FIELD", "ADDRESS", "REGEX", "[key=value ...]"}  # texts with another meaning

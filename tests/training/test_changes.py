@@ -10,8 +10,9 @@ from conftest import tiny_config
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.config import load_config, resolved
 from nestcli.errors import ConfigError
-from nestcli.training.changes import Changes, place_steps
+from nestcli.training.config_changes import Changes
 from nestcli.training.find_checkpoint import _first_change
+from nestcli.training.resume_callbacks import place_steps
 from nestcli.training.run import Pretraining
 
 FIRST = ("trainer.max_steps=2", "trainer.val_check_interval=2")

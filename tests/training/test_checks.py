@@ -28,9 +28,9 @@ from nestcli.model.masking import MaskingConfig
 from nestcli.model.module import NestModule
 from nestcli.model.optim import OptimizerConfig, ScheduleConfig
 from nestcli.model.quantizer import QuantizerConfig
-from nestcli.training.checks import CheckpointConfig, ManagerConfig, check_masks, check_settings, without_effect
+from nestcli.training.config_checks import check_masks, check_settings, without_effect
 from nestcli.training.run import Pretraining
-from nestcli.training.settings import SafetyConfig, TrainerConfig
+from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
 from training.test_run import Recorder
 
 # Every key that takes a number, with numbers of the right type just outside of its range, or far beyond it.

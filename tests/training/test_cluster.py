@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from conftest import tiny_config
 from nestcli.cli.app import app
 from nestcli.errors import ConfigError
-from nestcli.training.cluster import check_launch, cluster_plugins
+from nestcli.training.launcher import check_launch, cluster_plugins
 from nestcli.training.run import Pretraining
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1"}

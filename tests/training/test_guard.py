@@ -16,8 +16,8 @@ from nestcli.data.dataset import NoisySpeech
 from nestcli.data.sampler import Place
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.module import NestModule
-from nestcli.training.guard import StepGuard, _leave_out
 from nestcli.training.run import Pretraining, RunResult
+from nestcli.training.step_guard import StepGuard, _leave_out
 
 NOTHING_MASKED = "model.masking.block_size=4000"  # longer than every utterance
 
@@ -217,7 +217,7 @@ def test_what_counts_as_bad() -> None:
 def test_an_exploding_loss_is_left_out(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nestcli.training.guard._MEDIAN_FROM", 3)
+    monkeypatch.setattr("nestcli.training.step_guard._MEDIAN_FROM", 3)
     run = pretraining(corpus, tmp_path, "trainer.max_steps=7", "nest.explode_factor=4")
     step = run.module.training_step
 

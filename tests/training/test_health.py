@@ -13,9 +13,8 @@ from conftest import tiny_config
 from nestcli.cli.console import TrainingDisplay
 from nestcli.errors import RunFailedError
 from nestcli.model.health import perplexity
-from nestcli.training.collapse import CollapseWatch
 from nestcli.training.curves import main as curves
-from nestcli.training.health import CodeCounts, HealthMonitor
+from nestcli.training.health import CodeCounts, CollapseWatch, HealthMonitor
 from nestcli.training.metrics import StepReport
 from nestcli.training.run import Pretraining, RunResult
 

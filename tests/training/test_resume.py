@@ -19,9 +19,10 @@ from nestcli import files
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, load_lightning_checkpoint
 from nestcli.errors import CheckpointError, ConfigError, RunFailedError
 from nestcli.files import held_alone
-from nestcli.training.disk import disk_explained, needed_bytes
-from nestcli.training.find_checkpoint import Resume, SameResume, find_resume
+from nestcli.training.find_checkpoint import Resume, find_resume
+from nestcli.training.resume_callbacks import SameResume
 from nestcli.training.run import Pretraining, RunResult
+from nestcli.training.run_folder import disk_explained, needed_bytes
 
 Moves = tuple[Path, DictConfig, torch.nn.Module]
 
@@ -255,7 +256,7 @@ def test_a_disk_with_too_little_room_is_refused_before_training(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr("nestcli.training.disk.shutil.disk_usage", lambda _: usage(9, 8, 300_000))
+    monkeypatch.setattr("nestcli.training.run_folder.shutil.disk_usage", lambda _: usage(9, 8, 300_000))
     with pytest.raises(ConfigError, match=r"the checkpoints need 1\.\d MB, and 0\.3 MB are free.*exp_manager\.exp_dir"):
         train(corpus, tmp_path, "trainer.max_steps=1")
     config = tiny_config(corpus, f"exp_manager.exp_dir={tmp_path}")
@@ -264,7 +265,7 @@ def test_a_disk_with_too_little_room_is_refused_before_training(
     assert not list(tmp_path.rglob("*.ckpt"))
     monkeypatch.undo()
     train(corpus, tmp_path, "trainer.max_steps=4")
-    monkeypatch.setattr("nestcli.training.disk.shutil.disk_usage", lambda _: usage(9, 8, 700_000))
+    monkeypatch.setattr("nestcli.training.run_folder.shutil.disk_usage", lambda _: usage(9, 8, 700_000))
     result, _ = train(corpus, tmp_path, "trainer.max_steps=5")  # what is there will be replaced
     assert result.step == 5
 
@@ -282,8 +283,8 @@ def test_full_shared_memory_is_no_full_disk(
 ) -> None:
     """A lock of a loader process that cannot be made has no file's name, and Lightning's own errors follow from it."""
     usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr("nestcli.training.disk._SHARED_MEMORY", Path("/"))
-    monkeypatch.setattr("nestcli.training.disk.shutil.disk_usage", lambda _: usage(9, 8, free))
+    monkeypatch.setattr("nestcli.training.run_folder._SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr("nestcli.training.run_folder.shutil.disk_usage", lambda _: usage(9, 8, free))
     follows = RuntimeError("what follows from it")
     follows.__context__ = OSError(28, "No space left on device", name)
     with pytest.raises(RunFailedError, match=said), disk_explained(Path("run")):

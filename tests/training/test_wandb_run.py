@@ -9,8 +9,7 @@ from runs import train
 
 from conftest import tiny_config
 from nestcli.errors import ConfigError
-from nestcli.training.settings import make_loggers
-from nestcli.training.wandb_run import ID_FILE, keep_id, wandb_options
+from nestcli.training.loggers import ID_FILE, keep_id, make_loggers, wandb_options
 
 WANDB = "exp_manager.create_wandb_logger=true"
 

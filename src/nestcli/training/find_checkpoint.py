@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 from torch import nn
 
@@ -17,8 +16,8 @@ from nestcli.checkpoint.weights import checked_tensors
 from nestcli.config import leaves, resolved
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.module import CONFIG_KEY
-from nestcli.training.changes import MAY_CHANGE, Changes
 from nestcli.training.checkpoints import step_in_name
+from nestcli.training.config_changes import MAY_CHANGE, Changes
 from nestcli.untrusted import check_plain
 
 DAMAGED = ".damaged"  # what is put behind the name of one that is set aside
@@ -191,19 +190,3 @@ def _first_change(former: Mapping[str, Any] | None, config: DictConfig) -> str |
         if of_model and name not in MAY_CHANGE.get(block, ()) and stored.get(key) != value:
             return f"model.{key} is {stored.get(key)} there and {value} here"
     return None
-
-
-class SameResume(Callback):
-    """Stops a run whose processes would go on from different checkpoints, as where the folder is not shared."""
-
-    def __init__(self, resume: Resume) -> None:
-        self.resume = resume
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        ours = (self.resume.path.name if self.resume.path else None, self.resume.step)
-        first = trainer.strategy.broadcast(ours)
-        if ours != first:
-            raise CheckpointError(
-                f"process {trainer.global_rank} finds {ours[0] or 'no checkpoint'} to go on from, the first process "
-                f"{first[0] or 'none'}. Let exp_manager.exp_dir be a folder that all of them share."
-            )

@@ -16,15 +16,24 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from nestcli.errors import NestError, RunFailedError
+from nestcli.errors import ConfigError, NestError, RunFailedError
 
+_TORCHRUN = "torchrun --nproc-per-node DEVICES -m nestcli pretrain ... trainer.devices=DEVICES"
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "GROUP_RANK", "NODE_RANK")
 _LAUNCHER = "NEST_LAUNCHER_PID"  # in the processes that this one starts
 _POLL_SECONDS = 0.5
 _DEATH_SECONDS = 10.0  # from losing a connection to knowing whose
@@ -158,3 +167,177 @@ def _is_connection(error: Exception) -> bool:
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl"))
     )
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What a launcher has started: processes in all and on each machine; `remedy` makes others of them."""
+
+    by: str
+    processes: int
+    on_each: int | None
+    remedy: str
+
+
+def check_launch(processes: int, nodes: int) -> None:
+    """Raise ConfigError unless what started this process has started as many as `trainer` asks for.
+
+    `processes` is their number on all `nodes` together. Tells Lightning and the messages which of them this one is.
+    """
+    _check_number(processes, nodes)
+    if _launch() is None:
+        _remove_left_over(processes, nodes)
+    rank_zero_only.rank = _rank(processes // nodes)  # type: ignore[attr-defined]
+
+
+def _check_number(processes: int, nodes: int) -> None:
+    found = _launch()
+    devices = processes // nodes
+    if found is None:
+        if nodes > 1 and not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
+            raise ConfigError(
+                f"trainer.num_nodes={nodes}: nothing has started the run on the other machines. Start it with srun or "
+                "torchrun on all of them (docs/clusters.md), or set NODE_RANK, MASTER_ADDR and MASTER_PORT on each; "
+                "for this machine alone, set trainer.num_nodes=1."
+            )
+        return
+    if found.processes == processes and found.on_each in (None, devices):
+        return
+    each = f", {found.on_each} on each machine" if found.on_each and found.on_each != found.processes else ""
+    raise ConfigError(
+        f"{found.by} has started {found.processes} process{'es' if found.processes > 1 else ''}{each}; "
+        f"trainer.devices and trainer.num_nodes make {devices} x {nodes} = {processes}. {found.remedy}"
+    )
+
+
+def cluster_plugins() -> list[Any]:
+    """The environment that tells Lightning its place: Slurm's without its way of queueing a job again, or none.
+
+    In a job of one task there is no other process to wait for: those of the run are started here.
+    """
+    if TorchElasticEnvironment.detect() or not _in_slurm():
+        return []
+    return [LightningEnvironment()] if _is_single_task() else [SLURMEnvironment(auto_requeue=False)]
+
+
+def _launch() -> _Launch | None:
+    """What has started this process, in the order in which Lightning looks; None for a plain command."""
+    if TorchElasticEnvironment.detect():
+        return _of_variables("torchrun")
+    if _in_slurm():
+        return None if _is_single_task() else _slurm()
+    _refuse_unseen_tasks()
+    if LSFEnvironment.detect():
+        tasks = _number("JSM_NAMESPACE_SIZE")
+        return _Launch("jsrun", tasks, None, _remedy(tasks, None))
+    for name in _MPI:
+        if name in os.environ and "LOCAL_RANK" not in os.environ and _number(name) > 1:
+            raise ConfigError(
+                f"mpirun has started {_number(name)} processes ({name}), and nest does not know their places. Start "
+                f"the run without it, or with torchrun: {_TORCHRUN}"
+            )
+    if "LOCAL_RANK" in os.environ:
+        return _of_variables("the launcher (LOCAL_RANK, WORLD_SIZE)") if "WORLD_SIZE" in os.environ else None
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and _number("WORLD_SIZE") > 1:  # Kubeflow's PyTorchJob
+        raise ConfigError(
+            f"RANK and WORLD_SIZE say that this is one of {_number('WORLD_SIZE')} processes, and LOCAL_RANK, which "
+            "tells its GPU, is not set. Let every machine (every pod of a PyTorchJob) start torchrun: torchrun "
+            "--nnodes $WORLD_SIZE --node-rank $RANK --master-addr $MASTER_ADDR --master-port $MASTER_PORT "
+            "--nproc-per-node DEVICES -m nestcli pretrain ...; for a run of one process, unset both."
+        )
+    return None
+
+
+def _remove_left_over(processes: int, nodes: int) -> None:
+    """Remove what other programs left in the environment: a rank in it would make a silent process of the only one."""
+    needed = {"NODE_RANK", "GROUP_RANK"} if nodes > 1 else set()
+    if processes > 1:
+        needed.add("LOCAL_RANK")  # processes that are started by hand
+    for name in set(_RANKS) - needed:
+        os.environ.pop(name, None)
+
+
+def _rank(devices: int) -> int:
+    """The place of this process among all, as Lightning will find it."""
+    if TorchElasticEnvironment.detect():
+        return _place("RANK")
+    if _in_slurm() and not _is_single_task():
+        return _place("SLURM_PROCID")
+    if not _in_slurm() and LSFEnvironment.detect():
+        return _place("JSM_NAMESPACE_RANK")
+    rank = _place("NODE_RANK" if "NODE_RANK" in os.environ else "GROUP_RANK") * devices + _place("LOCAL_RANK")
+    if "RANK" in os.environ and _place("RANK") != rank:
+        raise ConfigError(
+            f"RANK={os.environ['RANK']} is not the place {rank} that NODE_RANK and LOCAL_RANK give this process "
+            f"(NODE_RANK x {devices} + LOCAL_RANK; 0 where one is not set). Set NODE_RANK on every machine, or use "
+            f"torchrun: {_TORCHRUN}"
+        )
+    return rank
+
+
+def _of_variables(by: str) -> _Launch:
+    tasks = _number("WORLD_SIZE")
+    each = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else None
+    return _Launch(by, tasks, each, _remedy(tasks, each))
+
+
+def _slurm() -> _Launch:
+    tasks = _number("SLURM_NTASKS")
+    each = _number("SLURM_NTASKS_PER_NODE") if "SLURM_NTASKS_PER_NODE" in os.environ else None
+    if tasks > 1 and each is None:
+        raise ConfigError(
+            f"Slurm has {tasks} tasks and does not say how many on each machine. Use --ntasks-per-node in place of "
+            "--ntasks (docs/clusters.md); for a run of one process, start it with srun --ntasks=1 nest pretrain ..."
+        )
+    where = (
+        "" if os.environ.get("SLURM_STEP_ID") else " (or, for a run of one process, srun --ntasks=1 nest pretrain ...)"
+    )
+    seen = " Every task has to see all GPUs of its machine: --gpus-per-node, not --gpus-per-task."
+    return _Launch("Slurm", tasks, each, _remedy(tasks, each) + where + seen)
+
+
+def _in_slurm() -> bool:
+    """Whether Lightning takes this process for a task of Slurm, as it does in no interactive job."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def _is_single_task() -> bool:
+    """Whether a Slurm job has one task, and so no processes but those that a run starts itself."""
+    return _number("SLURM_NTASKS") == 1 and os.environ.get("SLURM_NNODES", "1") == "1"
+
+
+def _refuse_unseen_tasks() -> None:
+    """Raise ConfigError for tasks of srun in an interactive job, which Lightning takes for single processes."""
+    if "SLURM_STEP_NUM_TASKS" not in os.environ or "SLURM_PTY_PORT" in os.environ:
+        return
+    tasks = _number("SLURM_STEP_NUM_TASKS")
+    if tasks > 1:
+        raise ConfigError(
+            f"srun has started {tasks} processes in a job named {os.environ.get('SLURM_JOB_NAME')!r}, and each would "
+            "train alone. Give them a name: srun --job-name=nest ..., or start one: srun --ntasks=1 ..."
+        )
+
+
+def _remedy(tasks: int, each: int | None) -> str:
+    if each is None or each == tasks or tasks % each:
+        wanted = f"trainer.devices={tasks}"
+    else:
+        wanted = f"trainer.devices={each} trainer.num_nodes={tasks // each}"
+    return f"Set {wanted}, or start as many processes as the trainer has."
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, which is no number of processes. Unset it, or start the run "
+            "with torchrun or srun."
+        )
+    return int(text)
+
+
+def _place(name: str) -> int:
+    text = os.environ.get(name, "0")
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {text!r}, which is no place of a process. Unset it.")
+    return int(text)

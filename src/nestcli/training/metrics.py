@@ -14,10 +14,9 @@ from nestcli.data.batch import NoiseBatch
 from nestcli.data.skipping import SkipCounter
 from nestcli.errors import RunFailedError
 from nestcli.model.module import NestModule
-from nestcli.training.collapse import CollapseWatch
-from nestcli.training.health import HealthMonitor, WaitClock
+from nestcli.training.health import CollapseWatch, HealthMonitor, WaitClock
 from nestcli.training.jsonl import append_line, drop_lines_after, line_at
-from nestcli.training.lightning_counters import validation_is_due
+from nestcli.training.resume_callbacks import validation_is_due
 
 _ONCE_LOGGED = ("audio_per_second", "unigram_loss", "unigram_accuracy", "data_wait_share")
 _SAME_AS_MODULE = ("step", "train_loss", "masked_accuracy", "lr")  # which the module logs itself

@@ -13,43 +13,53 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import Profiler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from nestcli.checkpoint.lightning import AtomicCheckpointIO
-from nestcli.config import resolved
+from nestcli.config import resolved, section
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import ConfigError, RunFailedError
-from nestcli.files import held_alone, remove_leftovers, user_path, write_text
+from nestcli.files import held_alone, remove_leftovers, write_text
 from nestcli.model.module import NestModule
-from nestcli.model.optim import build_optimizer, build_schedule
-from nestcli.training.changes import Changes, ConfiguredOptimizer, record_start
+from nestcli.model.optim import ScheduleConfig, build_optimizer, build_schedule
 from nestcli.training.checkpoints import NestCheckpoint
-from nestcli.training.checks import CheckpointConfig, check_masks, check_settings, without_effect
-from nestcli.training.cluster import check_launch, cluster_plugins
-from nestcli.training.disk import check_folder, check_shared_memory, check_space, disk_explained
-from nestcli.training.find_checkpoint import SameResume, find_resume
+from nestcli.training.config_changes import Changes, record_start
+from nestcli.training.config_checks import check_masks, check_settings, without_effect
+from nestcli.training.find_checkpoint import find_resume
+from nestcli.training.health import CollapseWatch, HealthMonitor, WaitClock
 from nestcli.training.initial_weights import start_from, starts_of
-from nestcli.training.launcher import ended_together
-from nestcli.training.lightning_counters import ResumedCounts
-from nestcli.training.metrics import Reporter
-from nestcli.training.monitoring import Watched
+from nestcli.training.launcher import check_launch, cluster_plugins, ended_together
+from nestcli.training.loggers import keep_id, make_loggers
+from nestcli.training.metrics import MetricsWriter, Reporter
+from nestcli.training.resume_callbacks import ConfiguredOptimizer, ResumedCounts, SameResume
+from nestcli.training.run_folder import (
+    check_folder,
+    check_shared_memory,
+    check_space,
+    checkpoints_in,
+    disk_explained,
+    experiment_folder,
+    make_folder,
+    taken,
+)
 from nestcli.training.settings import (
+    CheckpointConfig,
     Length,
+    SafetyConfig,
     accelerator,
     check_compiler,
     device_name,
-    make_loggers,
     n_processes,
     quieten,
     trainer_options,
 )
 from nestcli.training.signals import StopSignals, leave_signals_to_us
-from nestcli.training.wandb_run import keep_id
+from nestcli.training.step_guard import StepGuard
 
-DEFAULT_EXP_DIR = "nest_experiments"
+BAD_BATCHES = "bad_batches.jsonl"
 _PATIENCE = 5.0  # s, for loader processes of a killed run to find out that it is gone
 # Text, and {metric} or {metric:.3f} in it; Python's own formats also know widths of gigabytes, and attributes.
 _FILENAME = re.compile(r"(?:[^{}]|\{[\w/-]+(?::0?\d{0,2}(?:\.\d{1,2})?[a-z]?)?\})+")
@@ -127,7 +137,7 @@ class Pretraining:
         self.length = Length.of(config.trainer, len(batches), processes)
         self.data.batches = self.length.batches
         self.module = NestModule(config)
-        self._there = _checkpoints_in(self.folder)
+        self._there = checkpoints_in(self.folder)
         self._resume = find_resume(self.folder, config, self.module.model)
         self.resumes = self._resume.path
         self._starts = starts_of(config)
@@ -164,13 +174,13 @@ class Pretraining:
 
     def fit(self) -> RunResult:
         """Train to the end; raises NestError for what the user can mend, StoppedError where a signal ended it."""
-        _make_folder(self.folder)
+        make_folder(self.folder)
         with ExitStack() as stack:
             if _is_first():
                 with disk_explained(self.folder):
-                    stack.enter_context(held_alone(self.folder, _taken(self.folder), _PATIENCE))
-                if _checkpoints_in(self.folder) != self._there:  # the other one has just ended
-                    raise _taken(self.folder)
+                    stack.enter_context(held_alone(self.folder, taken(self.folder), _PATIENCE))
+                if checkpoints_in(self.folder) != self._there:  # the other one has just ended
+                    raise taken(self.folder)
             return self._fit()
 
     def _fit(self) -> RunResult:
@@ -323,15 +333,6 @@ def _check_filename(filename: str) -> None:
         )
 
 
-def experiment_folder(config: DictConfig) -> Path:
-    """exp_manager's folder: exp_dir/name, without a version, as NeMo's when it may resume."""
-    manager = config.exp_manager
-    name = str(manager.name)
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"exp_manager.name: {name[:100]!r} leads out of exp_manager.exp_dir. Give a name.")
-    return Path(user_path(str(manager.exp_dir or DEFAULT_EXP_DIR))) / name
-
-
 @contextmanager
 def _memory_explained() -> Iterator[None]:
     """A GPU that is too small for the run is no bug."""
@@ -350,22 +351,55 @@ def _is_first() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
 
 
-def _checkpoints_in(folder: Path) -> frozenset[str]:
-    return frozenset(path.name for path in (folder / "checkpoints").glob("*.ckpt"))
+@dataclass(frozen=True)
+class Watched:
+    """Callbacks that know each other; `waits` goes to the trainer as its profiler."""
+
+    guard: StepGuard
+    health: HealthMonitor
+    metrics: MetricsWriter
+    waits: WaitClock
+
+    @classmethod
+    def of(
+        cls,
+        config: DictConfig,
+        module: NestModule,
+        data: NestDataModule,
+        reporter: Reporter,
+        folder: Path,
+        length: Length,
+    ) -> Watched:
+        safety, quantizer = SafetyConfig.of(config), module.model.quantizer.config
+        warmup = section(ScheduleConfig, config, "model.optim.sched").warmup(length.steps or -1)
+        guard = StepGuard(
+            folder / BAD_BATCHES,
+            reporter.note,
+            lambda number: _place(data, number),
+            max_bad_steps=safety.max_bad_steps,
+            explode_factor=safety.explode_factor,
+        )
+        health, waits = HealthMonitor(guard, n_books=quantizer.num_books, n_codes=quantizer.num_classes), WaitClock()
+        metrics = MetricsWriter(
+            folder / "metrics.jsonl",
+            reporter,
+            data.sample_rate,
+            data.skipped,
+            health,
+            CollapseWatch(safety.collapse_lines, warmup, quantizer.num_classes),
+            waits,
+            batches_per_epoch=length.batches_per_epoch,
+            log_every=int(config.trainer.log_every_n_steps),
+            stop_on_collapse=safety.stop_on_collapse,
+        )
+        return cls(guard, health, metrics, waits)
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        return [self.guard, self.health, self.metrics]
 
 
-def _taken(folder: Path) -> ConfigError:
-    return ConfigError(
-        f"another run of nest is training in {folder}. Wait for it or stop it, then give the same command again; or "
-        "give this one another exp_manager.name."
-    )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"the experiment's folder {folder} cannot be made: {error.strerror}. Set exp_manager.exp_dir."
-        ) from None
-    check_folder(folder)
+def _place(data: NestDataModule, number: int) -> dict[str, Any]:
+    """Where an utterance is: its audio file, and the line of its manifest."""
+    speech = data.train.speech
+    return {"file": str(speech.entry(number).audio_filepath), "where": speech.where(number)}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,7 +21,6 @@ from nestcli.bounds import range_of, within
 from nestcli.config import resolved, section
 from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.jobs.cores import available_cores
-from nestcli.training.wandb_run import wandb_options
 from nestcli.untrusted import short
 
 # As Lightning names them. bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
@@ -298,29 +296,6 @@ def device_name(config: DictConfig) -> str:
     return f"{accelerator(config)}, {torch.get_num_threads()} threads"
 
 
-def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
-    """TensorBoard and W&B, as exp_manager asks."""
-    manager = config.exp_manager
-    loggers: list[Logger] = []
-    if manager.create_tensorboard_logger:
-        loggers.append(TensorBoardLogger(save_dir=folder, name="", version="tensorboard"))
-    if manager.create_wandb_logger:
-        loggers.append(_wandb_logger(config, folder))
-    return loggers
-
-
-def _wandb_logger(config: DictConfig, folder: Path) -> Logger:
-    from lightning.pytorch.loggers import WandbLogger
-
-    try:
-        return WandbLogger(**{"save_dir": folder, **wandb_options(config, folder)})
-    except ModuleNotFoundError:
-        raise MissingDependencyError(
-            'exp_manager.create_wandb_logger: W&B is not installed. Run pip install "nestcli[wandb]", '
-            "or set exp_manager.create_wandb_logger=false."
-        ) from None
-
-
 def quieten() -> None:
     """Silence what Lightning says about loaders, samplers and loggers that are as they are on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -337,3 +312,50 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
     # Lightning's own use of what PyTorch has deprecated
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+
+
+@dataclass(frozen=True)
+class ManagerConfig:
+    """The `exp_manager` block, checked."""
+
+    exp_dir: str | None
+    name: str
+    create_tensorboard_logger: bool
+    create_checkpoint_callback: bool
+    resume_if_exists: bool
+    resume_ignore_no_checkpoint: bool
+    create_wandb_logger: bool
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The `exp_manager.checkpoint_callback_params` block, checked."""
+
+    monitor: str
+    mode: str
+    save_top_k: int
+    always_save_nemo: bool
+    filename: str | None = None
+    every_n_epochs: int | None = None
+    every_n_train_steps: int | None = None
+    save_last: bool | str | None = None
+    verbose: bool = False
+    auto_insert_metric_name: bool = True
+
+    def __post_init__(self) -> None:
+        within(self, -1, 10**6, "save_top_k")
+        within(self, 0, 10**12, "every_n_train_steps", "every_n_epochs")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode: {self.mode!r}: use min or max.")
+        if self.every_n_epochs not in (None, 0, 1):
+            raise ValueError(
+                f"every_n_epochs: {self.every_n_epochs} cannot be had: a run is one sequence of batches. "
+                "Set every_n_train_steps, or trainer.val_check_interval."
+            )
+        if isinstance(self.save_last, str) and self.save_last != "link":
+            raise ValueError(f"save_last: {self.save_last!r}: use true, false or link.")
+        if self.save_last is False and self.save_top_k == 0:
+            raise ValueError(
+                "save_top_k: 0 with save_last=false writes no checkpoint. Raise it, or set save_last=true; for a run "
+                "that keeps nothing, set exp_manager.create_checkpoint_callback=false."
+            )

@@ -8,10 +8,11 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig
 
 from nestcli.config import resolved
-from nestcli.errors import ConfigError
+from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.files import write_text
 
 ID_FILE = "wandb_id.txt"
@@ -57,3 +58,26 @@ def _kept(folder: Path) -> str | None:
             f"{path} holds no id of a W&B run. Remove it to begin a new run of W&B, or write the id there."
         )
     return text
+
+
+def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
+    """TensorBoard and W&B, as exp_manager asks."""
+    manager = config.exp_manager
+    loggers: list[Logger] = []
+    if manager.create_tensorboard_logger:
+        loggers.append(TensorBoardLogger(save_dir=folder, name="", version="tensorboard"))
+    if manager.create_wandb_logger:
+        loggers.append(_wandb_logger(config, folder))
+    return loggers
+
+
+def _wandb_logger(config: DictConfig, folder: Path) -> Logger:
+    from lightning.pytorch.loggers import WandbLogger
+
+    try:
+        return WandbLogger(**{"save_dir": folder, **wandb_options(config, folder)})
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            'exp_manager.create_wandb_logger: W&B is not installed. Run pip install "nestcli[wandb]", '
+            "or set exp_manager.create_wandb_logger=false."
+        ) from None

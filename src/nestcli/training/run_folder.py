@@ -16,9 +16,10 @@ from torch import nn
 from nestcli.checkpoint.atomic import UnwrittenError
 from nestcli.data.loader.signals import START_METHOD
 from nestcli.errors import ConfigError, DataError, NestError, RunFailedError
-from nestcli.files import refuse_links
+from nestcli.files import refuse_links, user_path
 from nestcli.training.checkpoints import LAST_KEPT, NestCheckpoint
 
+DEFAULT_EXP_DIR = "nest_experiments"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
 _REMEDY = "Training has stopped. Make room on that disk, or mend it."
 _SHARED_MEMORY, _FULL = Path("/dev/shm"), 1 << 16  # noqa: S108  # no disk: what processes share lies there
@@ -134,3 +135,33 @@ def _existing(folder: Path) -> Path:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def experiment_folder(config: DictConfig) -> Path:
+    """exp_manager's folder: exp_dir/name, without a version, as NeMo's when it may resume."""
+    manager = config.exp_manager
+    name = str(manager.name)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"exp_manager.name: {name[:100]!r} leads out of exp_manager.exp_dir. Give a name.")
+    return Path(user_path(str(manager.exp_dir or DEFAULT_EXP_DIR))) / name
+
+
+def checkpoints_in(folder: Path) -> frozenset[str]:
+    return frozenset(path.name for path in (folder / "checkpoints").glob("*.ckpt"))
+
+
+def taken(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"another run of nest is training in {folder}. Wait for it or stop it, then give the same command again; or "
+        "give this one another exp_manager.name."
+    )
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the experiment's folder {folder} cannot be made: {error.strerror}. Set exp_manager.exp_dir."
+        ) from None
+    check_folder(folder)

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
-from torch.optim import Optimizer
 
 from nestcli.bounds import as_written
 from nestcli.config import leaves, resolved
@@ -26,7 +24,7 @@ from nestcli.model.decoder import DecoderConfig
 from nestcli.model.features import PreprocessorConfig
 from nestcli.model.loss import LossConfig
 from nestcli.model.masking import MaskingConfig
-from nestcli.model.optim import NoamAnnealing, OptimizerConfig, ScheduleConfig
+from nestcli.model.optim import OptimizerConfig, ScheduleConfig
 from nestcli.model.quantizer import QuantizerConfig
 from nestcli.training.settings import SafetyConfig, TrainerConfig
 
@@ -141,60 +139,6 @@ def record_start(config: DictConfig, former: Mapping[str, Any] | None) -> None:
     for key in START_KEYS:
         if key in config or former.get(key) is not None:
             OmegaConf.update(config, key, former.get(key), merge=False, force_add=True)
-
-
-class ConfiguredOptimizer(Callback):
-    """Gives optimiser and schedule the configuration's values where a run goes on; moments and steps are kept.
-
-    Lightning restores all options with the state of a checkpoint. Where nothing has changed they are the same.
-    """
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self.note = note
-        self._options: dict[str, Any] = {}
-        self._schedule: dict[str, Any] = {}
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        [optimizer], schedule = trainer.optimizers, _schedule_of(trainer)
-        [group] = optimizer.param_groups
-        self._options = {key: value for key, value in group.items() if key not in ("params", "lr")}
-        self._schedule = {
-            key: getattr(schedule, key) for key in ("base_lrs", "d_model", "warmup_steps", "min_lr")
-        }  # before the checkpoint's state replaces them
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.ckpt_path:
-            return
-        [group], schedule = trainer.optimizers[0].param_groups, _schedule_of(trainer)
-        before = float(group["lr"])
-        group.update(self._options)
-        place_steps(trainer.optimizers[0])
-        vars(schedule).update(self._schedule)
-        [group["lr"]] = rates = schedule.get_lr()
-        schedule._last_lr = rates
-        if abs(float(group["lr"]) - before) > 1e-9 * before:
-            self.note(
-                f"The learning rate of step {trainer.global_step + 1:,} is {float(group['lr']):.3g}; with the former "
-                f"configuration it would have been {before:.3g}. The optimiser's moments are the checkpoint's."
-            )
-
-
-def place_steps(optimizer: Optimizer) -> None:
-    """Put the optimiser's counts of steps where its options want them: a fused one beside the weights, others in RAM.
-
-    PyTorch follows the options of the checkpoint. With a GPU a fused step would fail, and another would wait for it.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if "step" in state:
-                state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
-
-
-def _schedule_of(trainer: Trainer) -> NoamAnnealing:
-    schedule = trainer.lr_scheduler_configs[0].scheduler
-    assert isinstance(schedule, NoamAnnealing)
-    return schedule
 
 
 def _fold_blocks(one: dict[str, Any], other: dict[str, Any]) -> None:

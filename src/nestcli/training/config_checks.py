@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bounds import as_written, within
+from nestcli.bounds import as_written
 from nestcli.config import leaves, raw_config, section, seed_of
 from nestcli.data.dataset import MIN_SECONDS
 from nestcli.data.dataset_config import DatasetConfig
@@ -21,58 +20,11 @@ from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import disjoint_blocks, overlapping_blocks
 from nestcli.model.nest import NestConfig
 from nestcli.model.optim import OptimizerConfig, ScheduleConfig
-from nestcli.training.settings import SafetyConfig, TrainerConfig
+from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
 
 _TRIED, _AT_A_TIME = 4096, 64  # utterances whose masks are drawn before training, until one has a masked token
 _TRIED_WITH_LIMIT = 64  # with max_mask_ratio, which takes its time
 _BLOCKS = ("model.train_ds", "model.validation_ds")
-
-
-@dataclass(frozen=True)
-class ManagerConfig:
-    """The `exp_manager` block, checked."""
-
-    exp_dir: str | None
-    name: str
-    create_tensorboard_logger: bool
-    create_checkpoint_callback: bool
-    resume_if_exists: bool
-    resume_ignore_no_checkpoint: bool
-    create_wandb_logger: bool
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """The `exp_manager.checkpoint_callback_params` block, checked."""
-
-    monitor: str
-    mode: str
-    save_top_k: int
-    always_save_nemo: bool
-    filename: str | None = None
-    every_n_epochs: int | None = None
-    every_n_train_steps: int | None = None
-    save_last: bool | str | None = None
-    verbose: bool = False
-    auto_insert_metric_name: bool = True
-
-    def __post_init__(self) -> None:
-        within(self, -1, 10**6, "save_top_k")
-        within(self, 0, 10**12, "every_n_train_steps", "every_n_epochs")
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"mode: {self.mode!r}: use min or max.")
-        if self.every_n_epochs not in (None, 0, 1):
-            raise ValueError(
-                f"every_n_epochs: {self.every_n_epochs} cannot be had: a run is one sequence of batches. "
-                "Set every_n_train_steps, or trainer.val_check_interval."
-            )
-        if isinstance(self.save_last, str) and self.save_last != "link":
-            raise ValueError(f"save_last: {self.save_last!r}: use true, false or link.")
-        if self.save_last is False and self.save_top_k == 0:
-            raise ValueError(
-                "save_top_k: 0 with save_last=false writes no checkpoint. Raise it, or set save_last=true; for a run "
-                "that keeps nothing, set exp_manager.create_checkpoint_callback=false."
-            )
 
 
 def check_settings(config: DictConfig) -> None:

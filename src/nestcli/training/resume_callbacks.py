@@ -1,0 +1,135 @@
+"""What Lightning counts, put right where a run goes on: validation that is owed, another number of batches a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from nestcli.data.datamodule import NestDataModule, recounted
+from nestcli.errors import CheckpointError
+from nestcli.model.optim import NoamAnnealing
+from nestcli.training.find_checkpoint import Resume
+
+_BATCHES = "epoch_loop.batch_progress"
+_VALIDATED = "epoch_loop.val_loop.batch_progress"
+_COUNTS = ("ready", "started", "processed", "completed")
+
+
+class ResumedCounts(Callback):
+    """Mends the counts in a checkpoint before Lightning takes them over.
+
+    Left alone, Lightning passes over the validation that was due when a checkpoint was written at the end of a step,
+    and goes on in the middle of one that was stopped, with the beginning of its data and half of its sums.
+    """
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        loops = checkpoint["loops"]["fit_loop"]
+        owed = _complete_step(loops) or _is_unfinished(loops.get(_VALIDATED))
+        stored = checkpoint.get(NestDataModule.__qualname__, {})
+        accumulate = trainer.accumulate_grad_batches
+        for counts in (loops[_BATCHES]["total"], loops[_BATCHES]["current"]):
+            for name in _COUNTS:
+                counts[name] = recounted(counts[name], stored.get("accumulate", accumulate), accumulate)
+        counted = loops[_BATCHES]["total"]["ready"]
+        if not owed:
+            return
+        if validation_is_due(trainer, counted):
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}  # the first batch, and nothing of it
+            loops[_VALIDATED] = {"total": dict(begun), "current": dict(begun), "is_last_batch": False}
+        else:  # Lightning goes straight on to the next batch, without counting the step for the loggers
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # what it began with above stays in the total
+
+
+def validation_is_due(trainer: Trainer, batches: int) -> bool:
+    """Whether validation comes after so many batches of training."""
+    return bool(trainer.limit_val_batches) and batches % int(trainer.val_check_interval or 1) == 0
+
+
+def _complete_step(loops: dict[str, Any]) -> bool:
+    """Whether the checkpoint was written at the end of a step, before what follows; such a step is counted now."""
+    counts = loops[_BATCHES]
+    if counts["total"]["completed"] == counts["total"]["processed"]:
+        return False
+    for each in (counts["total"], counts["current"]):
+        each["completed"] = each["processed"]
+    return True
+
+
+def _is_unfinished(validated: dict[str, Any] | None) -> bool:
+    return validated is not None and validated["current"]["ready"] != validated["current"]["completed"]
+
+
+class SameResume(Callback):
+    """Stops a run whose processes would go on from different checkpoints, as where the folder is not shared."""
+
+    def __init__(self, resume: Resume) -> None:
+        self.resume = resume
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        ours = (self.resume.path.name if self.resume.path else None, self.resume.step)
+        first = trainer.strategy.broadcast(ours)
+        if ours != first:
+            raise CheckpointError(
+                f"process {trainer.global_rank} finds {ours[0] or 'no checkpoint'} to go on from, the first process "
+                f"{first[0] or 'none'}. Let exp_manager.exp_dir be a folder that all of them share."
+            )
+
+
+class ConfiguredOptimizer(Callback):
+    """Gives optimiser and schedule the configuration's values where a run goes on; moments and steps are kept.
+
+    Lightning restores all options with the state of a checkpoint. Where nothing has changed they are the same.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
+        self._options: dict[str, Any] = {}
+        self._schedule: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        [optimizer], schedule = trainer.optimizers, _schedule_of(trainer)
+        [group] = optimizer.param_groups
+        self._options = {key: value for key, value in group.items() if key not in ("params", "lr")}
+        self._schedule = {
+            key: getattr(schedule, key) for key in ("base_lrs", "d_model", "warmup_steps", "min_lr")
+        }  # before the checkpoint's state replaces them
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.ckpt_path:
+            return
+        [group], schedule = trainer.optimizers[0].param_groups, _schedule_of(trainer)
+        before = float(group["lr"])
+        group.update(self._options)
+        place_steps(trainer.optimizers[0])
+        vars(schedule).update(self._schedule)
+        [group["lr"]] = rates = schedule.get_lr()
+        schedule._last_lr = rates
+        if abs(float(group["lr"]) - before) > 1e-9 * before:
+            self.note(
+                f"The learning rate of step {trainer.global_step + 1:,} is {float(group['lr']):.3g}; with the former "
+                f"configuration it would have been {before:.3g}. The optimiser's moments are the checkpoint's."
+            )
+
+
+def place_steps(optimizer: Optimizer) -> None:
+    """Put the optimiser's counts of steps where its options want them: a fused one beside the weights, others in RAM.
+
+    PyTorch follows the options of the checkpoint. With a GPU a fused step would fail, and another would wait for it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
+
+
+def _schedule_of(trainer: Trainer) -> NoamAnnealing:
+    schedule = trainer.lr_scheduler_configs[0].scheduler
+    assert isinstance(schedule, NoamAnnealing)
+    return schedule

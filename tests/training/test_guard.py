@@ -17,7 +17,7 @@ from nestcli.data.sampler import Place
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.module import NestModule
 from nestcli.training.run import Pretraining, RunResult
-from nestcli.training.step_guard import StepGuard, _leave_out
+from nestcli.training.step_guard import StepGuard, _gradient_norm, _leave_out, _unscales
 
 NOTHING_MASKED = "model.masking.block_size=4000"  # longer than every utterance
 
@@ -255,6 +255,23 @@ def test_the_gradient_scaler_goes_on_when_a_step_is_left_out() -> None:
     assert scaled_step(1.0, leaves_out=False) == (True, True)
     assert scaled_step(1.0, leaves_out=True) == (False, True)
     assert scaled_step(math.inf, leaves_out=False) == (False, False)  # its own skipping
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_gradient_norm_is_that_of_unscaled_gradients(fused: bool) -> None:
+    layer = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    layer(torch.ones(2, 3)).sum().backward()
+    expected = _gradient_norm(optimizer, None)
+    layer.zero_grad()
+    scaler.scale(layer(torch.ones(2, 3)).sum()).backward()
+    assert _unscales(optimizer) is fused is getattr(optimizer, "_step_supports_amp_scaling", False)  # torch's own word
+    if not fused:
+        scaler.unscale_(optimizer)
+    assert _gradient_norm(optimizer, scaler) == expected
+    if fused:
+        assert _gradient_norm(optimizer, None) == 4 * expected  # the gradients themselves stay scaled
 
 
 def test_a_step_that_the_scaler_skips_is_not_counted() -> None:

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.model.module import NestModule
+from nestcli.training.lightning_internals import OpenModelCheckpoint
 
 LAST_KEPT = 2  # newest checkpoints: a damaged one has one before it
 _OF_EACH_PROCESS = ("train_loss", "masked_accuracy")  # values that processes log of their own batches
@@ -38,7 +38,7 @@ def without_unknown(template: str, known: Collection[str]) -> str:
     return template.strip("-_ ") or "{step}"
 
 
-class NestCheckpoint(ModelCheckpoint):
+class NestCheckpoint(OpenModelCheckpoint):
     """Checkpoints named as NeMo names them: `NAME--val_loss=8.123-step=100.ckpt`, and the newest two with `-last`.
 
     A last one is written whenever a best one could be, and at the end of training, where validation may not have come
@@ -99,33 +99,30 @@ class NestCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last one where the model is none of the best as well; Lightning 2.6 would not."""
         super().on_validation_end(trainer, pl_module)
-        by_validation = self._every_n_epochs >= 1 and not self._should_save_on_train_epoch_end(trainer)
-        if by_validation and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.saves_after_validation(trainer) and self.is_due(trainer):
+            self.write_last(trainer, self.candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if getattr(self, "_defer_save_until_validation", False):  # Lightning 2.6: due on the last batch, and put off
-            self._defer_save_until_validation = False
-            if not self._should_skip_saving_checkpoint(trainer):
-                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.take_deferred() and self.is_due(trainer):  # due on the last batch, which no validation followed
+            self.write_best(trainer, self.candidates(trainer))
+            self.write_last(trainer, self.candidates(trainer))
         super().on_train_end(trainer, pl_module)
-        if self.save_last and self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.save_last and self.last_saved_step != trainer.global_step:
+            self.write_last(trainer, self.candidates(trainer))
 
     def save_now(self, trainer: Trainer) -> Path:
         """Write the last checkpoint out of turn, whatever `save_last` says; to be called in all processes."""
         wanted, self.save_last = self.save_last, True
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.write_last(trainer, self.candidates(trainer))
         self.save_last = wanted
         return Path(self.last_model_path)
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+    def write(self, trainer: Trainer, filepath: str) -> None:
         """The .nemo file comes first: after a kill in between, the run that goes on writes both again."""
         try:
             self._keep_nemo(trainer, filepath)
         finally:
-            super()._save_checkpoint(trainer, filepath)
+            super().write(trainer, filepath)
 
     def _keep_nemo(self, trainer: Trainer, filepath: str) -> None:
         score = self.best_model_score
@@ -137,28 +134,28 @@ class NestCheckpoint(ModelCheckpoint):
             config = cast(NestModule, trainer.lightning_module).config
             write_nemo(self.nemo, config, {name.removeprefix("model."): value for name, value in weights.items()})
 
-    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+    def write_best(self, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
         if not _is_finite(trainer):
             return
         self._best_before = {*self.best_k_models, self.best_model_path} - {""}
-        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        super().write_best(trainer, candidates)
 
-    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+    def write_last(self, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
         if not _is_finite(trainer):
             return
-        super()._save_last_checkpoint(trainer, monitor_candidates)
+        super().write_last(trainer, candidates)
         if self.save_last and trainer.is_global_zero:
             for path in _outdated(Path(self.last_model_path)):
                 path.unlink(missing_ok=True)
 
-    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+    def is_removable(self, trainer: Trainer, previous: str, current: str) -> bool:
         """Former best ones go, the one that the run was resumed from too; the last ones are seen to elsewhere."""
         inside = Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
         return previous != current and inside and not previous.endswith("-last.ckpt")
 
-    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+    def candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         """Lightning's, the same in all processes: these have to agree on the best model and on its file's name."""
-        candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
+        candidates = super().candidates(trainer)
         for name in _OF_EACH_PROCESS:
             if name in candidates:
                 candidates[name] = trainer.strategy.reduce(candidates[name], reduce_op="mean")

@@ -19,6 +19,7 @@ from torch import Tensor
 from nestcli.data.batch import NoiseBatch
 from nestcli.model.health import count_codes, dead_codes, effective_rank, perplexity, total_norm, unigram_baseline
 from nestcli.model.module import NestModule
+from nestcli.training.lightning_internals import is_step_complete
 from nestcli.training.step_guard import StepGuard
 
 # What the words below stand for. Measured examples: docs/health.md
@@ -179,7 +180,7 @@ class HealthMonitor(Callback):
         self._local += _sizes(module, outputs, batch)
         step = _Step.of(module.step_loss, outputs)
         self._open = step if self._open is None else self._open + step
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        if is_step_complete(trainer):
             self._last, self._open = self._open, None
 
     def on_validation_batch_end(

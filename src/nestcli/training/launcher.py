@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +24,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from nestcli.errors import ConfigError, NestError, RunFailedError
+from nestcli.training.lightning_internals import OpenLauncher, replace_launcher
 
 _TORCHRUN = "torchrun --nproc-per-node DEVICES -m nestcli pretrain ... trainer.devices=DEVICES"
 _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -55,12 +54,10 @@ def is_launched() -> bool:
 @contextmanager
 def ended_together(trainer: Trainer) -> Iterator[None]:
     """Run training in all processes of this machine: an error in one ends all, and is the first that is printed."""
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher) or trainer.world_size == 1:
+    watched = replace_launcher(trainer, _WatchedLauncher) if trainer.world_size > 1 else None
+    if watched is None:
         yield
         return
-    watched = _WatchedLauncher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
-    trainer.strategy._launcher = watched
     try:
         yield
     except NestError:
@@ -79,23 +76,19 @@ def ended_together(trainer: Trainer) -> Iterator[None]:
         watched.rest()
 
 
-class _WatchedLauncher(_SubprocessScriptLauncher):
+class _WatchedLauncher(OpenLauncher):
     """Starts the other processes of this machine, and ends this one when one of them, or its own parent, dies."""
 
     _resting = False
 
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        environment = self.cluster_environment
-        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not environment.creates_processes_externally:
+    def start(self) -> None:
+        if not self.cluster_environment.creates_processes_externally:
             os.environ[_LAUNCHER] = str(os.getpid())
-            self._call_children_scripts()
+            super().start()
             del os.environ[_LAUNCHER]
             threading.Thread(target=self._watch, name="watch-processes", daemon=True).start()
         elif is_launched():
             threading.Thread(target=_end_with, args=(int(os.environ[_LAUNCHER]),), daemon=True).start()
-        _set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs)
 
     def first_dead(self, seconds: float) -> PeerLostError | None:
         """What is to be said of a process that has failed, waiting for its end for so long."""

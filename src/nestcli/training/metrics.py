@@ -16,7 +16,7 @@ from nestcli.errors import RunFailedError
 from nestcli.model.module import NestModule
 from nestcli.training.health import CollapseWatch, HealthMonitor, WaitClock
 from nestcli.training.jsonl import append_line, drop_lines_after, line_at
-from nestcli.training.resume_callbacks import validation_is_due
+from nestcli.training.lightning_internals import is_step_complete, is_validation_due
 
 _ONCE_LOGGED = ("audio_per_second", "unigram_loss", "unigram_accuracy", "data_wait_share")
 _SAME_AS_MODULE = ("step", "train_loss", "masked_accuracy", "lr")  # which the module logs itself
@@ -117,12 +117,6 @@ class MetricsWriter(Callback):
             self._row = line_at(self.path, trainer.global_step) or self._row  # validation may come before a step
         self._clock = time.monotonic()
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not hasattr(trainer.fit_loop.epoch_loop, "update_restart_stage"):
-            # Lightning 2.4, which NeMo pins, repeats the end of the validation that a checkpoint was written after, and
-            # takes its mean for the whole. Without its counters it repeats all of it, with the same result.
-            checkpoint["loops"]["fit_loop"].pop("epoch_loop.val_loop.batch_progress", None)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._used_lr = cast(NestModule, pl_module).learning_rate
 
@@ -133,12 +127,12 @@ class MetricsWriter(Callback):
         self.totals.seconds += now - self._clock
         self._window.seconds += now - self._clock
         self._clock = now
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        if not is_step_complete(trainer):
             return
         step, steps = trainer.global_step, _steps(trainer)
         if step % self.log_every == 0 or step == steps:
             self._log(trainer, pl_module)
-        elif validation_is_due(trainer, trainer.fit_loop.epoch_loop.batch_progress.total.ready):
+        elif is_validation_due(trainer, trainer.fit_loop.epoch_loop.batch_progress.total.ready):
             self._read(trainer, pl_module)  # now: a run that is stopped here validates when it goes on
         elif not self._shown:  # the display should not wait for the first line
             self._shown = dict(zip(("train_loss", "masked_accuracy"), self.health.glance(), strict=True))

@@ -12,6 +12,7 @@ from nestcli.data.datamodule import NestDataModule, recounted
 from nestcli.errors import CheckpointError
 from nestcli.model.optim import NoamAnnealing
 from nestcli.training.find_checkpoint import Resume
+from nestcli.training.lightning_internals import count_step_for_loggers, is_validation_due, set_last_rates
 
 _BATCHES = "epoch_loop.batch_progress"
 _VALIDATED = "epoch_loop.val_loop.batch_progress"
@@ -27,6 +28,10 @@ class ResumedCounts(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         loops = checkpoint["loops"]["fit_loop"]
+        if not hasattr(trainer.fit_loop.epoch_loop, "update_restart_stage"):
+            # Lightning 2.4, which NeMo pins, repeats the end of the validation that a checkpoint was written after, and
+            # takes its mean for the whole. Without its counters it repeats all of it, with the same result.
+            loops.pop(_VALIDATED, None)
         owed = _complete_step(loops) or _is_unfinished(loops.get(_VALIDATED))
         stored = checkpoint.get(NestDataModule.__qualname__, {})
         accumulate = trainer.accumulate_grad_batches
@@ -36,19 +41,14 @@ class ResumedCounts(Callback):
         counted = loops[_BATCHES]["total"]["ready"]
         if not owed:
             return
-        if validation_is_due(trainer, counted):
+        if is_validation_due(trainer, counted):
             begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}  # the first batch, and nothing of it
             loops[_VALIDATED] = {"total": dict(begun), "current": dict(begun), "is_last_batch": False}
         else:  # Lightning goes straight on to the next batch, without counting the step for the loggers
-            loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+            count_step_for_loggers(loops)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # what it began with above stays in the total
-
-
-def validation_is_due(trainer: Trainer, batches: int) -> bool:
-    """Whether validation comes after so many batches of training."""
-    return bool(trainer.limit_val_batches) and batches % int(trainer.val_check_interval or 1) == 0
 
 
 def _complete_step(loops: dict[str, Any]) -> bool:
@@ -109,7 +109,7 @@ class ConfiguredOptimizer(Callback):
         place_steps(trainer.optimizers[0])
         vars(schedule).update(self._schedule)
         [group["lr"]] = rates = schedule.get_lr()
-        schedule._last_lr = rates
+        set_last_rates(schedule, rates)
         if abs(float(group["lr"]) - before) > 1e-9 * before:
             self.note(
                 f"The learning rate of step {trainer.global_step + 1:,} is {float(group['lr']):.3g}; with the former "

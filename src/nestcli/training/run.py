@@ -32,6 +32,7 @@ from nestcli.training.find_checkpoint import find_resume
 from nestcli.training.health import CollapseWatch, HealthMonitor, WaitClock
 from nestcli.training.initial_weights import start_from, starts_of
 from nestcli.training.launcher import check_launch, cluster_plugins, ended_together
+from nestcli.training.lightning_internals import keep_signal_handlers
 from nestcli.training.loggers import keep_id, make_loggers
 from nestcli.training.metrics import MetricsWriter, Reporter
 from nestcli.training.resume_callbacks import ConfiguredOptimizer, ResumedCounts, SameResume
@@ -56,7 +57,7 @@ from nestcli.training.settings import (
     quieten,
     trainer_options,
 )
-from nestcli.training.signals import StopSignals, leave_signals_to_us
+from nestcli.training.signals import StopSignals
 from nestcli.training.step_guard import StepGuard
 
 BAD_BATCHES = "bad_batches.jsonl"
@@ -313,7 +314,7 @@ class Pretraining:
             )
         except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:  # Lightning's own checks
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
-        leave_signals_to_us(trainer)
+        keep_signal_handlers(trainer)
         return trainer
 
 

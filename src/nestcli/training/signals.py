@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nestcli.errors import RunFailedError
 from nestcli.training.checkpoints import NestCheckpoint
+from nestcli.training.lightning_internals import is_step_complete
 
 STOPPED = 143  # exit code of a run that was asked to end and can go on: what the shell has for SIGTERM
 INTERRUPTED = 130  # of one that Ctrl-C ended
@@ -80,7 +81,7 @@ class StopSignals(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate() or _is_last_step(trainer):
+        if not is_step_complete(trainer) or _is_last_step(trainer):
             return
         signum = over_processes(trainer, self.signum)
         if signum:
@@ -91,18 +92,11 @@ class StopSignals(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.sanity_checking or _is_last_step(trainer) or trainer.fit_loop.epoch_loop._should_accumulate():
+        if trainer.sanity_checking or _is_last_step(trainer) or not is_step_complete(trainer):
             return  # half of a step's gradients cannot be saved, and what ends by itself is let end
         signum = over_processes(trainer, self.signum)
         if signum:
             raise StoppedError(signum, _save(trainer))
-
-
-def leave_signals_to_us(trainer: Trainer) -> None:
-    """Keep Lightning from installing its own handlers."""
-    connector = trainer._signal_connector
-    assert hasattr(connector, "register_signal_handlers")  # another Lightning may have them elsewhere
-    connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 def over_processes(trainer: Trainer, signum: int) -> int:

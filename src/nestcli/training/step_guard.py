@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from nestcli.data.batch import NoiseBatch
@@ -19,11 +18,13 @@ from nestcli.errors import DataError, RunFailedError
 from nestcli.model.health import total_norm
 from nestcli.model.module import NestModule
 from nestcli.training.jsonl import append_line, drop_lines_after
+from nestcli.training.lightning_internals import copy_tensors
 
 _MEDIAN_OF = 100  # good steps whose losses tell what is usual
 _MEDIAN_FROM = 20  # of them; below, no loss counts as exploding
 _WINDOW = 100  # steps among which `max_bad_steps` are too many
 _FILES = 1000  # names in a line at most
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class StepGuard(Callback):
@@ -164,7 +165,7 @@ class _Statistics:
         self._kept: list[Tensor] = []
 
     def keep(self, module: nn.Module) -> None:
-        live = [buffer for part in module.modules() if isinstance(part, _BatchNorm) for buffer in part.buffers(False)]
+        live = [buffer for part in module.modules() if isinstance(part, _BATCH_NORMS) for buffer in part.buffers(False)]
         if [buffer.data_ptr() for buffer in live] != [buffer.data_ptr() for buffer in self._live]:
             self._live, self._kept = live, [torch.empty_like(buffer) for buffer in live]
         self._copy(self._kept, self._live)
@@ -172,12 +173,11 @@ class _Statistics:
     def put_back(self) -> None:
         self._copy(self._live, self._kept)
 
-    @torch.no_grad()
     def _copy(self, to: list[Tensor], source: list[Tensor]) -> None:
         for floating in (True, False):  # one kernel for each type
             pairs = [pair for pair in zip(to, source, strict=True) if pair[0].is_floating_point() == floating]
             if pairs:
-                torch._foreach_copy_([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+                copy_tensors([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
@@ -187,13 +187,13 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 def _unscales(optimizer: Optimizer) -> bool:
     """Whether gradients are still scaled where we see them: a fused optimiser undoes that itself."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return bool(optimizer.defaults.get("fused"))
 
 
 def _gradient_norm(optimizer: Optimizer, scaler: Any) -> Tensor:
     norm = total_norm(_gradients(optimizer))
-    if scaler is not None and _unscales(optimizer) and scaler._scale is not None:
-        norm = norm / scaler._scale
+    if scaler is not None and _unscales(optimizer):
+        norm = norm / scaler.scale(torch.ones_like(norm))  # get_scale() would wait for the device
     return norm
 
 

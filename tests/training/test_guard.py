@@ -17,7 +17,7 @@ from nestcli.data.sampler import Place
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.module import NestModule
 from nestcli.training.run import Pretraining, RunResult
-from nestcli.training.step_guard import StepGuard, _gradient_norm, _leave_out, _unscales
+from nestcli.training.step_guard import StepGuard, _gradient_norm, _skip_update, _unscales
 
 NOTHING_MASKED = "model.masking.block_size=4000"  # longer than every utterance
 
@@ -98,7 +98,7 @@ def test_a_nan_in_a_batch_leaves_nothing_behind(
     manifest = [json.loads(line) for line in corpus["train"].read_text().splitlines()]
     assert [found["file"] for found in bad["files"]] == [manifest[number]["audio_filepath"] for number in ids]
     assert bad["files"][0]["where"].endswith(f"train.json, line {ids[0] + 1}")
-    assert [note for note in run.reporter.notes if "step 4 left out: the loss is nan" in note]  # type: ignore[attr-defined]
+    assert [note for note in run.reporter.notes if "step 4 skipped: the loss is nan" in note]  # type: ignore[attr-defined]
     assert result.last is not None
     weights = load_lightning_checkpoint(result.last)["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
@@ -245,7 +245,7 @@ def scaled_step(loss_factor: float, *, leaves_out: bool) -> tuple[bool, bool]:
     scaler.scale(layer(torch.ones(2, 3)).sum() * loss_factor).backward()
     scaler.unscale_(optimizer)
     if leaves_out:
-        _leave_out(optimizer, scaler)
+        _skip_update(optimizer, scaler)
     scaler.step(optimizer)
     scaler.update()
     return not torch.equal(before, layer.weight), scaler.get_scale() == 4.0

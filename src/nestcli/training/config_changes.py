@@ -1,6 +1,6 @@
-"""A run that goes on with another configuration: what takes effect, what is told, and what is refused.
+"""Changes of the configuration between two parts of a run: which take effect, which are announced, which are refused.
 
-docs/checkpoints.md has the same as a table.
+docs/checkpoints.md has them as a table.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _BLOCKS: dict[str, type[Any]] = {
     "trainer": TrainerConfig,
     "nest": SafetyConfig,
 }
-# Keys of the model that may change between two parts of a run. The others make it another model, even where all
-# shapes stay the same.
+# Keys of the model that may change between two parts of a run. The others make a different model, even if all shapes
+# stay the same.
 MAY_CHANGE = {
     "model.preprocessor": {"dither", "pad_to", "nemo_exact"},
     "model.quantizer": {"dist_fn", "freeze", "squeeze_single"},
@@ -55,23 +55,23 @@ MAY_CHANGE = {
     "model.decoder": {"squeeze_single"},
     "model.masking": {"block_size", "mask_prob", "freeze", "allow_overlap", "max_mask_ratio"},
 }  # fmt: skip
-# Keys whose change is not worth a word: how fast data come, how long the run is, what it is called, no effect at all.
+# Keys whose change is not announced: the speed of the loader, the run's length and name, keys without effect.
 _QUIET = (
     "name", "exp_manager", "model.spec_augment", "model.encoder.pos_emb_max_len", *START_KEYS,
     *(f"model.{part}.{key}" for part in ("train_ds", "validation_ds")
       for key in ("num_workers", "pin_memory", "read_timeout", "max_failed_share", "use_start_end_token")),
 )  # fmt: skip
-_TOLD_OF_TRAINER = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "sync_batchnorm")
+_TRAINER_KEYS = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "sync_batchnorm")
 _BEST = tuple(
     f"exp_manager.checkpoint_callback_params.{key}"
     for key in ("monitor", "mode", "every_n_train_steps", "every_n_epochs")
-)  # with another one, Lightning does not take over what the best models were
+)  # if one of them changes, Lightning does not restore the best models
 _SHOWN = 8  # keys in a message
 
 
 @dataclass(frozen=True)
 class Changes:
-    """The keys whose values differ between the configuration of a checkpoint and that of today: (then, now)."""
+    """The keys whose values differ between a checkpoint's configuration and the current one: (then, now)."""
 
     former: Mapping[str, Any]
     step: int
@@ -79,7 +79,7 @@ class Changes:
 
     @classmethod
     def of(cls, former: Mapping[str, Any] | None, config: DictConfig, step: int) -> Changes:
-        """`former` is the configuration in the checkpoint of `step`; None where there is none."""
+        """Compare `former`, the configuration in the checkpoint of `step` (None: no checkpoint), with the current."""
         if former is None:
             return cls({}, step, {})
         then, now = dict(leaves(former)), dict(leaves(resolved(config)))
@@ -91,49 +91,47 @@ class Changes:
         return cls(former, step, differing)
 
     def check(self, checkpoint: Path) -> None:
-        """Raise ConfigError for a change that makes another model of it, or that a checkpoint's weights rule out."""
+        """Raise ConfigError for a change that makes a different model."""
         for key, (then, now) in self.keys.items():
             block, _, name = key.rpartition(".")
             ours = block in MAY_CHANGE and any(field.name == name for field in dataclasses.fields(_BLOCKS[block]))
             if key == "model.mask_position" or (ours and name not in MAY_CHANGE[block]):
                 raise ConfigError(
-                    f"the run in {checkpoint.parent.parent} has {key}={as_written(then)}, and here it is "
-                    f"{as_written(now)}: that is another model. Set {key}={as_written(then)} to go on, or another "
-                    f"exp_manager.name with init_from_ptl_ckpt={checkpoint} to begin a new run with the weights "
-                    "of this one."
+                    f"the run in {checkpoint.parent.parent} has {key}={as_written(then)}, but the configuration has "
+                    f"{as_written(now)}, which makes a different model. Set {key}={as_written(then)} to resume the "
+                    f"run, or another exp_manager.name with init_from_ptl_ckpt={checkpoint} to start a new run from "
+                    "its weights."
                 )
 
-    def tell(self, note: Callable[[str], None]) -> None:
-        """Say what changes for training from here on; the length of a run and its surroundings go without saying."""
-        told = {key: pair for key, pair in self.keys.items() if _is_told(key)}
-        if told:
-            shown = [f"{key} is {as_written(now)}, was {as_written(then)}" for key, (then, now) in told.items()][
+    def announce(self, note: Callable[[str], None]) -> None:
+        """Report the changes that affect training from here on, but not those of the run's length or speed."""
+        announced = {key: pair for key, pair in self.keys.items() if _is_announced(key)}
+        if announced:
+            shown = [f"{key} is {as_written(now)}, was {as_written(then)}" for key, (then, now) in announced.items()][
                 :_SHOWN
             ]
-            more = f"; and {len(told) - _SHOWN} more keys" if len(told) > _SHOWN else ""
+            more = f"; and {len(announced) - _SHOWN} more keys" if len(announced) > _SHOWN else ""
             note(
-                f"From step {self.step + 1:,} on the configuration is another one: {'; '.join(shown)}{more}. "
-                f"The former one is kept as {self.kept_name}."
+                f"The configuration changes from step {self.step + 1:,} on: {'; '.join(shown)}{more}. "
+                f"The previous one is kept as {self.kept_name}."
             )
-        if "seed" in told:
-            note(
-                "The new seed draws the order of the data, augmentation, masks and dropout; weights and codebooks stay."
-            )
+        if "seed" in announced:
+            note("The new seed applies to data order, augmentation, masks and dropout; weights and codebooks stay.")
         if any(key in self.keys for key in _BEST):
-            note("The best model is looked for anew; the best checkpoints of before stay in the folder.")
+            note("The search for the best model starts again; the best checkpoints so far stay in the folder.")
 
     @property
     def kept_name(self) -> str:
         return f"config-to-step-{self.step}.yaml"
 
     def keep_former(self, folder: Path) -> None:
-        """Write the former configuration beside config.yaml, if anything differs. Raises NestError."""
+        """Write the previous configuration beside config.yaml if anything differs. Raises NestError."""
         if self.keys:
             write_text(folder / self.kept_name, [OmegaConf.to_yaml(OmegaConf.create(dict(self.former)))])
 
 
-def record_start(config: DictConfig, former: Mapping[str, Any] | None) -> None:
-    """Have the configuration of a run that goes on name the weights that it began with; others are not used."""
+def record_initial_weights(config: DictConfig, former: Mapping[str, Any] | None) -> None:
+    """Make the configuration of a resumed run name the weights that it began with, the only ones."""
     if former is None:
         return
     for key in START_KEYS:
@@ -142,7 +140,7 @@ def record_start(config: DictConfig, former: Mapping[str, Any] | None) -> None:
 
 
 def _fold_blocks(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Make one key of a block of `other` that is null in `one`: its keys say no more than that it is there."""
+    """Fold each block of `other` that is null in `one` into one key: only its presence differs."""
     for block in [key for key, value in one.items() if value is None]:
         inside = [key for key in other if key.startswith(f"{block}.")]
         for key in inside:
@@ -152,7 +150,7 @@ def _fold_blocks(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """Values of keys that a configuration need not have; null for all others."""
+    """Return the values of keys that a configuration may leave out."""
     values = {
         f"{block}.{field.name}": field.default
         for block, cls in _BLOCKS.items()
@@ -163,12 +161,12 @@ def _defaults() -> dict[str, Any]:
 
 
 def _is_name(key: str) -> bool:
-    """Whether a key names a class, which has several names."""
+    """Whether a key names a class; a class can have several names."""
     return key.endswith("_target_")
 
 
-def _is_told(key: str) -> bool:
+def _is_announced(key: str) -> bool:
     if any(key == quiet or key.startswith(f"{quiet}.") for quiet in _QUIET):
         return False
     block, _, name = key.partition(".")
-    return name in _TOLD_OF_TRAINER if block == "trainer" else True
+    return name in _TRAINER_KEYS if block == "trainer" else True

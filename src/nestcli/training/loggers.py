@@ -1,10 +1,12 @@
-"""The run of W&B that belongs to a run of ours: its id is kept in the folder, so that both go on together."""
+"""Loggers: TensorBoard, W&B with an id that is kept in the run's folder, and the warnings that Lightning logs."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,21 @@ from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.files import write_text
 
 ID_FILE = "wandb_id.txt"
-_ID = re.compile(r"[^\s/\\#?%:]{1,128}")  # what W&B takes
+_ID = re.compile(r"[^\s/\\#?%:]{1,128}")  # what W&B accepts
 
 
 def wandb_options(config: DictConfig, folder: Path) -> dict[str, Any]:
-    """`exp_manager.wandb_logger_kwargs` with the id that is kept in the folder, where the user names none."""
+    """Return `exp_manager.wandb_logger_kwargs`, with the id that is kept in the folder unless the user names one."""
     options = dict(resolved(config)["exp_manager"].get("wandb_logger_kwargs") or {})
     if _own_id(options) is None and (kept := _kept(folder)):
         options["id"] = kept
     return options
 
 
-def keep_id(config: DictConfig, folder: Path) -> None:
-    """Keep the id of the coming run of W&B: the user's, that of the folder (but for `resume: never`), or a new one.
+def keep_wandb_id(config: DictConfig, folder: Path) -> None:
+    """Write the W&B run's id to the folder: the user's, the folder's (unless `resume: never`), or a new one.
 
-    Raises ConfigError for a file that holds no id, and NestError where the disk fails.
+    Raises ConfigError if the folder's file holds no valid id, and NestError if the disk fails.
     """
     if not config.exp_manager.create_wandb_logger:
         return
@@ -41,13 +43,13 @@ def keep_id(config: DictConfig, folder: Path) -> None:
 
 
 def _own_id(options: dict[str, Any]) -> str | None:
-    """The id that the user names, as Lightning or W&B reads it."""
+    """Return the id that the user names in the configuration or the environment."""
     named = options.get("version") or options.get("id") or os.environ.get("WANDB_RUN_ID")
     return str(named) if named else None
 
 
 def _kept(folder: Path) -> str | None:
-    """The id in the folder; None without one."""
+    """Return the id in the folder; None if there is none."""
     path = folder / ID_FILE
     if not path.is_file():
         return None
@@ -55,13 +57,13 @@ def _kept(folder: Path) -> str | None:
         text = file.read(1000).decode(errors="replace").strip()
     if not _ID.fullmatch(text):
         raise ConfigError(
-            f"{path} holds no id of a W&B run. Remove it to begin a new run of W&B, or write the id there."
+            f"{path} does not hold the id of a W&B run. Remove it to start a new W&B run, or write the id to it."
         )
     return text
 
 
 def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
-    """TensorBoard and W&B, as exp_manager asks."""
+    """Return the loggers that exp_manager configures: TensorBoard, W&B."""
     manager = config.exp_manager
     loggers: list[Logger] = []
     if manager.create_tensorboard_logger:
@@ -81,3 +83,21 @@ def _wandb_logger(config: DictConfig, folder: Path) -> Logger:
             'exp_manager.create_wandb_logger: W&B is not installed. Run pip install "nestcli[wandb]", '
             "or set exp_manager.create_wandb_logger=false."
         ) from None
+
+
+def silence_expected_warnings() -> None:
+    """Silence Lightning's warnings about loaders, samplers and loggers that nest sets up on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*dataloader is not resumable.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # config_changes reports it
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*number of training batches.*smaller than the logging interval.*",
+        ".*defined a `validation_step` but have no `val_dataloader`.*",
+        ".*Trying to infer the `batch_size`.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # Lightning itself uses what PyTorch has deprecated
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")

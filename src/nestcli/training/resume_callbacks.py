@@ -1,4 +1,4 @@
-"""What Lightning counts, put right where a run goes on: validation that is owed, another number of batches a step."""
+"""Callbacks that make Lightning resume correctly: one checkpoint for all, the configured optimiser, loop counters."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _COUNTS = ("ready", "started", "processed", "completed")
 
 
 class ResumedCounts(Callback):
-    """Mends the counts in a checkpoint before Lightning takes them over.
+    """Fixes the loop counters in a checkpoint before Lightning restores them.
 
-    Left alone, Lightning passes over the validation that was due when a checkpoint was written at the end of a step,
-    and goes on in the middle of one that was stopped, with the beginning of its data and half of its sums.
+    Otherwise Lightning skips a validation that was due when the checkpoint was written at the end of a step, and
+    resumes an interrupted validation in the middle, with the first data again and half of the sums.
     """
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         loops = checkpoint["loops"]["fit_loop"]
         if not hasattr(trainer.fit_loop.epoch_loop, "update_restart_stage"):
-            # Lightning 2.4, which NeMo pins, repeats the end of the validation that a checkpoint was written after, and
-            # takes its mean for the whole. Without its counters it repeats all of it, with the same result.
+            # Lightning 2.4, which NeMo pins, repeats the last batches of the validation before a checkpoint and takes
+            # their mean for all. Without these counters it repeats the whole validation, with the same result.
             loops.pop(_VALIDATED, None)
         owed = _complete_step(loops) or _is_unfinished(loops.get(_VALIDATED))
         stored = checkpoint.get(NestDataModule.__qualname__, {})
@@ -42,17 +42,17 @@ class ResumedCounts(Callback):
         if not owed:
             return
         if is_validation_due(trainer, counted):
-            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}  # the first batch, and nothing of it
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}  # before the first batch
             loops[_VALIDATED] = {"total": dict(begun), "current": dict(begun), "is_last_batch": False}
-        else:  # Lightning goes straight on to the next batch, without counting the step for the loggers
+        else:  # Lightning continues with the next batch and does not count the step for the loggers
             count_step_for_loggers(loops)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # what it began with above stays in the total
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # the 1 from above
 
 
 def _complete_step(loops: dict[str, Any]) -> bool:
-    """Whether the checkpoint was written at the end of a step, before what follows; such a step is counted now."""
+    """Count a step that had ended but was not completed when the checkpoint was written; whether there was one."""
     counts = loops[_BATCHES]
     if counts["total"]["completed"] == counts["total"]["processed"]:
         return False
@@ -66,7 +66,7 @@ def _is_unfinished(validated: dict[str, Any] | None) -> bool:
 
 
 class SameResume(Callback):
-    """Stops a run whose processes would go on from different checkpoints, as where the folder is not shared."""
+    """Stops a run whose processes would resume from different checkpoints, as in a folder that is not shared."""
 
     def __init__(self, resume: Resume) -> None:
         self.resume = resume
@@ -76,15 +76,15 @@ class SameResume(Callback):
         first = trainer.strategy.broadcast(ours)
         if ours != first:
             raise CheckpointError(
-                f"process {trainer.global_rank} finds {ours[0] or 'no checkpoint'} to go on from, the first process "
-                f"{first[0] or 'none'}. Let exp_manager.exp_dir be a folder that all of them share."
+                f"process {trainer.global_rank} finds {ours[0] or 'no checkpoint'} to resume from, the first process "
+                f"{first[0] or 'none'}. Set exp_manager.exp_dir to a folder that all processes share."
             )
 
 
 class ConfiguredOptimizer(Callback):
-    """Gives optimiser and schedule the configuration's values where a run goes on; moments and steps are kept.
+    """Gives the optimiser and the schedule the configuration's values in a resumed run; moments and steps are kept.
 
-    Lightning restores all options with the state of a checkpoint. Where nothing has changed they are the same.
+    Lightning restores all options from the checkpoint.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -112,15 +112,15 @@ class ConfiguredOptimizer(Callback):
         set_last_rates(schedule, rates)
         if abs(float(group["lr"]) - before) > 1e-9 * before:
             self.note(
-                f"The learning rate of step {trainer.global_step + 1:,} is {float(group['lr']):.3g}; with the former "
+                f"The learning rate of step {trainer.global_step + 1:,} is {float(group['lr']):.3g}; with the previous "
                 f"configuration it would have been {before:.3g}. The optimiser's moments are the checkpoint's."
             )
 
 
 def place_steps(optimizer: Optimizer) -> None:
-    """Put the optimiser's counts of steps where its options want them: a fused one beside the weights, others in RAM.
+    """Move the optimiser's step counts to the device that its options need: fused ones to the weights', others to CPU.
 
-    PyTorch follows the options of the checkpoint. With a GPU a fused step would fail, and another would wait for it.
+    PyTorch follows the checkpoint's options. On a GPU a fused step would then fail, and another would wait for it.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -365,7 +365,7 @@ def test_other_keys_are_told_once(corpus: dict[str, Path], tmp_path: Path) -> No
         (["model.encoder.pos_emb_max_len=100"],
          ["model.encoder.pos_emb_max_len=100 has no effect: the table of positions grows as needed."]),
         (["model.optim.sched.warmup_ratio=0.1", "model.optim.sched.warmup_steps=100"],
-         ["model.optim.sched.warmup_steps=100 has no effect: model.optim.sched.warmup_ratio is set, "
+         ["model.optim.sched.warmup_steps=100 has no effect: model.optim.sched.warmup_ratio is set "
           "and takes precedence."]),
         (["trainer.check_val_every_n_epoch=2"],
          ["trainer.check_val_every_n_epoch=2 has no effect: trainer.val_check_interval is a number of batches."]),
@@ -432,8 +432,8 @@ def test_masks_that_fall_on_something_are_taken() -> None:
         check_masks(load_config("small", words), "model.train_ds", ONE_TO_THREE, notes.append)
     assert torch.equal(before, torch.random.get_rng_state())
     assert notes == [
-        "19 of the 20 utterances of model.train_ds are shorter than a block of model.masking.block_size: nothing of "
-        "them is masked."
+        "19 of the 20 utterances of model.train_ds are shorter than a block of model.masking.block_size, so nothing "
+        "of them is masked."
     ]
 
 

@@ -98,7 +98,10 @@ def test_parts_of_several_checkpoints(corpus: dict[str, Path], other: tuple[Path
         (["init_from_nemo=a.nemo", "init_from_ptl_ckpt=b.ckpt"], "init_from_nemo and init_from_ptl_ckpt are both set"),
         (["init_from_nemo=[a.nemo]"], "init_from_nemo: ['a.nemo']: give a path"),
         (["+init_from_nemo_model={a: {pth: a.nemo}}"], "init_from_nemo_model.a needs a path"),
-        (["init_from_nemo_model={a: {path: a.nemo, include: [1]}}"], "init_from_nemo_model.a.include: [1] is no list"),
+        (
+            ["init_from_nemo_model={a: {path: a.nemo, include: [1]}}"],
+            "init_from_nemo_model.a.include: [1] must be a list",
+        ),
         (["init_from_nemo_model.a.pth=x"], "unknown key init_from_nemo_model.a.pth"),
     ],
 )
@@ -114,7 +117,7 @@ def test_starts_that_cannot_be(words: list[str], message: str) -> None:
         ("init_from_nemo=gone.nemo", "init_from_nemo: gone.nemo: no such checkpoint"),
         ("init_from_nemo={path}", "quantizer.codebooks has the shape [1, 32, 16], the model's has [1, 64, 16]"),
         ("init_from_nemo={path}  model.num_classes=32", "lacks encoder.layers.1."),
-        ("init_from_nemo_model={{a: {{path: {path}, include: [nothing]}}}}", "none of its 59 tensors is chosen"),
+        ("init_from_nemo_model={{a: {{path: {path}, include: [nothing]}}}}", "none of its 59 tensors is selected"),
         (
             "init_from_nemo_model={{a: {{path: {path}, include: [decoder]}}}}",
             "decoder.decoder_layers.0.weight has the shape [32, 16, 1], the model's has [64, 16, 1]",
@@ -181,7 +184,7 @@ def test_nemos_form_takes_parts_of_a_recogniser(
     ("words", "message"),
     [
         (["init_from_encoder=gone.nemo"], "init_from_encoder: gone.nemo: no such checkpoint"),
-        (["init_from_encoder=[a, b]"], "init_from_encoder: ['a', 'b'] is no path"),
+        (["init_from_encoder=[a, b]"], "init_from_encoder: ['a', 'b'] must be a path"),
         (["init_from_encoder={path}", "model.encoder.n_layers=2"], "lacks encoder.layers.1."),
         (["init_from_encoder={path}", "model.encoder.conv_kernel_size=5"], "depthwise_conv.weight has the shape"),
         (

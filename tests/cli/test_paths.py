@@ -17,8 +17,8 @@ from nestcli.cli.paths import PATHS
 from nestcli.config import load_config
 from nestcli.data.corpus import noise_manifest, read_corpus
 from nestcli.data.manifest import read_manifests
-from nestcli.training.initial_weights import starts_of
-from nestcli.training.run import experiment_folder
+from nestcli.training.initial_weights import weight_sources
+from nestcli.training.run_folder import experiment_folder
 
 COMMANDS = typer.main.get_command(app).commands
 NO_PATHS = {"SECTION", "FORMAT", "FIELD", "ADDRESS", "REGEX", "[key=value ...]"}  # texts with another meaning
@@ -135,9 +135,9 @@ def test_the_other_keys(home, prefix):
     config = load_config("small", [*words, f"init_from_nemo_model={prefix}/m.nemo"])
     assert len(noise_manifest(config, "model.train_ds")) == 1
     assert experiment_folder(config).parent.parent.resolve() == home.resolve()
-    assert Path(starts_of(config)[0].path).parent.resolve() == home.resolve()
+    assert Path(weight_sources(config)[0].path).parent.resolve() == home.resolve()
     part = f"init_from_nemo={{x: {{path: '{prefix}/m.nemo'}}}}"
-    assert Path(starts_of(load_config("small", [part]))[0].path).parent.resolve() == home.resolve()
+    assert Path(weight_sources(load_config("small", [part]))[0].path).parent.resolve() == home.resolve()
 
 
 @pytest.mark.parametrize("path", ["~/a b.wav", "file://H/a%20b.wav", "a b.wav", "H/a b.wav"])

@@ -62,13 +62,15 @@ def test_a_package_that_is_fine() -> None:
 @pytest.mark.parametrize(
     ("name", "version", "answer", "has_nemo", "state", "found", "remedy"),
     [
-        ("torch", None, Answer(), False, "problem", "not installed", 'pip install "torch>=2.10"'),
-        ("torch", "2.9.0", FINE, False, "problem", "weights_only=True can be got round", 'pip install "torch>=2.10"'),
-        ("torch", "2.9.0", FINE, True, "problem", "2.9.0 is not >=2.10", 'pip install "torch>=2.10"'),
+        ("torch", None, Answer(), False, "problem", "not installed", 'pip install "torch<2.14,>=2.10"'),
+        ("torch", "2.9.0", FINE, False, "problem", "weights_only=True can be got round", "torch<2.14,>=2.10"),
+        ("torch", "2.9.0", FINE, True, "problem", "2.9.0 is not <2.14,>=2.10", 'install "torch<2.14,>=2.10"'),
         ("lightning", "2.6.3", FINE, False, "problem", "malicious", "Remove it at once"),
         ("lightning", "2.6.2", FINE, True, "problem", "malicious", "Remove it at once"),
-        ("lightning", "2.6.5", FINE, False, "problem", "runs code out", 'pip install "lightning>=2.6.6"'),
-        ("lightning", "2.4.0", FINE, True, "note", "2.4.0 is not >=2.6.6", "NeMo pins it"),
+        ("lightning", "2.6.5", FINE, False, "problem", "runs code out", 'pip install "lightning<2.7,>=2.6.6"'),
+        ("lightning", "2.7.0", FINE, False, "problem", "2.7.0 is not <2.7,>=2.6.6: nest uses private", "<2.7,>=2.6.6"),
+        ("torch", "2.14.0+cpu", FINE, False, "problem", "2.14.0+cpu is not <2.14,>=2.10: nest uses private", "<2.14"),
+        ("lightning", "2.4.0", FINE, True, "note", "2.4.0 is not <2.7,>=2.6.6", "NeMo pins it"),
         ("omegaconf", "2.3.0", FINE, True, "note", "2.3.0 is not >=2.4.0", "NeMo pins it"),
         ("torch", "2.13.0", Answer(error="OSError: libgomp"), False, "problem", "libgomp", "--force-reinstall"),
         ("torch", "2.13.0", Answer({"file": "/home/x/torch.py"}), False, "note", "/home/x/torch.py", "PYTHONPATH"),
@@ -77,7 +79,7 @@ def test_a_package_that_is_fine() -> None:
 def test_a_package_that_is_not(
     name: str, version: str | None, answer: Answer, has_nemo: bool, state: str, found: str, remedy: str
 ) -> None:
-    wanted = Requirement(name, {"torch": ">=2.10", "lightning": ">=2.6.6", "omegaconf": ">=2.4.0"}[name])
+    wanted = Requirement(name, {"torch": "<2.14,>=2.10", "lightning": "<2.7,>=2.6.6", "omegaconf": ">=2.4.0"}[name])
     check = dependency_check(wanted, version, answer, has_nemo=has_nemo, home=Path("/env/lib"))
     assert check.state == state
     assert found in check.found

@@ -28,7 +28,7 @@ from nestcli.config import (
     with_overrides,
 )
 from nestcli.errors import ConfigError, NestError
-from nestcli.training.checks import check_settings, without_effect
+from nestcli.training.config_checks import check_settings, without_effect
 from nestcli.untrusted import _MOST_LETTERS, _letters, check_plain, check_references, odd_in_yaml
 
 KEYS = sorted(_known_keys())

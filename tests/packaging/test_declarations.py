@@ -102,6 +102,16 @@ def test_pins_are_one_a_python_and_within_the_ranges(python: str) -> None:
             assert needed.specifier.contains(version), f"{needed} and the pin {version}"
 
 
+@pytest.mark.parametrize("name", ["torch", "lightning"])
+def test_packages_whose_private_names_are_used_are_capped(name: str) -> None:
+    """The next minor version may lack a name of training/lightning_internals.py."""
+    [needed] = [each for text in GROUPS[""] if (each := Requirement(text)).name == name]
+    [pin] = re.findall(rf"^{name}==(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    major, minor = map(int, pin)
+    assert needed.specifier.contains(f"{major}.{minor}.99")
+    assert not needed.specifier.contains(f"{major}.{minor + 1}.0")
+
+
 def test_the_pythons_are_named_alike() -> None:
     classifiers = {text.rpartition(" ")[2] for text in PROJECT["classifiers"] if ":: Python :: 3." in text}
     assert classifiers == set(PYTHONS)

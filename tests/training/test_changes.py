@@ -10,8 +10,9 @@ from conftest import tiny_config
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.config import load_config, resolved
 from nestcli.errors import ConfigError
-from nestcli.training.changes import Changes, place_steps
+from nestcli.training.config_changes import Changes
 from nestcli.training.find_checkpoint import _first_change
+from nestcli.training.resume_callbacks import place_steps
 from nestcli.training.run import Pretraining
 
 FIRST = ("trainer.max_steps=2", "trainer.val_check_interval=2")
@@ -91,7 +92,7 @@ def test_what_makes_another_model_is_refused_with_the_way_out(
         train(corpus, shared.parent, *FIRST)
     before = (shared / "config.yaml").read_text()
     key = word.partition("=")[0]
-    with pytest.raises(ConfigError, match=rf"{key}=.*another model.*exp_manager\.name.*init_from_ptl_ckpt=.*-last"):
+    with pytest.raises(ConfigError, match=rf"{key}=.*a different model.*exp_manager\.name.*init_from_ptl_ckpt=.*-last"):
         train(corpus, shared.parent, *THEN, word)
     assert (shared / "config.yaml").read_text() == before
 
@@ -107,13 +108,13 @@ def test_every_key_that_may_change_is_told_or_goes_without_saying(corpus: dict[s
         changes = Changes.of(resolved(then), tiny_config(corpus, word), 7)
         changes.check(Path("a/checkpoints/b.ckpt"))
         before = len(told)
-        changes.tell(told.append)
+        changes.announce(told.append)
         assert len(told) > before, word
     assert "seed is 5, was 0" in " ".join(told)
     quiet: list[str] = []
     for word in ("trainer.max_steps=9", "model.train_ds.num_workers=2", "trainer.devices=2", "seed=0",
                  "model.encoder.compile=false", "nest.max_bad_steps=10"):  # fmt: skip
-        Changes.of(resolved(then), tiny_config(corpus, word), 7).tell(quiet.append)
+        Changes.of(resolved(then), tiny_config(corpus, word), 7).announce(quiet.append)
     assert not quiet
 
 

@@ -82,7 +82,7 @@ def test_a_run_without_a_block_for_validation_keeps_its_model(corpus: dict[str, 
     assert (result.step, result.val_loss) == (2, None)
     assert result.nemo is not None
     assert load_checkpoint(result.nemo).config.model.encoder.d_model == 16
-    assert "another one: model.validation_ds is null, was a block of keys. The former" in listener.notes[0]
+    assert "changes from step 2 on: model.validation_ds is null, was a block of keys. The previous" in listener.notes[0]
 
 
 def test_processes_compare_by_the_mean_of_what_each_has_logged(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from nestcli.model.masking import MaskingConfig
 from nestcli.model.module import NestModule
 from nestcli.model.optim import OptimizerConfig, ScheduleConfig
 from nestcli.model.quantizer import QuantizerConfig
-from nestcli.training.checks import CheckpointConfig, ManagerConfig, check_masks, check_settings, without_effect
+from nestcli.training.config_checks import check_masks, check_settings, without_effect
 from nestcli.training.run import Pretraining
-from nestcli.training.settings import SafetyConfig, TrainerConfig
+from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
 from training.test_run import Recorder
 
 # Every key that takes a number, with numbers of the right type just outside of its range, or far beyond it.
@@ -252,7 +252,7 @@ def test_checkpoints_that_would_all_be_left_out(corpus: dict[str, Path]) -> None
         ConfigError, match=r"save_top_k: 0 with save_last=false writes no checkpoint.*create_checkpoint"
     ):
         Pretraining(tiny_config(corpus, *words), Recorder())
-    callback = Pretraining(tiny_config(corpus, words[0], f"{words[1][:-5]}null"), Recorder())._checkpoint_callback()
+    callback = Pretraining(tiny_config(corpus, words[0], f"{words[1][:-5]}null"), Recorder()).checkpoint_callback()
     assert callback is not None
     assert callback.save_last
 
@@ -348,7 +348,7 @@ def test_other_keys_are_told_once(corpus: dict[str, Path], tmp_path: Path) -> No
     ]  # fmt: skip
     result = CliRunner().invoke(app, ["count-params", "small", "+my.note=1", "--json"])
     assert result.stderr.count("+my.note has no effect in nest.") == 1
-    Pretraining(tiny_config(corpus, *words, f"exp_manager.exp_dir={tmp_path}"), Recorder())._trainer([])
+    Pretraining(tiny_config(corpus, *words, f"exp_manager.exp_dir={tmp_path}"), Recorder()).trainer([])
 
 
 @pytest.mark.parametrize(
@@ -359,14 +359,14 @@ def test_other_keys_are_told_once(corpus: dict[str, Path], tmp_path: Path) -> No
         (["model.train_ds.num_buckets=4", "model.train_ds.use_lhotse=true", "model.train_ds.use_bucketing=false"],
          ["model.train_ds.num_buckets=4 has no effect: use_bucketing is false."]),
         (["model.train_ds.use_start_end_token=true"],
-         ["model.train_ds.use_start_end_token=true has no effect: it is of NeMo's text data sets."]),
+         ["model.train_ds.use_start_end_token=true has no effect: it belongs to NeMo's text data sets."]),
         (["model.spec_augment.freq_masks=2"],
-         ["model.spec_augment.freq_masks=2 has no effect: NEST has no SpecAugment, in NeMo neither."]),
+         ["model.spec_augment.freq_masks=2 has no effect: NEST, as in NeMo, does not use SpecAugment."]),
         (["model.encoder.pos_emb_max_len=100"],
          ["model.encoder.pos_emb_max_len=100 has no effect: the table of positions grows as needed."]),
         (["model.optim.sched.warmup_ratio=0.1", "model.optim.sched.warmup_steps=100"],
-         ["model.optim.sched.warmup_steps=100 has no effect: model.optim.sched.warmup_ratio is set, "
-          "and goes before it."]),
+         ["model.optim.sched.warmup_steps=100 has no effect: model.optim.sched.warmup_ratio is set "
+          "and takes precedence."]),
         (["trainer.check_val_every_n_epoch=2"],
          ["trainer.check_val_every_n_epoch=2 has no effect: trainer.val_check_interval is a number of batches."]),
         (["trainer.gradient_clip_algorithm=value"],
@@ -414,7 +414,7 @@ ONE_TO_THREE = np.linspace(1.0, 3.0, 20)
 )  # fmt: skip
 def test_masks_that_fall_on_nothing_are_refused(words: list[str], message: str) -> None:
     config = load_config("small", words)
-    with pytest.raises(ConfigError, match=f"{message}.*nothing would be learned"):
+    with pytest.raises(ConfigError, match=f"{message}.*the model would learn nothing"):
         check_masks(config, "model.train_ds", ONE_TO_THREE, lambda told: None)
     notes: list[str] = []
     check_masks(config, "model.validation_ds", ONE_TO_THREE, notes.append)
@@ -432,8 +432,8 @@ def test_masks_that_fall_on_something_are_taken() -> None:
         check_masks(load_config("small", words), "model.train_ds", ONE_TO_THREE, notes.append)
     assert torch.equal(before, torch.random.get_rng_state())
     assert notes == [
-        "19 of the 20 utterances of model.train_ds are shorter than a block of model.masking.block_size: nothing of "
-        "them is masked."
+        "19 of the 20 utterances of model.train_ds are shorter than a block of model.masking.block_size, so nothing "
+        "of them is masked."
     ]
 
 
@@ -522,7 +522,7 @@ def test_a_time_limit_in_a_file_reaches_lightning(corpus: dict[str, Path], tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trainer.max_time={fortnights: 1}"], "trainer.max_time: .* is no time such as"),
+        (["trainer.max_time={fortnights: 1}"], "trainer.max_time: .* must be a time such as"),
         (["exp_manager.create_preemption_callback=false"], "A run always saves on SIGTERM"),
         (["trainer.fast_dev_run=true"], "Use --dry-run"),
         (["model.encoder.reduction_factor=2"], "nest does not have model.encoder.reduction_factor"),
@@ -534,8 +534,8 @@ def test_a_time_limit_in_a_file_reaches_lightning(corpus: dict[str, Path], tmp_p
          r"att_context_size: .* \[70, 12\] must be a multiple of a chunk's 13 frames"),
         (["model.encoder.att_context_size=[70,-1]", "model.encoder.att_context_style=chunked_limited"],
          r"att_context_size: .* \[70, -1\] must be at least 0"),
-        (["exp_manager.wandb_logger_kwargs=5"], "exp_manager.wandb_logger_kwargs: 5 is no block of keys"),
-        (["model.spec_augment=[1]"], r"model.spec_augment: \[1\] is no block of keys"),
+        (["exp_manager.wandb_logger_kwargs=5"], "exp_manager.wandb_logger_kwargs: 5 must be a block of keys"),
+        (["model.spec_augment=[1]"], r"model.spec_augment: \[1\] must be a block of keys"),
     ],
 )  # fmt: skip
 def test_what_asks_for_something_else_is_refused(words: list[str], message: str) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from conftest import tiny_config
 from nestcli.cli.app import app
 from nestcli.errors import ConfigError
-from nestcli.training.cluster import check_launch, cluster_plugins
+from nestcli.training.launcher import check_launch, cluster_plugins
 from nestcli.training.run import Pretraining
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1"}
@@ -69,7 +69,7 @@ def test_as_many_processes_as_the_trainer_has_are_let_pass(
         (1, 1, {**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         (1, 1, TORCHRUN, "WORLD_SIZE is ''"),
         (2, 2, {"NODE_RANK": "one"}, "NODE_RANK is 'one'"),
-        (4, 2, {"LOCAL_RANK": "1", "WORLD_SIZE": "4", "RANK": "3"}, "RANK=3 is not the place 1 .*Set NODE_RANK"),
+        (4, 2, {"LOCAL_RANK": "1", "WORLD_SIZE": "4", "RANK": "3"}, "RANK=3 is not the rank 1 .*Set NODE_RANK"),
         (1, 1, {**SLURM, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, "Slurm has started 2 .*gpus-per-node"),
         (4, 1, {**SLURM, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, "Slurm has started 2 .* 4 x 1 = 4"),
         (2, 1, {**SLURM, "SLURM_NTASKS": "2"}, "--ntasks-per-node"),
@@ -77,7 +77,7 @@ def test_as_many_processes_as_the_trainer_has_are_let_pass(
         (1, 1, {"OMPI_COMM_WORLD_SIZE": "3"}, "mpirun has started 3 processes"),
         (1, 1, {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "has started 2 processes"),
         (2, 2, {"RANK": "1", "WORLD_SIZE": "2"}, r"--node-rank \$RANK"),
-        (2, 2, {}, "nothing has started the run on the other machines"),
+        (2, 2, {}, "the run was not started on the other machines"),
         (
             1, 1,
             {"LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "x", "JSM_NAMESPACE_LOCAL_RANK": "0", "JSM_NAMESPACE_SIZE": "6"},
@@ -142,7 +142,7 @@ def test_a_place_that_is_no_number_is_told_before_anything_is_loaded(monkeypatch
     put(monkeypatch, RANK="one")
     result = CliRunner().invoke(app, ["extract", "a.wav", "--checkpoint", "a.nemo", "--out", "out"])
     assert isinstance(result.exception, ConfigError)
-    assert "RANK is 'one', which is no place of a process" in str(result.exception)
+    assert "RANK is 'one', but must be the rank of a process" in str(result.exception)
 
 
 def test_a_rank_that_was_left_over_does_not_silence_a_run(corpus: dict[str, Path], tmp_path: Path) -> None:

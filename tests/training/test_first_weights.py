@@ -14,7 +14,7 @@ from nestcli.cli.named import read_config
 from nestcli.config import load_config
 from nestcli.errors import ConfigError, NestError
 from nestcli.model.nest import NestConfig, NestModel
-from nestcli.training.initial_weights import start_from, starts_of
+from nestcli.training.initial_weights import load_initial_weights, weight_sources
 from nestcli.training.run import Pretraining
 
 State = dict[str, torch.Tensor]
@@ -57,8 +57,8 @@ def test_a_run_starts_from_a_nemo_file(
     run = pretraining(corpus, tmp_path, f"{key}={other[0]}")
     ours = run.module.model.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in other[1].items())
-    assert run.plan.starts_from == (f"{other[0]} (59 of 59 tensors)",)
-    assert run.plan.ignored_start is None
+    assert run.plan.initial_weights == (f"{other[0]} (59 of 59 tensors)",)
+    assert run.plan.ignored_key is None
 
 
 def test_a_run_starts_from_a_checkpoint_and_a_resumed_one_does_not(corpus: dict[str, Path], tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_a_run_starts_from_a_checkpoint_and_a_resumed_one_does_not(corpus: dict[
 
     resumed = pretraining(corpus, tmp_path / "first", "init_from_nemo=gone.nemo")
     assert resumed.plan.resumes is not None
-    assert resumed.plan.starts_from == ()
-    assert resumed.plan.ignored_start == "init_from_nemo"
+    assert resumed.plan.initial_weights == ()
+    assert resumed.plan.ignored_key == "init_from_nemo"
 
 
 def test_parts_of_several_checkpoints(corpus: dict[str, Path], other: tuple[Path, State], tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_parts_of_several_checkpoints(corpus: dict[str, Path], other: tuple[Path
         from_other = "encoder" in name and "layers.0.conv" not in name and ".bias" not in name
         expected = other[1] if from_other else books if "quantizer." in name else before
         assert torch.equal(value, expected[name]), name
-    assert [line.rpartition("(")[2] for line in run.plan.starts_from] == ["22 of 59 tensors)", "2 of 59 tensors)"]
+    assert [line.rpartition("(")[2] for line in run.plan.initial_weights] == ["22 of 59 tensors)", "2 of 59 tensors)"]
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,16 @@ def test_parts_of_several_checkpoints(corpus: dict[str, Path], other: tuple[Path
         (["init_from_nemo=a.nemo", "init_from_ptl_ckpt=b.ckpt"], "init_from_nemo and init_from_ptl_ckpt are both set"),
         (["init_from_nemo=[a.nemo]"], "init_from_nemo: ['a.nemo']: give a path"),
         (["+init_from_nemo_model={a: {pth: a.nemo}}"], "init_from_nemo_model.a needs a path"),
-        (["init_from_nemo_model={a: {path: a.nemo, include: [1]}}"], "init_from_nemo_model.a.include: [1] is no list"),
+        (
+            ["init_from_nemo_model={a: {path: a.nemo, include: [1]}}"],
+            "init_from_nemo_model.a.include: [1] must be a list",
+        ),
         (["init_from_nemo_model.a.pth=x"], "unknown key init_from_nemo_model.a.pth"),
     ],
 )
 def test_starts_that_cannot_be(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        starts_of(load_config("small", words))
+        weight_sources(load_config("small", words))
     assert message in str(raised.value)
 
 
@@ -114,7 +117,7 @@ def test_starts_that_cannot_be(words: list[str], message: str) -> None:
         ("init_from_nemo=gone.nemo", "init_from_nemo: gone.nemo: no such checkpoint"),
         ("init_from_nemo={path}", "quantizer.codebooks has the shape [1, 32, 16], the model's has [1, 64, 16]"),
         ("init_from_nemo={path}  model.num_classes=32", "lacks encoder.layers.1."),
-        ("init_from_nemo_model={{a: {{path: {path}, include: [nothing]}}}}", "none of its 59 tensors is chosen"),
+        ("init_from_nemo_model={{a: {{path: {path}, include: [nothing]}}}}", "none of its 59 tensors is selected"),
         (
             "init_from_nemo_model={{a: {{path: {path}, include: [decoder]}}}}",
             "decoder.decoder_layers.0.weight has the shape [32, 16, 1], the model's has [64, 16, 1]",
@@ -128,7 +131,7 @@ def test_weights_that_do_not_fit_are_named(words: str, message: str, other: tupl
     )
     model = NestModel(NestConfig.from_config(config))
     with pytest.raises(NestError) as raised:
-        start_from(model, starts_of(config), config)
+        load_initial_weights(model, weight_sources(config), config)
     assert message in str(raised.value)
     assert "init_from_nemo" in str(raised.value)
 
@@ -136,7 +139,7 @@ def test_weights_that_do_not_fit_are_named(words: str, message: str, other: tupl
 def test_tensors_that_the_model_lacks_are_named(other: tuple[Path, State], tmp_path: Path) -> None:
     model, config = torch.nn.Linear(2, 2), load_config("small", [f"init_from_nemo={other[0]}"])
     with pytest.raises(ConfigError, match=r"holds preprocessor\.featurizer\.window \(and 58 more\), which this model"):
-        start_from(model, starts_of(config), config)
+        load_initial_weights(model, weight_sources(config), config)
 
 
 # ---- an encoder alone, out of a model of another kind ----
@@ -159,7 +162,7 @@ def test_a_run_starts_from_the_encoder_of_a_recogniser(
     run = pretraining(corpus, tmp_path / "started", f"init_from_encoder={recogniser}")
     for name, value in run.module.model.state_dict().items():
         assert torch.equal(value, (other[1] if name.startswith("encoder.") else fresh)[name]), name
-    [line] = run.plan.starts_from
+    [line] = run.plan.initial_weights
     assert line == (
         f"{recogniser}: the encoder of its EncDecCTCModel (52 tensors); left: decoder (1); "
         "fresh: quantizer (2), mask_processor (1), decoder (2)"
@@ -181,7 +184,7 @@ def test_nemos_form_takes_parts_of_a_recogniser(
     ("words", "message"),
     [
         (["init_from_encoder=gone.nemo"], "init_from_encoder: gone.nemo: no such checkpoint"),
-        (["init_from_encoder=[a, b]"], "init_from_encoder: ['a', 'b'] is no path"),
+        (["init_from_encoder=[a, b]"], "init_from_encoder: ['a', 'b'] must be a path"),
         (["init_from_encoder={path}", "model.encoder.n_layers=2"], "lacks encoder.layers.1."),
         (["init_from_encoder={path}", "model.encoder.conv_kernel_size=5"], "depthwise_conv.weight has the shape"),
         (
@@ -199,7 +202,7 @@ def test_encoders_that_do_not_fit_are_named(recogniser: Path, words: list[str], 
     config = tiny_config(sizes, *(word.format(path=recogniser) for word in words))
     model = NestModel(NestConfig.from_config(config))
     with pytest.raises(NestError) as raised:
-        start_from(model, starts_of(config), config)
+        load_initial_weights(model, weight_sources(config), config)
     assert message in str(raised.value)
     if "no such" not in message and "no path" not in message:
         assert f"nest pretrain {recogniser} init_from_encoder={recogniser}" in str(raised.value)
@@ -208,5 +211,7 @@ def test_encoders_that_do_not_fit_are_named(recogniser: Path, words: list[str], 
 def test_the_archive_is_the_configuration_too(corpus: dict[str, Path], recogniser: Path) -> None:
     config = read_config([str(recogniser), f"model.train_ds.manifest_filepath={corpus['train']}"], training=True).config
     model = NestModel(NestConfig.from_config(config))
-    [line] = start_from(model, starts_of(OmegaConf.merge(config, {"init_from_encoder": str(recogniser)})), config)
+    [line] = load_initial_weights(
+        model, weight_sources(OmegaConf.merge(config, {"init_from_encoder": str(recogniser)})), config
+    )
     assert "(52 tensors)" in line

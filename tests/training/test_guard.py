@@ -16,8 +16,8 @@ from nestcli.data.dataset import NoisySpeech
 from nestcli.data.sampler import Place
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.module import NestModule
-from nestcli.training.guard import StepGuard, _leave_out
 from nestcli.training.run import Pretraining, RunResult
+from nestcli.training.step_guard import StepGuard, _gradient_norm, _skip_update, _unscales
 
 NOTHING_MASKED = "model.masking.block_size=4000"  # longer than every utterance
 
@@ -98,7 +98,7 @@ def test_a_nan_in_a_batch_leaves_nothing_behind(
     manifest = [json.loads(line) for line in corpus["train"].read_text().splitlines()]
     assert [found["file"] for found in bad["files"]] == [manifest[number]["audio_filepath"] for number in ids]
     assert bad["files"][0]["where"].endswith(f"train.json, line {ids[0] + 1}")
-    assert [note for note in run.reporter.notes if "step 4 left out: the loss is nan" in note]  # type: ignore[attr-defined]
+    assert [note for note in run.reporter.notes if "step 4 skipped: the loss is nan" in note]  # type: ignore[attr-defined]
     assert result.last is not None
     weights = load_lightning_checkpoint(result.last)["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
@@ -217,7 +217,7 @@ def test_what_counts_as_bad() -> None:
 def test_an_exploding_loss_is_left_out(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nestcli.training.guard._MEDIAN_FROM", 3)
+    monkeypatch.setattr("nestcli.training.step_guard._MEDIAN_FROM", 3)
     run = pretraining(corpus, tmp_path, "trainer.max_steps=7", "nest.explode_factor=4")
     step = run.module.training_step
 
@@ -245,7 +245,7 @@ def scaled_step(loss_factor: float, *, leaves_out: bool) -> tuple[bool, bool]:
     scaler.scale(layer(torch.ones(2, 3)).sum() * loss_factor).backward()
     scaler.unscale_(optimizer)
     if leaves_out:
-        _leave_out(optimizer, scaler)
+        _skip_update(optimizer, scaler)
     scaler.step(optimizer)
     scaler.update()
     return not torch.equal(before, layer.weight), scaler.get_scale() == 4.0
@@ -255,6 +255,23 @@ def test_the_gradient_scaler_goes_on_when_a_step_is_left_out() -> None:
     assert scaled_step(1.0, leaves_out=False) == (True, True)
     assert scaled_step(1.0, leaves_out=True) == (False, True)
     assert scaled_step(math.inf, leaves_out=False) == (False, False)  # its own skipping
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_gradient_norm_is_that_of_unscaled_gradients(fused: bool) -> None:
+    layer = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    layer(torch.ones(2, 3)).sum().backward()
+    expected = _gradient_norm(optimizer, None)
+    layer.zero_grad()
+    scaler.scale(layer(torch.ones(2, 3)).sum()).backward()
+    assert _unscales(optimizer) is fused is getattr(optimizer, "_step_supports_amp_scaling", False)  # torch's own word
+    if not fused:
+        scaler.unscale_(optimizer)
+    assert _gradient_norm(optimizer, scaler) == expected
+    if fused:
+        assert _gradient_norm(optimizer, None) == 4 * expected  # the gradients themselves stay scaled
 
 
 def test_a_step_that_the_scaler_skips_is_not_counted() -> None:

@@ -13,9 +13,8 @@ from conftest import tiny_config
 from nestcli.cli.console import TrainingDisplay
 from nestcli.errors import RunFailedError
 from nestcli.model.health import perplexity
-from nestcli.training.collapse import CollapseWatch
 from nestcli.training.curves import main as curves
-from nestcli.training.health import CodeCounts, HealthMonitor
+from nestcli.training.health import CodeCounts, CollapseDetector, HealthMonitor
 from nestcli.training.metrics import StepReport
 from nestcli.training.run import Pretraining, RunResult
 
@@ -226,11 +225,11 @@ def healthy(**changed: float) -> dict[str, float]:
     ],
 )
 def test_when_a_run_counts_as_collapsed(line: dict[str, float], words: str | None) -> None:
-    watch = CollapseWatch(patience=3, warmup_steps=100, n_codes=8192)
-    assert all(watch.look(step, line) is None for step in range(10, 101, 10))  # the warm-up
-    assert watch.look(110, line) is watch.look(120, line) is None
-    message = watch.look(130, line)
-    assert watch.collapsed is (words is not None)
+    detector = CollapseDetector(patience=3, warmup_steps=100, n_codes=8192)
+    assert all(detector.update(step, line) is None for step in range(10, 101, 10))  # the warm-up
+    assert detector.update(110, line) is detector.update(120, line) is None
+    message = detector.update(130, line)
+    assert detector.collapsed is (words is not None)
     if words is None:
         assert message is None
         return
@@ -238,27 +237,27 @@ def test_when_a_run_counts_as_collapsed(line: dict[str, float], words: str | Non
     assert message.startswith("step 130: the run has collapsed: ")
     assert words in message
     assert "Lower model.optim.lr" in message
-    assert watch.look(140, line) is None  # said once
-    again = CollapseWatch(patience=3, warmup_steps=100, n_codes=8192)
-    again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
-    assert again.look(150, line) is None
-    assert again.look(160, healthy()) == "step 160: the run has recovered from its collapse."
+    assert detector.update(140, line) is None  # said once
+    again = CollapseDetector(patience=3, warmup_steps=100, n_codes=8192)
+    again.load_state_dict(json.loads(json.dumps(detector.state_dict())))
+    assert again.update(150, line) is None
+    assert again.update(160, healthy()) == "step 160: the run has recovered from its collapse."
 
 
 def test_a_loss_above_the_baseline_counts_long_after_the_warm_up() -> None:
-    watch = CollapseWatch(patience=3, warmup_steps=100, n_codes=8192)
-    messages = [watch.look(step, healthy(train_loss=8.0)) for step in range(110, 260, 10)]
+    detector = CollapseDetector(patience=3, warmup_steps=100, n_codes=8192)
+    messages = [detector.update(step, healthy(train_loss=8.0)) for step in range(110, 260, 10)]
     assert [message is None for message in messages] == [True] * 12 + [False] + [True] * 2
     assert messages[12] is not None
     assert "loss 8.000, guessing by frequency gives 7.800, long after the warm-up" in messages[12]
 
 
 def test_a_skipped_step_says_nothing_about_the_run() -> None:
-    watch = CollapseWatch(patience=2, warmup_steps=0, n_codes=8192)
+    detector = CollapseDetector(patience=2, warmup_steps=0, n_codes=8192)
     flat = healthy(train_loss=7.9, effective_rank=1.0)
-    assert watch.look(1, flat) is None
-    assert watch.look(2, healthy(train_loss=math.nan, effective_rank=math.nan)) is None
-    assert watch.look(3, flat) is not None
+    assert detector.update(1, flat) is None
+    assert detector.update(2, healthy(train_loss=math.nan, effective_rank=math.nan)) is None
+    assert detector.update(3, flat) is not None
 
 
 HUGE = (

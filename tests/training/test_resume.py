@@ -19,9 +19,10 @@ from nestcli import files
 from nestcli.checkpoint.lightning import AtomicCheckpointIO, load_lightning_checkpoint
 from nestcli.errors import CheckpointError, ConfigError, RunFailedError
 from nestcli.files import held_alone
-from nestcli.training.disk import disk_explained, needed_bytes
-from nestcli.training.find_checkpoint import Resume, SameResume, find_resume
+from nestcli.training.find_checkpoint import Resume, find_resume
+from nestcli.training.resume_callbacks import SameResume
 from nestcli.training.run import Pretraining, RunResult
+from nestcli.training.run_folder import disk_explained, needed_bytes
 
 Moves = tuple[Path, DictConfig, torch.nn.Module]
 
@@ -86,7 +87,7 @@ def test_twenty_cuts_and_twenty_flipped_bits_are_passed_over(run: Moves) -> None
         newest.write_bytes(changed)
         found = find_resume(folder, config, model)
         assert (found.path, found.step) == (before, 4)
-        assert [passed.path for passed in found.passed if passed.damaged] == [newest]
+        assert [skipped.path for skipped in found.skipped if skipped.damaged] == [newest]
     newest.write_bytes(data)
     assert find_resume(folder, config, model).path == newest
 
@@ -103,7 +104,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_if_it_were_not(
     reporter = Listener()
     Pretraining(config, reporter).dry_run()
     assert (
-        "-step=6-last.ckpt is damaged: it is cut off, or goes on behind its end. The run goes on" in reporter.notes[0]
+        "-step=6-last.ckpt is damaged: it is cut off, or goes on behind its end. The run resumes" in reporter.notes[0]
     )
     assert reporter.notes[0].endswith("-step=4-last.ckpt, step 4. It will be set aside.")
     assert {path.name for path in (folder / "checkpoints").iterdir()} == before
@@ -137,7 +138,7 @@ def test_a_run_without_any_whole_checkpoint_does_not_start_from_zero(corpus: dic
         damage(path)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"cannot go on from any.*step=6-last.*cut off.*exp_manager\.name"):
+        with pytest.raises(CheckpointError, match=r"cannot resume from any.*step=6-last.*cut off.*exp_manager\.name"):
             train(corpus, folder.parent, "trainer.max_steps=8")
     assert {path.name for path in (folder / "checkpoints").iterdir()} == names
     for path in (folder / "checkpoints").glob("*.ckpt"):
@@ -153,7 +154,7 @@ def test_a_best_checkpoint_serves_where_no_last_one_does(corpus: dict[str, Path]
         [last] = at(tmp_path / "run", step)
         damage(last)
     result, notes = train(corpus, tmp_path, "trainer.max_steps=4", *words)
-    assert "The run goes on from" in notes[0]
+    assert "The run resumes from" in notes[0]
     assert notes[0].count("-step=3.ckpt, step 3.") == 1
     assert result.step == 4
 
@@ -168,12 +169,12 @@ def test_checkpoints_of_another_kind_are_left_alone(run: Moves) -> None:
     torch.save({"state_dict": Path(), "global_step": 9}, foreign)  # a class of somebody's
     found = find_resume(folder, config, model)
     assert found.path == before
-    assert [(passed.path, passed.damaged) for passed in found.passed] == [(foreign, False), (newest, False)]
+    assert [(skipped.path, skipped.damaged) for skipped in found.skipped] == [(foreign, False), (newest, False)]
     found.set_aside(print)
     assert foreign.is_file()
     assert newest.is_file()
     before.unlink()
-    with pytest.raises(CheckpointError, match=r"it holds weights, and not the state of training.*init_from_ptl_ckpt"):
+    with pytest.raises(CheckpointError, match=r"it holds weights without the state of training.*init_from_ptl_ckpt"):
         find_resume(folder, config, model)
 
 
@@ -255,7 +256,7 @@ def test_a_disk_with_too_little_room_is_refused_before_training(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr("nestcli.training.disk.shutil.disk_usage", lambda _: usage(9, 8, 300_000))
+    monkeypatch.setattr("nestcli.training.run_folder.shutil.disk_usage", lambda _: usage(9, 8, 300_000))
     with pytest.raises(ConfigError, match=r"the checkpoints need 1\.\d MB, and 0\.3 MB are free.*exp_manager\.exp_dir"):
         train(corpus, tmp_path, "trainer.max_steps=1")
     config = tiny_config(corpus, f"exp_manager.exp_dir={tmp_path}")
@@ -264,7 +265,7 @@ def test_a_disk_with_too_little_room_is_refused_before_training(
     assert not list(tmp_path.rglob("*.ckpt"))
     monkeypatch.undo()
     train(corpus, tmp_path, "trainer.max_steps=4")
-    monkeypatch.setattr("nestcli.training.disk.shutil.disk_usage", lambda _: usage(9, 8, 700_000))
+    monkeypatch.setattr("nestcli.training.run_folder.shutil.disk_usage", lambda _: usage(9, 8, 700_000))
     result, _ = train(corpus, tmp_path, "trainer.max_steps=5")  # what is there will be replaced
     assert result.step == 5
 
@@ -282,8 +283,8 @@ def test_full_shared_memory_is_no_full_disk(
 ) -> None:
     """A lock of a loader process that cannot be made has no file's name, and Lightning's own errors follow from it."""
     usage = namedtuple("Usage", "total used free")
-    monkeypatch.setattr("nestcli.training.disk._SHARED_MEMORY", Path("/"))
-    monkeypatch.setattr("nestcli.training.disk.shutil.disk_usage", lambda _: usage(9, 8, free))
+    monkeypatch.setattr("nestcli.training.run_folder._SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr("nestcli.training.run_folder.shutil.disk_usage", lambda _: usage(9, 8, free))
     follows = RuntimeError("what follows from it")
     follows.__context__ = OSError(28, "No space left on device", name)
     with pytest.raises(RunFailedError, match=said), disk_explained(Path("run")):
@@ -293,7 +294,7 @@ def test_full_shared_memory_is_no_full_disk(
 def test_the_room_that_checkpoints_need_is_what_they_take(corpus: dict[str, Path], tmp_path: Path) -> None:
     words = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run", "trainer.max_steps=5")
     run = Pretraining(tiny_config(corpus, *words, "trainer.val_check_interval=2"), Listener())
-    checkpoints = run._checkpoint_callback()
+    checkpoints = run.checkpoint_callback()
     assert checkpoints is not None
     needed = needed_bytes(run.folder, checkpoints, run.module.model)
     run.fit()

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_config
 from nestcli.checkpoint.lightning import (
     AtomicCheckpointIO,
-    config_of_checkpoint,
+    config_of_content,
     load_lightning_checkpoint,
 )
 from nestcli.checkpoint.load import load_checkpoint
@@ -87,7 +87,7 @@ def test_a_checkpoint_has_nemos_names_its_configuration_and_no_code(corpus: dict
     result, _ = train(corpus, tmp_path, "trainer.max_steps=2", "trainer.val_check_interval=2")
     assert result.last is not None
     content = load_lightning_checkpoint(result.last)
-    config = config_of_checkpoint(result.last, ["model.encoder.dropout=0.5"])
+    config = config_of_content(content, str(result.last), ["model.encoder.dropout=0.5"])
     assert config.model.encoder.dropout == 0.5
     model = NestModel(NestConfig.from_config(config))
     model.load_state_dict(content["state_dict"], strict=True)
@@ -191,8 +191,11 @@ def test_a_dry_run_tries_a_batch_and_writes_nothing(corpus: dict[str, Path], tmp
         ("trainer.max_steps=10k", "trainer.max_steps: '10k' is not of type"),
         ("trainer.val_check_interval=0", "trainer.val_check_interval: 0 must be from 1 to"),
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches: 0 must be from 1 to 1,048,576"),
-        ("trainer.gradient_clip_algorithm=foo", "trainer.gradient_clip_algorithm: 'foo': use norm or value"),
-        ("exp_manager.checkpoint_callback_params.mode=foo", "checkpoint_callback_params.mode: 'foo': use min or max"),
+        ("trainer.gradient_clip_algorithm=foo", "trainer.gradient_clip_algorithm: 'foo' must be norm or value"),
+        (
+            "exp_manager.checkpoint_callback_params.mode=foo",
+            "checkpoint_callback_params.mode: 'foo' must be min or max",
+        ),
         ("exp_manager.checkpoint_callback_params.monitor=val_los", "'val_los' is not logged"),
         ("model.train_ds.batch_size=abc", "model.train_ds.batch_size: 'abc' is not of type int"),
         ("model.train_ds.max_duration=long", "model.train_ds.max_duration: 'long' is not of type"),
@@ -364,8 +367,8 @@ def test_a_run_on_changed_data_begins_an_epoch_and_says_so(corpus: dict[str, Pat
     train(corpus, tmp_path, "trainer.max_steps=4")
     _, recorder = train(corpus, tmp_path, "trainer.max_steps=5", "model.train_ds.min_duration=1.25")
     assert recorder.notes == [
-        "From step 5 on the configuration is another one: model.train_ds.min_duration is 1.25, was 1.0. "
-        "The former one is kept as config-to-step-4.yaml.",
+        "The configuration changes from step 5 on: model.train_ds.min_duration is 1.25, was 1.0. "
+        "The previous one is kept as config-to-step-4.yaml.",
         "The training data or their batches are not those of the checkpoint: "
         "the run goes on with epoch 2 from its beginning.",
     ]

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: by Ctrl-C, SIGTERM and Slurm; what they leave, and how the same command goes on."""
+"""Runs that are asked to stop: by Ctrl-C, SIGTERM and Slurm; what they leave, and how give the same command again."""
 
 import os
 import random
@@ -92,7 +92,7 @@ def test_ctrl_c_saves_and_a_second_one_does_not(
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(
-        StoppedError, match=r"stopped by Ctrl-C: saved .*-last\.ckpt; the same command goes on"
+        StoppedError, match=r"stopped by Ctrl-C: saved .*-last\.ckpt; give the same command again"
     ) as stopped:
         train(corpus, tmp_path / "once", "trainer.max_steps=5", listener=signal_at(2, signal.SIGINT))
     assert stopped.value.exit_code == 130
@@ -135,7 +135,7 @@ def test_slurm_warns_and_the_job_is_queued_again(corpus: dict[str, Path], tmp_pa
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "nest", **fake_scontrol(tmp_path / "bin", "exit 0")}
     output, code = stopped_run(corpus, tmp_path / "parts", *words, signum=signal.SIGUSR1, **slurm)
     assert code == 143, output
-    assert f"stopped by SIGUSR1: saved {checkpoint(tmp_path / 'parts')}; the same command goes on" in output
+    assert f"stopped by SIGUSR1: saved {checkpoint(tmp_path / 'parts')}; give the same command again" in output
     assert "Slurm's job 4711 is queued again" in output
     assert (tmp_path / "bin" / "calls").read_text() == "requeue 4711\n"
     train(corpus, tmp_path / "parts", *words)
@@ -153,7 +153,7 @@ def test_two_processes_and_their_loaders_stop_together(corpus: dict[str, Path], 
     for _ in range(3):
         output, code = stopped_run(corpus, tmp_path / "parts", *words, signum=signum)
         assert code == (130 if signum == signal.SIGINT else 143), output
-        assert output.count("stopping after this step") == output.count("the same command goes on") == 1
+        assert output.count("stopping after this step") == output.count("give the same command again") == 1
     for folder in ("parts", "whole"):
         run = command(corpus, tmp_path / folder, *words)
         output = ended(run)
@@ -189,4 +189,4 @@ def test_without_scontrol_nothing_breaks(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", "/nowhere")
     told: list[str] = []
     requeue(told.append)
-    assert told == ["Slurm's job 12 is not queued again: there is no scontrol on this machine"]
+    assert told == ["Slurm's job 12 is not queued again: this machine has no scontrol"]

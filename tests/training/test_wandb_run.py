@@ -9,8 +9,7 @@ from runs import train
 
 from conftest import tiny_config
 from nestcli.errors import ConfigError
-from nestcli.training.settings import make_loggers
-from nestcli.training.wandb_run import ID_FILE, keep_id, wandb_options
+from nestcli.training.loggers import ID_FILE, keep_wandb_id, make_loggers, wandb_options
 
 WANDB = "exp_manager.create_wandb_logger=true"
 
@@ -26,25 +25,25 @@ def _no_id_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_id_is_drawn_once_and_used_again(corpus: dict[str, Path], tmp_path: Path) -> None:
     assert "id" not in wandb_options(given(corpus), tmp_path)  # of a dry run, which writes nothing
-    keep_id(given(corpus), tmp_path)
+    keep_wandb_id(given(corpus), tmp_path)
     drawn = (tmp_path / ID_FILE).read_text().strip()
     assert len(drawn) == 8
-    keep_id(given(corpus), tmp_path)
+    keep_wandb_id(given(corpus), tmp_path)
     assert wandb_options(given(corpus), tmp_path)["id"] == drawn
-    keep_id(given(corpus, "resume=never"), tmp_path)
+    keep_wandb_id(given(corpus, "resume=never"), tmp_path)
     assert wandb_options(given(corpus), tmp_path)["id"] not in (drawn, None)
 
 
 def test_the_users_id_goes_before_and_is_kept(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep_id(given(corpus), tmp_path)
+    keep_wandb_id(given(corpus), tmp_path)
     mine = given(corpus, "id=mine", "resume=must")
-    keep_id(mine, tmp_path)
+    keep_wandb_id(mine, tmp_path)
     assert {**wandb_options(mine, tmp_path)} == {"name": None, "project": None, "id": "mine", "resume": "must"}
     assert wandb_options(given(corpus), tmp_path)["id"] == "mine"
     monkeypatch.setenv("WANDB_RUN_ID", "of-the-job")
-    keep_id(given(corpus), tmp_path)
+    keep_wandb_id(given(corpus), tmp_path)
     assert "id" not in wandb_options(given(corpus), tmp_path)  # W&B reads the variable itself
     monkeypatch.delenv("WANDB_RUN_ID")
     assert wandb_options(given(corpus), tmp_path)["id"] == "of-the-job"
@@ -53,12 +52,12 @@ def test_the_users_id_goes_before_and_is_kept(
 @pytest.mark.parametrize("text", ["", "a b", "../x", "x" * 200])
 def test_a_file_without_an_id_is_named(corpus: dict[str, Path], tmp_path: Path, text: str) -> None:
     (tmp_path / ID_FILE).write_text(text)
-    with pytest.raises(ConfigError, match=rf"{ID_FILE} holds no id"):
-        keep_id(given(corpus), tmp_path)
+    with pytest.raises(ConfigError, match=rf"{ID_FILE} does not hold the id"):
+        keep_wandb_id(given(corpus), tmp_path)
 
 
 def test_runs_without_wandb_keep_no_id(corpus: dict[str, Path], tmp_path: Path) -> None:
-    keep_id(tiny_config(corpus), tmp_path)
+    keep_wandb_id(tiny_config(corpus), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -69,11 +69,6 @@ def _check(path: str | os.PathLike[str]) -> None:
         check_zip(file, status.st_size, str(path), also=PICKLED)
 
 
-def config_of_checkpoint(path: str | os.PathLike[str], overrides: list[str]) -> DictConfig:
-    """The configuration that a .ckpt of `nest pretrain` carries, overrides applied."""
-    return config_of_content(load_lightning_checkpoint(path), str(path), overrides)
-
-
 def config_of_content(content: Mapping[str, Any], source: str, overrides: list[str]) -> DictConfig:
     """The configuration in the content of a .ckpt file, overrides applied."""
     if not isinstance(content.get(CONFIG_KEY), Mapping):

@@ -67,7 +67,7 @@ def check_ranks() -> None:
         text = os.environ.get(name, "0")
         if not text.isdecimal():
             raise ConfigError(
-                f"the environment variable {name} is {text[:100]!r}, which is no place of a process. Unset it."
+                f"the environment variable {name} is {text[:100]!r}, but must be the rank of a process. Unset it."
             )
 
 

@@ -70,7 +70,9 @@ def _train(run: Pretraining) -> None:
             requeue(console.note)
         raise typer.Exit(0 if is_launched() else stopped.exit_code) from None
     except KeyboardInterrupt:
-        console.note("\nstopped by Ctrl-C; the same command goes on from the newest checkpoint, if there is one")
+        console.note(
+            "\nstopped by Ctrl-C; give the same command again to resume from the newest checkpoint, if there is one"
+        )
         raise typer.Exit(130) from None
 
 
@@ -87,10 +89,10 @@ def _show_plan(plan: RunPlan) -> None:
     console.note(f"folder     {plan.folder}")
     if plan.resumes:
         console.note(f"resumes    {plan.resumes.name} at step {plan.resumes_at:,}")
-    for start in plan.starts_from:
-        console.note(f"weights    {start}")
-    if plan.ignored_start:
-        console.note(f"weights    those of the resumed run; {plan.ignored_start} is ignored")
+    for line in plan.initial_weights:
+        console.note(f"weights    {line}")
+    if plan.ignored_key:
+        console.note(f"weights    those of the resumed run; {plan.ignored_key} is ignored")
 
 
 def _show_dry_run(trial: DryRun) -> None:

@@ -24,10 +24,11 @@ _CORE = (
 )  # fmt: skip  # those that others import come first
 _MODULES = {"lightning": "lightning.pytorch", "pyyaml": "yaml"}  # where it is not the distribution's own name
 _MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
-_WHY = {
+_WHY = {  # a version that is too old is a danger
     "lightning": "it runs code out of checkpoints that it loads itself",
     "torch": "before 2.10 weights_only=True can be got round",
 }
+_TOO_NEW = "nest uses private names of it and has not been tested with this version"
 _WITH_NEMO = {"lightning": "2.4", "omegaconf": "2.3"}  # NeMo 3.0.0 pins these; nest runs with them
 _EXTRAS = {
     "demo": "nest demo's voices",
@@ -173,7 +174,8 @@ def dependency_check(
             remedy = f"Mend {cause} first: its import fails in the same way."
         return _check(name, "problem", f"{version}, and its import fails: {answer.error}", remedy)
     if not is_in_range(version, needed.range):
-        found = f"{version} is not {needed.range}{f': {_WHY[name]}' if name in _WHY else ''}"
+        is_old = not is_in_range(version, ",".join(part for part in needed.range.split(",") if ">" in part))
+        found = f"{version} is not {needed.range}{f': {_WHY[name] if is_old else _TOO_NEW}' if name in _WHY else ''}"
         if has_nemo and name in _WITH_NEMO and is_in_range(version, f">={_WITH_NEMO[name]}"):
             remedy = "None needed: NeMo pins it, nest runs with it and runs no code out of checkpoints."
             return _check(name, "note", found, remedy)

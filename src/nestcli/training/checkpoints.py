@@ -1,65 +1,117 @@
-"""Checkpoints of a run, named as NeMo names them: when they are written, and which are kept."""
+"""Checkpoints of a run under NeMo's names: when they are written and which are kept."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nestcli.checkpoint.nemo import write_nemo
+from nestcli.config import resolved
+from nestcli.errors import ConfigError
 from nestcli.model.module import NestModule
+from nestcli.training.lightning_internals import OpenModelCheckpoint
+from nestcli.training.settings import CheckpointConfig, Length
 
-LAST_KEPT = 2  # newest checkpoints: a damaged one has one before it
-_OF_EACH_PROCESS = ("train_loss", "masked_accuracy")  # values that processes log of their own batches
+LAST_KEPT = 2  # newest checkpoints: if one is damaged, the one before it remains
+_MONITORS = ("val_loss", "val_masked_accuracy", "train_loss", "masked_accuracy")
+_PER_PROCESS = ("train_loss", "masked_accuracy")  # values that each process logs of its own batches
 _FIELD = re.compile(r"(?:[A-Za-z_/]+=)?\{(?P<name>[\w/-]+)(?::[^{}]*)?\}[-_ ]?")
-_TELLS_STEP = re.compile(r"\{step[:}]")
+_HAS_STEP = re.compile(r"\{step[:}]")
 _STEP = re.compile(r"step=(\d+)(-last)?(-v\d+)?\.ckpt")
+# Text with {metric} or {metric:.3f} in it. Python's own formats also allow widths of gigabytes, and attributes.
+_FILENAME = re.compile(r"(?:[^{}]|\{[\w/-]+(?::0?\d{0,2}(?:\.\d{1,2})?[a-z]?)?\})+")
 
 
 def step_in_name(path: Path) -> int | None:
-    """The optimiser steps that a checkpoint's name ends with, as `...-step=100-last.ckpt`."""
+    """Return the optimiser steps that a checkpoint's name ends with, such as `...-step=100-last.ckpt`."""
     found = _STEP.search(path.name)
     return int(found[1]) if found and found.end() == len(path.name) else None
 
 
 def without_unknown(template: str, known: Collection[str]) -> str:
-    """A template of names such as `{val_loss:.3f}-{step}` without the values that are not among the known ones."""
+    """Remove the values that are not known from a template of names such as `{val_loss:.3f}-{step}`."""
     for field in _FIELD.finditer(template):
         if field["name"] not in known:
             template = template.replace(field[0], "", 1)
     return template.strip("-_ ") or "{step}"
 
 
-class NestCheckpoint(ModelCheckpoint):
+def checkpoints_of(config: DictConfig, folder: Path, length: Length, *, validates: bool) -> NestCheckpoint | None:
+    """Return the callback that `exp_manager` configures for a run's folder; None if it wants no checkpoints."""
+    manager = config.exp_manager
+    if not manager.create_checkpoint_callback:
+        return None
+    ours = {field.name for field in fields(CheckpointConfig)}
+    options = {key: value for key, value in resolved(manager.checkpoint_callback_params).items() if key in ours}
+    nemo = nemo_path(config, folder) if options.pop("always_save_nemo", False) else None
+    monitor = options.pop("monitor", "val_loss")
+    if monitor not in _MONITORS:
+        raise ConfigError(
+            f"exp_manager.checkpoint_callback_params.monitor: {monitor!r} is not logged. "
+            f"Use one of {', '.join(_MONITORS)}."
+        )
+    monitor = monitor if validates else None
+    filename = options.pop("filename", None) or f"{manager.name}--{{{monitor}:.4f}}-{{epoch}}"
+    _check_filename(str(filename))
+    if monitor is None:  # nothing to compare by: keep the newest only
+        filename, options["save_top_k"] = f"{manager.name}--{{step}}", 1
+        options.setdefault("every_n_train_steps", max(1, length.validate_every // length.accumulate))
+    if options.get("save_last") is None:
+        options["save_last"] = True
+    try:
+        return NestCheckpoint(folder / "checkpoints", filename, monitor=monitor, nemo=nemo, **options)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"exp_manager.checkpoint_callback_params: {' '.join(str(error).split())}") from None
+
+
+def nemo_path(config: DictConfig, folder: Path) -> Path | None:
+    """Return the path that NeMo's exp_manager gives the .nemo file; None for post_conv, which NeMo cannot load."""
+    fits = config.model.mask_position == "pre_conv"
+    return folder / "checkpoints" / f"{config.exp_manager.name}.nemo" if fits else None
+
+
+def _check_filename(filename: str) -> None:
+    """Raise ConfigError for a name that leaves its folder or formats a number with an absurd width."""
+    if Path(filename).is_absolute() or ".." in Path(filename).parts or not _FILENAME.fullmatch(filename):
+        raise ConfigError(
+            f"exp_manager.checkpoint_callback_params.filename: {filename[:100]!r} must be a name such as "
+            "run--{val_loss:.3f}-{step}."
+        )
+
+
+class NestCheckpoint(OpenModelCheckpoint):
     """Checkpoints named as NeMo names them: `NAME--val_loss=8.123-step=100.ckpt`, and the newest two with `-last`.
 
-    A last one is written whenever a best one could be, and at the end of training, where validation may not have come
-    by. A value that is not known yet, as before the first validation, has no part in a name. `nemo` is a .nemo file of
-    the best model to keep beside them, or of the newest as long as there is no best one.
-    Weights that are not finite are not written: the last good checkpoint stays.
+    A last one is written whenever a best one could be, and at the end of training, which need not end with validation.
+    A value that is not known yet, as before the first validation, is left out of the name. `nemo` is a .nemo file of
+    the best model, written beside them; until there is a best model it holds the newest.
+    Weights that are not finite are not written, so the last good checkpoint stays.
     """
 
     def __init__(
         self, folder: Path, filename: str, *, monitor: str | None, nemo: Path | None = None, **options: Any
     ) -> None:
-        if options.get("save_last") == "link":  # to a file that is removed when a better one comes
+        if options.get("save_last") == "link":  # its target is removed when a better one comes
             options["save_last"] = True
-        if options.get("save_top_k", 1) not in (0, 1) and not _TELLS_STEP.search(filename):
-            filename = f"{filename}-{{step}}"  # several best models have several names
+        if options.get("save_top_k", 1) not in (0, 1) and not _HAS_STEP.search(filename):
+            filename = f"{filename}-{{step}}"  # several best models need several names
         super().__init__(dirpath=folder, filename=filename, monitor=monitor, enable_version_counter=False, **options)
         step = "{step}" if self.auto_insert_metric_name else "step={step}"
         self.CHECKPOINT_NAME_LAST = f"{filename}-last" if filename.endswith(step) else f"{filename}-{step}-last"
         self.nemo = nemo
         self._best_before: set[str] = set()
-        self._unknown = torch.tensor(-math.inf if self.mode == "max" else math.inf)  # of the monitor, before it has one
+        self._unknown = torch.tensor(-math.inf if self.mode == "max" else math.inf)  # the monitor before it has a value
         self._left_over: list[str] = []  # names of former best ones that a kill may have kept from being removed
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,18 +119,18 @@ class NestCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "outdated": sorted(Path(path).name for path in outdated)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The names that count are those in the folder of today: a run may have been moved."""
+        """Restore the state with paths in the current folder: a run may have been moved."""
         moved = {**state_dict, "dirpath": self.dirpath}
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
             moved[key] = self._here(state_dict.get(key, ""))
         best = state_dict.get("best_k_models", {})
         moved["best_k_models"] = {self._here(path): score for path, score in best.items()}
-        surplus = self._beyond_top_k(moved)
+        surplus = self._drop_surplus(moved)
         super().load_state_dict(moved)
         self._left_over = [*state_dict.get("outdated", ()), *surplus]
 
-    def _beyond_top_k(self, state: dict[str, Any]) -> list[str]:
-        """Take the best models that a smaller `save_top_k` leaves no room for out of a state; their files' names."""
+    def _drop_surplus(self, state: dict[str, Any]) -> list[str]:
+        """Remove the best models that exceed a smaller `save_top_k` from a state; return their files' names."""
         best = sorted(state["best_k_models"].items(), key=lambda each: float(each[1]), reverse=self.mode == "max")
         if not 0 < self.save_top_k < len(best):
             return []
@@ -97,69 +149,69 @@ class NestCheckpoint(ModelCheckpoint):
                 Path(self._here(name)).unlink(missing_ok=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last one where the model is none of the best as well; Lightning 2.6 would not."""
+        """Write the last one even if the model is not among the best; Lightning 2.6 would not."""
         super().on_validation_end(trainer, pl_module)
-        by_validation = self._every_n_epochs >= 1 and not self._should_save_on_train_epoch_end(trainer)
-        if by_validation and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.saves_after_validation(trainer) and self.is_due(trainer):
+            self.write_last(trainer, self.candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if getattr(self, "_defer_save_until_validation", False):  # Lightning 2.6: due on the last batch, and put off
-            self._defer_save_until_validation = False
-            if not self._should_skip_saving_checkpoint(trainer):
-                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.take_deferred() and self.is_due(trainer):  # due on the last batch, which no validation followed
+            self.write_best(trainer, self.candidates(trainer))
+            self.write_last(trainer, self.candidates(trainer))
         super().on_train_end(trainer, pl_module)
-        if self.save_last and self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.save_last and self.last_saved_step != trainer.global_step:
+            self.write_last(trainer, self.candidates(trainer))
 
     def save_now(self, trainer: Trainer) -> Path:
-        """Write the last checkpoint out of turn, whatever `save_last` says; to be called in all processes."""
+        """Write the last checkpoint now, whatever `save_last` says; all processes must call this."""
         wanted, self.save_last = self.save_last, True
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.write_last(trainer, self.candidates(trainer))
         self.save_last = wanted
         return Path(self.last_model_path)
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """The .nemo file comes first: after a kill in between, the run that goes on writes both again."""
+    def write(self, trainer: Trainer, filepath: str) -> None:
+        """Write the .nemo file first: after a kill between the two, the resumed run writes both again."""
         try:
-            self._keep_nemo(trainer, filepath)
+            self._write_nemo(trainer, filepath)
         finally:
-            super()._save_checkpoint(trainer, filepath)
+            super().write(trainer, filepath)
 
-    def _keep_nemo(self, trainer: Trainer, filepath: str) -> None:
+    def _write_nemo(self, trainer: Trainer, filepath: str) -> None:
         score = self.best_model_score
         has_best = score is not None and math.isfinite(float(score))
         if self.nemo is None or (has_best and filepath != self.best_model_path):
             return
-        weights = trainer.strategy.lightning_module_state_dict()  # whole in the first process, wherever the parts are
+        weights = trainer.strategy.lightning_module_state_dict()  # whole in the first process, even if sharded
         if trainer.is_global_zero:
             config = cast(NestModule, trainer.lightning_module).config
             write_nemo(self.nemo, config, {name.removeprefix("model."): value for name, value in weights.items()})
 
-    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+    def write_best(self, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
         if not _is_finite(trainer):
             return
         self._best_before = {*self.best_k_models, self.best_model_path} - {""}
-        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        super().write_best(trainer, candidates)
 
-    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+    def write_last(self, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
         if not _is_finite(trainer):
             return
-        super()._save_last_checkpoint(trainer, monitor_candidates)
+        super().write_last(trainer, candidates)
         if self.save_last and trainer.is_global_zero:
             for path in _outdated(Path(self.last_model_path)):
                 path.unlink(missing_ok=True)
 
-    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        """Former best ones go, the one that the run was resumed from too; the last ones are seen to elsewhere."""
+    def is_removable(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Allow the removal of former best ones, also the one that the run was resumed from.
+
+        `write_last` removes the last ones.
+        """
         inside = Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
         return previous != current and inside and not previous.endswith("-last.ckpt")
 
-    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        """Lightning's, the same in all processes: these have to agree on the best model and on its file's name."""
-        candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
-        for name in _OF_EACH_PROCESS:
+    def candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Return Lightning's values, made equal in all processes: they must agree on the best model and its name."""
+        candidates = super().candidates(trainer)
+        for name in _PER_PROCESS:
             if name in candidates:
                 candidates[name] = trainer.strategy.reduce(candidates[name], reduce_op="mean")
         if self.monitor is not None:  # before the first validation any model may be the best
@@ -169,14 +221,14 @@ class NestCheckpoint(ModelCheckpoint):
     def format_checkpoint_name(
         self, metrics: dict[str, Tensor], filename: str | None = None, *more: Any, **options: Any
     ) -> str:
-        """As Lightning does it, whose releases take more or fewer words; a value that is not known is left out."""
+        """Return Lightning's name without the values that are not known. Its releases pass different arguments."""
         known = [name for name, value in metrics.items() if value is not self._unknown]
         kept = without_unknown(filename or str(self.filename), known)
         return str(super().format_checkpoint_name(metrics, kept, *more, **options))
 
 
 def _outdated(newest: Path) -> list[Path]:
-    """The last checkpoints that may go once `newest` is written: those of before, without the newest of them."""
+    """Return the last checkpoints to remove once `newest` is written: all older ones but the newest of them."""
     others = [path for path in newest.parent.glob("*-last.ckpt") if path != newest]
     keyed = sorted(((step_in_name(path) or -1, path.stat().st_mtime_ns, path) for path in others), reverse=True)
     before = [path for step, _, path in keyed if step <= (step_in_name(newest) or 0)]
@@ -184,7 +236,7 @@ def _outdated(newest: Path) -> list[Path]:
 
 
 def _is_finite(trainer: Trainer) -> bool:
-    """Whether all weights and running statistics are, in all processes: these must not differ in what they write."""
+    """Whether all weights and running statistics are finite in all processes, which must write the same files."""
     state = trainer.lightning_module.state_dict().values()
     own = [value.to_local() if isinstance(value, DTensor) else value for value in state]
     finite = bool(torch.stack([value.isfinite().all() for value in own]).all())

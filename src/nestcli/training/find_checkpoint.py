@@ -1,4 +1,4 @@
-"""What a run goes on from: the newest checkpoint that is whole."""
+"""Find the checkpoint that a run resumes from: the newest one that is whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 from torch import nn
 
@@ -17,57 +16,56 @@ from nestcli.checkpoint.weights import checked_tensors
 from nestcli.config import leaves, resolved
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.module import CONFIG_KEY
-from nestcli.training.changes import MAY_CHANGE, Changes
 from nestcli.training.checkpoints import step_in_name
+from nestcli.training.config_changes import MAY_CHANGE, Changes
 from nestcli.untrusted import check_plain
 
-DAMAGED = ".damaged"  # what is put behind the name of one that is set aside
-_STATE = ("optimizer_states", "lr_schedulers", "loops")  # what training needs beside the weights
+DAMAGED = ".damaged"  # suffix of a damaged checkpoint that is set aside
+_STATE = ("optimizer_states", "lr_schedulers", "loops")  # needed to resume, besides the weights
 
 
 @dataclass(frozen=True)
-class Passed:
-    """A checkpoint newer than the one that is resumed, and why it cannot be it."""
+class SkippedCheckpoint:
+    """A checkpoint newer than the one to resume from, and why the run cannot resume from it."""
 
     path: Path
     reason: str
-    damaged: bool  # else it is whole, and of another kind
+    damaged: bool  # False: it is whole, but of another kind
 
 
 @dataclass(frozen=True)
 class Resume:
-    """The checkpoint that a run goes on from, None at its beginning, and the optimiser steps behind it."""
+    """The checkpoint that a run resumes from (None: a new run), and the optimiser steps that it has made."""
 
     path: Path | None = None
     step: int = 0
-    passed: tuple[Passed, ...] = ()
+    skipped: tuple[SkippedCheckpoint, ...] = ()
     former: Mapping[str, Any] | None = field(default=None, compare=False)  # the configuration in the checkpoint
 
     def announce(self, note: Callable[[str], None]) -> None:
-        """Say what is to be set aside, without doing it."""
-        for passed in self.passed:
-            note(f"{self._about(passed)}{' It will be set aside.' if passed.damaged else ''}")
+        """Report the skipped checkpoints without renaming them."""
+        for skipped in self.skipped:
+            note(f"{self._about(skipped)}{' It will be set aside.' if skipped.damaged else ''}")
 
     def set_aside(self, note: Callable[[str], None]) -> None:
-        """Rename the damaged ones, so that nothing takes them for checkpoints; nothing is deleted."""
-        for passed in self.passed:
-            kept = f" It is kept as {_renamed(passed.path).name}." if passed.damaged else ""
-            note(f"{self._about(passed)}{kept}")
+        """Rename the damaged checkpoints so that nothing reads them again; delete nothing."""
+        for skipped in self.skipped:
+            kept = f" It is kept as {_renamed(skipped.path).name}." if skipped.damaged else ""
+            note(f"{self._about(skipped)}{kept}")
 
-    def _about(self, passed: Passed) -> str:
+    def _about(self, skipped: SkippedCheckpoint) -> str:
         assert self.path is not None
-        what = "is damaged" if passed.damaged else "is not used"
+        what = "is damaged" if skipped.damaged else "is not used"
         return (
-            f"The checkpoint {passed.path.name} {what}: {passed.reason}. "
-            f"The run goes on from {self.path.name}, step {self.step:,}."
+            f"The checkpoint {skipped.path.name} {what}: {skipped.reason}. "
+            f"The run resumes from {self.path.name}, step {self.step:,}."
         )
 
 
 def find_resume(folder: Path, config: DictConfig, model: nn.Module) -> Resume:
-    """The newest whole checkpoint in a run's folder, by its optimiser steps, as exp_manager allows.
+    """Find the newest whole checkpoint in a run's folder, by optimiser steps, as exp_manager allows; change nothing.
 
-    Nothing is changed in the folder. Raises ConfigError for a run of another model, and CheckpointError if there are
-    checkpoints and training cannot go on from any of them.
+    Raises ConfigError if the run has a different model, CheckpointError if training cannot resume from any checkpoint.
     """
     manager, checkpoints = config.exp_manager, folder / "checkpoints"
     there = [*checkpoints.glob("*.ckpt"), *checkpoints.glob(f"*.ckpt{DAMAGED}*")]
@@ -75,7 +73,7 @@ def find_resume(folder: Path, config: DictConfig, model: nn.Module) -> Resume:
         if there:
             raise ConfigError(
                 f"{folder} holds a run already, and exp_manager.resume_if_exists is false. A new one would "
-                "overwrite it. Set another exp_manager.name, or exp_manager.resume_if_exists=true to go on with it."
+                "overwrite it. Set another exp_manager.name, or exp_manager.resume_if_exists=true to resume it."
             )
         return Resume()
     if there:
@@ -89,36 +87,42 @@ def find_resume(folder: Path, config: DictConfig, model: nn.Module) -> Resume:
 
 
 def _newest_whole(checkpoints: Path, config: DictConfig, model: nn.Module) -> Resume:
-    passed: list[Passed] = []
+    skipped: list[SkippedCheckpoint] = []
     for path in newest_first(checkpoints):
         try:
             verify(path)
             content = load_lightning_checkpoint(path, mmap=True)
         except DamagedError as error:
-            passed.append(Passed(path, error.reason, damaged=True))
+            skipped.append(SkippedCheckpoint(path, error.reason, damaged=True))
         except FileNotFoundError:  # another process of this run has just set it aside
             continue
         except PermissionError:
-            raise CheckpointError(f"{path} may not be read. Change its permissions: chmod u+r FILE.") from None
+            raise CheckpointError(
+                f"{path} cannot be read: permission denied. Change its permissions: chmod u+r FILE."
+            ) from None
         except CheckpointError:
-            passed.append(Passed(path, "it holds more than tensors and plain data, or no weights", damaged=False))
+            skipped.append(
+                SkippedCheckpoint(
+                    path, "it holds other data than tensors and plain values, or no weights", damaged=False
+                )
+            )
         else:
             if all(key in content for key in _STATE) and isinstance(content.get("global_step"), int):
                 step, former = int(content["global_step"]), _former(content)
                 _check_model(content, former, config, model, checkpoints.parent)
                 Changes.of(former, config, step).check(path)
-                return Resume(path, step, tuple(passed), former)
-            passed.append(Passed(path, "it holds weights, and not the state of training", damaged=False))
-    found = " ".join(f"{each.path.name}: {each.reason}." for each in passed)
+                return Resume(path, step, tuple(skipped), former)
+            skipped.append(SkippedCheckpoint(path, "it holds weights without the state of training", damaged=False))
+    found = " ".join(f"{each.path.name}: {each.reason}." for each in skipped)
     raise CheckpointError(
-        f"training cannot go on from any checkpoint in {checkpoints}. {found or 'Only damaged ones are left.'} Put a "
-        "copy of a whole one there; or move that folder away, or set another exp_manager.name, to start from the "
-        "beginning (from weights that you have: init_from_ptl_ckpt=FILE)."
+        f"training cannot resume from any checkpoint in {checkpoints}. {found or 'Only damaged ones are left.'} Copy "
+        "an undamaged one there. To start from the beginning, move that folder away or set another exp_manager.name "
+        "(to start from weights that you have: init_from_ptl_ckpt=FILE)."
     )
 
 
 def newest_first(checkpoints: Path) -> Iterator[Path]:
-    """The checkpoints of a folder by optimiser steps; of those with the same, the one of the end, then the youngest."""
+    """Yield the checkpoints of a folder, most optimiser steps first; for equal steps `-last` first, then the newest."""
     keyed = []
     for path in checkpoints.glob("*.ckpt"):
         try:
@@ -129,7 +133,7 @@ def newest_first(checkpoints: Path) -> Iterator[Path]:
 
 
 def _step(path: Path) -> float:
-    """Steps by name, or by content if the name does not tell; what cannot be read comes first, to be looked at."""
+    """Return the steps from the name, else from the content; infinity for an unreadable file, to examine it first."""
     step = step_in_name(path)
     if step is not None:
         return step
@@ -149,7 +153,7 @@ def _renamed(path: Path) -> Path:
         path.rename(target)
     except OSError as error:
         raise CheckpointError(
-            f"{path} is damaged, and cannot be renamed to {target.name}: {error.strerror}. Move it away yourself."
+            f"{path} is damaged and cannot be renamed to {target.name}: {error.strerror}. Move it away yourself."
         ) from None
     return target
 
@@ -157,19 +161,19 @@ def _renamed(path: Path) -> Path:
 def _check_model(
     content: Mapping[str, Any], former: Mapping[str, Any] | None, config: DictConfig, model: nn.Module, folder: Path
 ) -> None:
-    """Raise ConfigError if a checkpoint's weights are of another model."""
+    """Raise ConfigError if a checkpoint's weights belong to a different model."""
     ours, stored = model.state_dict(), checked_tensors(content["state_dict"], str(folder))
     for name in [*ours, *stored]:
         shapes = [tuple(state[name].shape) if name in state else None for state in (ours, stored)]
         if shapes[0] != shapes[1]:
             raise ConfigError(
-                f"the run in {folder} is of another model: {_first_change(former, config) or name}. "
+                f"the run in {folder} has a different model: {_first_change(former, config) or name}. "
                 "Set another exp_manager.name for this one."
             )
 
 
 def _former(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The configuration that a checkpoint carries; None where it is nothing that we wrote."""
+    """Return the configuration in a checkpoint; None if nest did not write it."""
     former = content.get(CONFIG_KEY)
     if not isinstance(former, Mapping):
         return None
@@ -181,7 +185,7 @@ def _former(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _first_change(former: Mapping[str, Any] | None, config: DictConfig) -> str | None:
-    """The first setting of the model that differs from the one that a checkpoint carries."""
+    """Return the first setting of the model that differs from the checkpoint's."""
     if former is None:
         return None
     stored = dict(leaves(former.get("model", {})))
@@ -191,19 +195,3 @@ def _first_change(former: Mapping[str, Any] | None, config: DictConfig) -> str |
         if of_model and name not in MAY_CHANGE.get(block, ()) and stored.get(key) != value:
             return f"model.{key} is {stored.get(key)} there and {value} here"
     return None
-
-
-class SameResume(Callback):
-    """Stops a run whose processes would go on from different checkpoints, as where the folder is not shared."""
-
-    def __init__(self, resume: Resume) -> None:
-        self.resume = resume
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        ours = (self.resume.path.name if self.resume.path else None, self.resume.step)
-        first = trainer.strategy.broadcast(ours)
-        if ours != first:
-            raise CheckpointError(
-                f"process {trainer.global_rank} finds {ours[0] or 'no checkpoint'} to go on from, the first process "
-                f"{first[0] or 'none'}. Let exp_manager.exp_dir be a folder that all of them share."
-            )

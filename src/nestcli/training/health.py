@@ -1,12 +1,13 @@
-"""Health of a run: sums kept on the device, read once for each logged line of metrics.jsonl.
+"""Health of a run: sums kept on the device and read once for each logged line of metrics.jsonl; collapse detection.
 
 Axes: G codebooks, C codes; the leading 2 is targets and predictions.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,17 +19,28 @@ from torch import Tensor
 from nestcli.data.batch import NoiseBatch
 from nestcli.model.health import count_codes, dead_codes, effective_rank, perplexity, total_norm, unigram_baseline
 from nestcli.model.module import NestModule
-from nestcli.training.guard import StepGuard
+from nestcli.training.lightning_internals import is_step_complete
+from nestcli.training.step_guard import StepGuard
 
-_TOKENS_A_CODE = 10  # tokens of each codebook, times codes, that perplexity and dead codes look back on
+# Thresholds of a collapse. Measured examples: docs/health.md
+_FEW_CODES = 0.01  # perplexity of the predictions over that of the targets, both less 1
+_FLAT_RANK = 1.5  # effective rank
+_NO_BETTER = 0.98  # loss over that of the unigram baseline, in a run with one of the signs above
+_LONG = 2.0  # warm-ups after which a loss above the baseline alone is a sign
+_KEYS = ("train_loss", "unigram_loss", "predicted_perplexity", "target_perplexity", "effective_rank")
+_ADVICE = (
+    "Lower model.optim.lr or lengthen model.optim.sched.warmup_steps, set trainer.gradient_clip_val=1.0, and start "
+    "again under another exp_manager.name, or from an earlier checkpoint (init_from_ptl_ckpt). See docs/health.md."
+)
+_TOKENS_A_CODE = 10  # perplexity and dead codes cover this many tokens for each code of a codebook
 _TARGETS, _PREDICTIONS = 0, 1
 
 
 class CodeCounts:
-    """How often each code was a target or a prediction: since the last line, recently, in the whole run.
+    """Counts of each code as a target and as a prediction: since the last line, recently, and in the whole run.
 
-    Recently means the last 10 to 20 tokens for each code, or all as long as there are fewer. Everything is on the
-    device, all ranks together, but for `local`: what this rank has not yet shared.
+    Recently means the last 10 to 20 tokens for each code, or all if there are fewer. Everything is on the device and
+    summed over ranks, except `local`: the counts that this rank has not shared yet.
     """
 
     def __init__(self, n_books: int, n_codes: int) -> None:
@@ -46,7 +58,7 @@ class CodeCounts:
         count_codes(self.local[_PREDICTIONS], predicted_NG)
 
     def share(self, trainer: Trainer) -> None:
-        """Add up what the ranks have counted; all ranks must call this together."""
+        """Sum the counts of all ranks, which must call this together."""
         self.window = self.window + _summed(trainer, self.local)
         self.local.zero_()
 
@@ -66,7 +78,7 @@ class CodeCounts:
         }
 
     def close(self) -> None:
-        """Begin a window."""
+        """Start a new window."""
         self.seen = self.seen + self.window[_TARGETS]
         newer = self.newer + self.window
         full = newer[_TARGETS].sum(1).min() >= self.enough
@@ -87,7 +99,7 @@ class CodeCounts:
 
 @dataclass
 class _Step:
-    """An optimiser step, or the part of it that is done; everything is on the device."""
+    """An optimiser step, or the part of it so far; everything is on the device."""
 
     loss: Tensor  # sum over micro-batches
     correct: Tensor
@@ -114,8 +126,8 @@ class _Step:
         )
 
 
-class WaitClock(PassThroughProfiler):
-    """Seconds that training has waited for its loader, from Lightning's own marks around it."""
+class DataWaitClock(PassThroughProfiler):
+    """Counts the seconds that training waits for its loader, as a profiler that Lightning calls around each batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,10 +145,10 @@ class WaitClock(PassThroughProfiler):
 
 
 class HealthMonitor(Callback):
-    """Counts on the device with every batch, and reads all of it in one go when a line is to be written.
+    """Updates sums on the device with every batch, and reads all of them at once when a line is written.
 
-    `read` closes the window that the counts are of. In checkpoints, so that a resumed run gives the same numbers:
-    integers, added up over ranks.
+    `read` closes the window of the counts. Checkpoints hold integers, summed over ranks, so that a resumed run gives
+    the same numbers.
     """
 
     def __init__(self, guard: StepGuard, *, n_books: int, n_codes: int) -> None:
@@ -149,7 +161,7 @@ class HealthMonitor(Callback):
 
     @property
     def unread(self) -> bool:
-        """Whether a step was made since the last reading."""
+        """Whether a step has ended since the last reading."""
         return self._last is not None
 
     # ---- Lightning's hooks ----
@@ -168,7 +180,7 @@ class HealthMonitor(Callback):
         self._local += _sizes(module, outputs, batch)
         step = _Step.of(module.step_loss, outputs)
         self._open = step if self._open is None else self._open + step
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        if is_step_complete(trainer):
             self._last, self._open = self._open, None
 
     def on_validation_batch_end(
@@ -191,23 +203,23 @@ class HealthMonitor(Callback):
         self._window = state_dict["window"].to(self._window.device).clone()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put what the ranks have not shared yet into the state, which Lightning has taken of this rank alone."""
+        """Save the sums over all ranks: Lightning has saved the state of this rank alone."""
         self._share(trainer)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     # ---- reading ----
 
     def glance(self) -> tuple[float, float]:
-        """Loss and accuracy of the newest step on this rank."""
+        """Return the loss and accuracy of the newest step on this rank."""
         assert self._last is not None
         step = self._last
         loss, correct, selected = torch.stack([step.loss / step.batches, step.correct, step.selected]).tolist()
         return loss, correct / max(1.0, selected)
 
     def read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Every measure of the newest step and of the window that ends with it; `samples` are those of the window.
+        """Return every measure of the newest step and of the window that ends with it; `samples` is the window's.
 
-        All ranks must call this together. The one place that waits for the device.
+        All ranks must call this together. Only this method waits for the device.
         """
         assert self._last is not None
         step, self._last = self._last, None
@@ -220,7 +232,7 @@ class HealthMonitor(Callback):
         return {"masked_accuracy": correct / max(1.0, selected), **values}
 
     def read_validation(self, trainer: Trainer) -> dict[str, float]:
-        """The unigram baseline of what was validated; its frequencies are those of the training targets so far."""
+        """Return the unigram baseline of the validation data, with the frequencies of the training targets so far."""
         self._validation.share(trainer)
         seen_GC = self.codes.seen + self.codes.window[_TARGETS]
         loss, accuracy = torch.stack(unigram_baseline(seen_GC, self._validation.window[_TARGETS])).tolist()
@@ -252,7 +264,7 @@ class HealthMonitor(Callback):
 
 
 def _sizes(module: NestModule, outputs: Mapping[str, Tensor], batch: NoiseBatch) -> Tensor:
-    """Samples of audio, samples that the batch has room for, masked frames, frames that could be."""
+    """Return samples of audio, samples including padding, masked frames, and frames that can be masked."""
     if module.model.mask_after_subsampling:
         frames = outputs["frames_B"].sum()
     else:
@@ -262,5 +274,53 @@ def _sizes(module: NestModule, outputs: Mapping[str, Tensor], batch: NoiseBatch)
 
 
 def _summed(trainer: Trainer, own: Tensor) -> Tensor:
-    """The sum over ranks; what is given stays as it is."""
+    """Return the sum over ranks; the input stays unchanged."""
     return cast(Tensor, trainer.strategy.reduce(own.clone(), reduce_op="sum"))
+
+
+class CollapseDetector:
+    """Examines the logged lines after the warm-up; `patience` consecutive lines with signs make a collapse."""
+
+    def __init__(self, patience: int, warmup_steps: int, n_codes: int) -> None:
+        self.patience, self.warmup_steps, self.n_codes = patience, warmup_steps, n_codes
+        self.collapsed = False
+        self._lines: list[dict[str, float]] = []
+
+    def update(self, step: int, line: Mapping[str, Any]) -> str | None:
+        """Add a logged line. Return a message if the run has collapsed or recovered since the line before."""
+        values = {key: float(line[key]) for key in _KEYS}
+        if step <= self.warmup_steps or not all(map(math.isfinite, values.values())):
+            return None  # a skipped step says nothing about the run
+        self._lines = [*self._lines, {"step": float(step), **values}][-self.patience :]
+        signs = self._signs() if len(self._lines) == self.patience else []
+        was, self.collapsed = self.collapsed, bool(signs)
+        if self.collapsed and not was:
+            return (
+                f"step {step}: the run has collapsed: {'; '.join(signs)}, for {self.patience} logged lines. {_ADVICE}"
+            )
+        return f"step {step}: the run has recovered from its collapse." if was and not self.collapsed else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"collapsed": self.collapsed, "lines": [dict(line) for line in self._lines]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.collapsed, self._lines = bool(state["collapsed"]), [dict(line) for line in state["lines"]]
+
+    def _signs(self) -> list[str]:
+        mean = {key: sum(line[key] for line in self._lines) / len(self._lines) for key in _KEYS}
+        loss = f"loss {mean['train_loss']:.3f}, guessing by frequency gives {mean['unigram_loss']:.3f}"
+        codes = (
+            f"predictions spread over {mean['predicted_perplexity']:.1f} of {self.n_codes} codes, "
+            f"targets over {mean['target_perplexity']:.1f}"
+        )
+        rank = f"the encoder's output has an effective rank of {mean['effective_rank']:.2f}"
+        few = self._always(lambda line: line["predicted_perplexity"] - 1 < _FEW_CODES * (line["target_perplexity"] - 1))
+        flat = self._always(lambda line: line["effective_rank"] < _FLAT_RANK)
+        ratio = mean["train_loss"] / mean["unigram_loss"] if mean["unigram_loss"] > 0 else 0.0
+        if (few or flat) and ratio > _NO_BETTER:
+            return [*([codes] if few else []), *([rank] if flat else []), loss]
+        late = self._lines[0]["step"] > _LONG * self.warmup_steps
+        return [f"{loss}, long after the warm-up", codes, rank] if late and ratio > 1 else []
+
+    def _always(self, sign: Callable[[dict[str, float]], bool]) -> bool:
+        return all(sign(line) for line in self._lines)

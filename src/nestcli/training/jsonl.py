@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, written as training goes on and taken back to the step that a run resumes at."""
+"""Files with one JSON object per line, appended during training and truncated to the step that a run resumes at."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nestcli.files import open_kept, write_text
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a line; numbers that JSON does not have, NaN and infinity, become null."""
+    """Append a line; NaN and infinity, which JSON lacks, become null."""
     with open_kept(path, "a", ConfigError, encoding="utf-8") as file:
         file.write(_line(row))
 
 
 def drop_lines_after(path: Path, step: int, then: Mapping[str, Any] | None = None) -> None:
-    """Take out what was written after a step, by a killed run say, and put a line in its place, all at once."""
+    """Remove the lines after a step, such as those of a killed run, and append `then`, in one atomic write."""
     lines = _lines(path)
     kept = [line for line in lines if _step_of(line) <= step]
     if then is not None or len(kept) < len(lines):
@@ -27,7 +27,7 @@ def drop_lines_after(path: Path, step: int, then: Mapping[str, Any] | None = Non
 
 
 def line_at(path: Path, step: int) -> dict[str, Any]:
-    """The last line if it is that of a step, without what validation added."""
+    """Return the last line if it belongs to this step, without the values of validation; else nothing."""
     line = _lines(path)[-1:]
     row: dict[str, Any] = json.loads(line[0]) if line and _step_of(line[0]) == step else {}
     return {key: value for key, value in row.items() if not key.startswith("val_")}
@@ -51,4 +51,4 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that a kill cut off
+        return math.inf  # cut off by a kill

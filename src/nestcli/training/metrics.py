@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, the loggers' curves and the progress display."""
+"""Report a run: metrics.jsonl, the loggers' curves and the progress display."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from nestcli.data.batch import NoiseBatch
 from nestcli.data.skipping import SkipCounter
 from nestcli.errors import RunFailedError
 from nestcli.model.module import NestModule
-from nestcli.training.collapse import CollapseWatch
-from nestcli.training.health import HealthMonitor, WaitClock
+from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor
 from nestcli.training.jsonl import append_line, drop_lines_after, line_at
-from nestcli.training.lightning_counters import validation_is_due
+from nestcli.training.lightning_internals import is_step_complete, is_validation_due
 
-_ONCE_LOGGED = ("audio_per_second", "unigram_loss", "unigram_accuracy", "data_wait_share")
-_SAME_AS_MODULE = ("step", "train_loss", "masked_accuracy", "lr")  # which the module logs itself
+_LOGGED_ALONE = ("audio_per_second", "unigram_loss", "unigram_accuracy", "data_wait_share")
+_SAME_AS_MODULE = ("step", "train_loss", "masked_accuracy", "lr")  # logged by the module itself
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """Where training stands after an optimiser step. Times and audio in seconds; shares from 0 to 1.
+    """The state of training after an optimiser step. Times and audio in seconds; shares from 0 to 1.
 
-    Loss, accuracy and what follows from them are those of the newest step that was read: the last logged one.
+    Loss, accuracy and the fields from `audio_per_second` on are those of the last logged step.
     """
 
     step: int
-    steps: int | None  # in all; None if the end is given in epochs
+    steps: int | None  # in the whole run; None without a limit
     epoch: int
     loss: float
     accuracy: float
     learning_rate: float
-    audio_per_second: float  # this and what follows seconds_left: NaN as long as nothing was logged
+    audio_per_second: float  # this and the fields after seconds_left: NaN until a step is logged
     seconds_left: float | None
-    unigram_loss: float = math.nan  # of guessing by frequency
+    unigram_loss: float = math.nan  # of guessing by code frequency
     unigram_accuracy: float = math.nan
     data_wait_share: float = math.nan
 
@@ -57,7 +56,7 @@ class Reporter(Protocol):
 
 @dataclass
 class _Totals:
-    """What a run has seen, resumes included; audio up to the last reading."""
+    """Audio and time of the whole run, resumes included; audio up to the last reading."""
 
     samples: int = 0
     seconds: float = 0.0
@@ -68,16 +67,16 @@ class _Window:
     """Times since the last logged line, in seconds."""
 
     seconds: float = 0.0
-    waited: float = 0.0  # what the wait clock stood at when the window began
+    waited: float = 0.0  # the data wait clock's time at the start of the window
 
 
 class MetricsWriter(Callback):
-    """One line of metrics.jsonl for every logged step, and a report to the display for every step.
+    """Writes a line of metrics.jsonl for every logged step, and reports every step to the display.
 
-    Lines carry step, epoch, train_loss, masked_accuracy, lr, audio_seconds, seconds (of training, in all), skipped
-    (utterances of this process that could not be read), the measures of docs/health.md, and val_loss and
-    val_masked_accuracy where validation ran at that step. All but `skipped` are of all processes. Between logged steps
-    nothing is read from the device.
+    Lines hold step, epoch, train_loss, masked_accuracy, lr, audio_seconds, seconds (of training in total), skipped
+    (utterances that this process could not read), the measures of docs/health.md, and val_loss and
+    val_masked_accuracy if validation ran at that step. All but `skipped` cover all processes. Nothing is read from the
+    device between logged steps.
     """
 
     def __init__(
@@ -87,15 +86,15 @@ class MetricsWriter(Callback):
         sample_rate: int,
         skipped: SkipCounter,
         health: HealthMonitor,
-        watch: CollapseWatch,
-        waits: WaitClock,
+        collapse: CollapseDetector,
+        data_wait: DataWaitClock,
         *,
         batches_per_epoch: int,
         log_every: int,
         stop_on_collapse: bool,
     ) -> None:
         self.path, self.reporter, self.sample_rate, self.skipped = path, reporter, sample_rate, skipped
-        self.health, self.watch, self.waits = health, watch, waits
+        self.health, self.collapse, self.data_wait = health, collapse, data_wait
         self.batches_per_epoch, self.log_every = batches_per_epoch, max(1, log_every)
         self.stop_on_collapse = stop_on_collapse
         self.totals, self._window = _Totals(), _Window()
@@ -103,8 +102,8 @@ class MetricsWriter(Callback):
         self._clock = 0.0
         self._started = _Totals()  # when this process began
         self._first_step = 0
-        self._shown: dict[str, float] = {}  # what the display shows of the last reading
-        self._verdict: str | None = None  # of the watch, not yet told
+        self._shown: dict[str, float] = {}  # the values of the last reading that the display shows
+        self._message: str | None = None  # of the collapse detector, not yet reported
         self._row: dict[str, Any] = {}  # the line of the newest step that was read
 
     # ---- Lightning's hooks ----
@@ -112,17 +111,11 @@ class MetricsWriter(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
         self._started = _Totals(self.totals.samples, self.totals.seconds)
-        self._window = _Window(waited=self.waits.seconds)
+        self._window = _Window(waited=self.data_wait.seconds)
         if trainer.is_global_zero:
             drop_lines_after(self.path, trainer.global_step)
             self._row = line_at(self.path, trainer.global_step) or self._row  # validation may come before a step
         self._clock = time.monotonic()
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not hasattr(trainer.fit_loop.epoch_loop, "update_restart_stage"):
-            # Lightning 2.4, which NeMo pins, repeats the end of the validation that a checkpoint was written after, and
-            # takes its mean for the whole. Without its counters it repeats all of it, with the same result.
-            checkpoint["loops"]["fit_loop"].pop("epoch_loop.val_loop.batch_progress", None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._used_lr = cast(NestModule, pl_module).learning_rate
@@ -134,17 +127,17 @@ class MetricsWriter(Callback):
         self.totals.seconds += now - self._clock
         self._window.seconds += now - self._clock
         self._clock = now
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        if not is_step_complete(trainer):
             return
         step, steps = trainer.global_step, _steps(trainer)
         if step % self.log_every == 0 or step == steps:
             self._log(trainer, pl_module)
-        elif validation_is_due(trainer, trainer.fit_loop.epoch_loop.batch_progress.total.ready):
-            self._read(trainer, pl_module)  # now: a run that is stopped here validates when it goes on
+        elif is_validation_due(trainer, trainer.fit_loop.epoch_loop.batch_progress.total.ready):
+            self._read(trainer, pl_module)  # now: a run that stops here validates when it resumes
         elif not self._shown:  # the display should not wait for the first line
             self._shown = dict(zip(("train_loss", "masked_accuracy"), self.health.glance(), strict=True))
         self.reporter.step(self._report(trainer))
-        self._judge()
+        self._report_collapse()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.health.unread and not trainer.sanity_checking:
@@ -161,8 +154,8 @@ class MetricsWriter(Callback):
         self.reporter.validation(trainer.global_step, loss, accuracy)
         values = {"val_loss": loss, "val_masked_accuracy": accuracy, **baseline}
         self._write(trainer, {"step": trainer.global_step, **self._row, **values})
-        _draw(trainer, baseline)
-        self._judge()
+        _log_curves(trainer, baseline)
+        self._report_collapse()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.reporter.finished()
@@ -174,33 +167,33 @@ class MetricsWriter(Callback):
         return {
             "samples": self.totals.samples,
             "seconds": self.totals.seconds,
-            "watch": self.watch.state_dict(),
+            "watch": self.collapse.state_dict(),
             "row": self._row,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "audio_seconds" in state_dict:  # a checkpoint from before there was a watch
+        if "audio_seconds" in state_dict:  # a checkpoint without collapse detection
             state_dict = {**state_dict, "samples": round(state_dict["audio_seconds"] * self.sample_rate)}
         self.totals = _Totals(state_dict["samples"], state_dict["seconds"])
         self._row = state_dict.get("row", {})
         if "watch" in state_dict:
-            self.watch.load_state_dict(state_dict["watch"])
+            self.collapse.load_state_dict(state_dict["watch"])
 
     # ---- lines ----
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read(trainer, pl_module)
         self._write(trainer, self._row)
-        _draw(trainer, self._row)
+        _log_curves(trainer, self._row)
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the newest step into the line of that step, and begin a window."""
+        """Read the measures of the newest step into its line, and start a new window."""
         measures = self.health.read(trainer, pl_module)
         self.totals.samples += int(measures.pop("samples"))
         measures["recent_tokens"] = int(measures["recent_tokens"])
-        waited = self.waits.seconds - self._window.waited
+        waited = self.data_wait.seconds - self._window.waited
         measures["data_wait_share"] = round(min(1.0, waited / max(self._window.seconds, 1e-9)), 4)
-        self._window = _Window(waited=self.waits.seconds)
+        self._window = _Window(waited=self.data_wait.seconds)
         audio = self.totals.samples / self.sample_rate
         self._row = {
             "step": trainer.global_step,
@@ -215,17 +208,17 @@ class MetricsWriter(Callback):
             "bad_steps": self.health.guard.bad_steps,
             **measures,
         }
-        self._verdict = self.watch.look(trainer.global_step, self._row)
-        self._row["collapsed"] = self.watch.collapsed
+        self._message = self.collapse.update(trainer.global_step, self._row)
+        self._row["collapsed"] = self.collapse.collapsed
         per_second = (audio - self._started.samples / self.sample_rate) / max(self._trained, 1e-9)
         self._shown = {**self._row, "audio_per_second": per_second}
 
-    def _judge(self) -> None:
-        """Say what the watch has to say about the line that was written."""
-        message, self._verdict = self._verdict, None
+    def _report_collapse(self) -> None:
+        """Report a collapse or a recovery after its line is written. Raises RunFailedError to stop the run."""
+        message, self._message = self._message, None
         if message is None:
             return
-        if self.watch.collapsed and self.stop_on_collapse:
+        if self.collapse.collapsed and self.stop_on_collapse:
             raise RunFailedError(f"{message} Training was stopped because nest.stop_on_collapse is set.")
         self.reporter.note(message)
 
@@ -245,11 +238,11 @@ class MetricsWriter(Callback):
             accuracy=shown["masked_accuracy"],
             learning_rate=self._used_lr,
             seconds_left=None if steps is None else per_step * (steps - step),
-            **{key: shown.get(key, math.nan) for key in _ONCE_LOGGED},
+            **{key: shown.get(key, math.nan) for key in _LOGGED_ALONE},
         )
 
     def _write(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        """Append a line, or replace the last one where validation followed a logged step."""
+        """Append a line, or replace the last one if validation followed a logged step."""
         if not trainer.is_global_zero:
             return
         if "val_loss" in row:
@@ -259,7 +252,7 @@ class MetricsWriter(Callback):
 
 
 def _epoch(trainer: Trainer, batches_per_epoch: int) -> int:
-    """Of the newest batch; an epoch's batches are those of all processes."""
+    """Return the epoch of the newest batch; all processes together train on an epoch's batches."""
     consumed = trainer.fit_loop.epoch_loop.batch_progress.total.ready * trainer.world_size
     return (consumed - 1) // batches_per_epoch
 
@@ -268,8 +261,8 @@ def _steps(trainer: Trainer) -> int | None:
     return trainer.max_steps if trainer.max_steps > 0 else None
 
 
-def _draw(trainer: Trainer, row: dict[str, Any]) -> None:
-    """Hand the measures to TensorBoard and W&B, at the place on the axis where Lightning puts what the module logs."""
+def _log_curves(trainer: Trainer, row: dict[str, Any]) -> None:
+    """Log the measures to TensorBoard and W&B at the step that Lightning uses for the module's own values."""
     finite = {key: float(value) for key, value in row.items() if math.isfinite(value)}
     values = {f"health/{key}": value for key, value in finite.items() if key not in _SAME_AS_MODULE}
     for logger in trainer.loggers:

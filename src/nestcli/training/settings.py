@@ -1,20 +1,17 @@
-"""What the trainer block means on this machine: the run's length, devices, loggers, and Lightning's arguments."""
+"""The blocks of a run's configuration, checked, and what they mean here: length, devices, the trainer's arguments."""
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
 import sysconfig
-import warnings
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
@@ -22,10 +19,9 @@ from nestcli.bounds import range_of, within
 from nestcli.config import resolved, section
 from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.jobs.cores import available_cores
-from nestcli.training.wandb_run import wandb_options
 from nestcli.untrusted import short
 
-# As Lightning names them. bf16-true is ours: Lightning's would turn waveforms and codebooks into bf16 as well.
+# Lightning's names. bf16-true is implemented by nest: Lightning's would convert waveforms and codebooks to bf16 too.
 _PRECISIONS = {
     "32": "32-true",
     "32-true": "32-true",
@@ -35,12 +31,12 @@ _PRECISIONS = {
     "bf16-mixed": "bf16-mixed",
     "bf16-true": "32-true",
 }
-# Trainer keys that we answer ourselves, those that count epochs among them.
-_OURS = (
+# Keys of the trainer block that are not passed to Lightning: nest handles them, epochs included.
+_NOT_PASSED = (
     "enable_checkpointing", "logger", "enable_progress_bar", "max_epochs", "max_steps", "limit_train_batches",
     "val_check_interval", "check_val_every_n_epoch",
 )  # fmt: skip
-_PROCESSES = 16  # that may be started on a CPU, even if it has fewer cores
+_PROCESSES = 16  # allowed on a CPU, even if it has fewer cores
 _ENDLESS = 1 << 40  # steps of a run without an end
 _TIME = re.compile(r"\d{1,5}:\d\d:\d\d:\d\d")
 _TIME_PARTS = ("weeks", "days", "hours", "minutes", "seconds")
@@ -80,15 +76,13 @@ class TrainerConfig:
         if str(self.precision) not in _PRECISIONS:
             raise ValueError(f"precision: {self.precision!r} is not one of {', '.join(_PRECISIONS)}.")
         if isinstance(self.devices, str) and self.devices not in ("auto", "-1"):
-            raise ValueError(f"devices: {self.devices!r}: give a number, -1 for all, or a list such as [0,1].")
+            raise ValueError(f"devices: {self.devices!r} must be a number, -1 for all, or a list such as [0,1].")
         if isinstance(self.devices, int) and not (self.devices == -1 or 1 <= self.devices <= 1 << 20):
-            raise ValueError(
-                f"devices: {short(self.devices)} is not a number of devices, give at least 1, or -1 for all."
-            )
+            raise ValueError(f"devices: {short(self.devices)} must be at least 1, or -1 for all.")
         if isinstance(self.devices, tuple):
             within(self, 0, 1 << 10, "devices")
             if len(set(self.devices)) < len(self.devices):
-                raise ValueError(f"devices: {list(self.devices)} names a device twice.")
+                raise ValueError(f"devices: {list(self.devices)} names a device twice. Remove one.")
         within(self, 1, 1 << 20, "num_nodes", "accumulate_grad_batches")
         within(self, 1, 10**9, "log_every_n_steps", "check_val_every_n_epoch")
         within(self, 0, 1e9, "gradient_clip_val")
@@ -101,27 +95,29 @@ class TrainerConfig:
         if self.strategy not in _STRATEGIES:
             raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(_STRATEGIES)}.")
         if isinstance(self.deterministic, str) and self.deterministic != "warn":
-            raise ValueError(f"deterministic: {self.deterministic!r}: use true, false or warn.")
+            raise ValueError(f"deterministic: {self.deterministic!r} must be true, false or warn.")
         if self.gradient_clip_algorithm not in (None, "norm", "value"):
-            raise ValueError(f"gradient_clip_algorithm: {self.gradient_clip_algorithm!r}: use norm or value.")
+            raise ValueError(f"gradient_clip_algorithm: {self.gradient_clip_algorithm!r} must be norm or value.")
         for key in ("logger", "enable_checkpointing"):
             if getattr(self, key):
-                raise ValueError(f"{key}: exp_manager makes loggers and checkpoints, so only false is possible.")
+                raise ValueError(f"{key}: must be false, because exp_manager creates loggers and checkpoints.")
         _check_time(self.max_time)
 
 
 def _check_batches(key: str, value: float | None, *, least: int) -> None:
-    """A number of batches, or a share of all that is written with a point. None of them if `least` is 0."""
+    """Raise ValueError unless a value is a number of batches or a decimal share; `least` 0 allows none."""
     is_share, none = isinstance(value, float), least == 0 and value == 0
     if value is not None and not none and not (0 < value <= 1 if is_share else 1 <= value <= _ENDLESS):
         must = range_of(least, _ENDLESS)
         if is_share:
-            must = f"{range_of(0, 1, above=least > 0)}: it is a share; batches are a whole number"
+            must = (
+                f"{range_of(0, 1, above=least > 0)}: a decimal point makes it a share; write batches as a whole number"
+            )
         raise ValueError(f"{key}: {short(value)} must be {must}.")
 
 
 def _check_time(time: str | dict[str, Any] | None) -> None:
-    """`max_time` as Lightning writes it: days, hours, minutes and seconds, or numbers of them by name."""
+    """Raise ValueError unless `max_time` has Lightning's form: DD:HH:MM:SS, or numbers of units by name."""
     if isinstance(time, str):
         usable = _TIME.fullmatch(time) is not None and time.strip("0:") != ""
     elif time is None:
@@ -130,17 +126,19 @@ def _check_time(time: str | dict[str, Any] | None) -> None:
         numbers = [isinstance(each, int | float) and 0 <= each <= 1e6 for each in time.values()]
         usable = all(numbers) and any(time.values()) and set(time) <= set(_TIME_PARTS)
     if not usable:
-        raise ValueError(f"max_time: {str(time)[:60]!r} is no time such as 01:12:00:00 (days:hours:minutes:seconds).")
+        raise ValueError(
+            f"max_time: {str(time)[:60]!r} must be a time such as 01:12:00:00 (days:hours:minutes:seconds)."
+        )
 
 
 @dataclass(frozen=True)
 class SafetyConfig:
-    """The `nest` block, checked: what a run does about bad steps and about its own collapse."""
+    """The `nest` block, checked: the handling of bad steps and of a collapse."""
 
-    max_bad_steps: int | None = 10  # within 100 steps; None: the updates of bad steps are made
+    max_bad_steps: int | None = 10  # within 100 steps; None: bad steps update the model
     explode_factor: float | None = 10.0  # times the usual loss; None: only NaN and infinity are bad
     stop_on_collapse: bool = False
-    collapse_lines: int = 20  # logged lines in a row that it takes to call a run collapsed
+    collapse_lines: int = 20  # consecutive logged lines after which a run counts as collapsed
 
     def __post_init__(self) -> None:
         within(self, 1, 100, "max_bad_steps")
@@ -149,32 +147,79 @@ class SafetyConfig:
 
     @classmethod
     def of(cls, config: DictConfig) -> SafetyConfig:
-        """From the configuration, which need not have the block. Raises ConfigError."""
+        """Return the block, or the defaults if the configuration has none. Raises ConfigError."""
         return cls() if config.get("nest") is None else section(cls, config, "nest")
 
 
 @dataclass(frozen=True)
-class Length:
-    """A run in optimiser steps and batches, however the configuration states it.
+class ManagerConfig:
+    """The `exp_manager` block, checked."""
 
-    Lightning is given one long epoch: what it counts anew with every epoch is wrong after a resume.
+    exp_dir: str | None
+    name: str
+    create_tensorboard_logger: bool
+    create_checkpoint_callback: bool
+    resume_if_exists: bool
+    resume_ignore_no_checkpoint: bool
+    create_wandb_logger: bool
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The `exp_manager.checkpoint_callback_params` block, checked."""
+
+    monitor: str
+    mode: str
+    save_top_k: int
+    always_save_nemo: bool
+    filename: str | None = None
+    every_n_epochs: int | None = None
+    every_n_train_steps: int | None = None
+    save_last: bool | str | None = None
+    verbose: bool = False
+    auto_insert_metric_name: bool = True
+
+    def __post_init__(self) -> None:
+        within(self, -1, 10**6, "save_top_k")
+        within(self, 0, 10**12, "every_n_train_steps", "every_n_epochs")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode: {self.mode!r} must be min or max.")
+        if self.every_n_epochs not in (None, 0, 1):
+            raise ValueError(
+                f"every_n_epochs: {self.every_n_epochs} is not supported: a run is one sequence of batches. "
+                "Set every_n_train_steps, or trainer.val_check_interval."
+            )
+        if isinstance(self.save_last, str) and self.save_last != "link":
+            raise ValueError(f"save_last: {self.save_last!r} must be true, false or link.")
+        if self.save_last is False and self.save_top_k == 0:
+            raise ValueError(
+                "save_top_k: 0 with save_last=false writes no checkpoint. Raise it, or set save_last=true. To keep no "
+                "checkpoints, set exp_manager.create_checkpoint_callback=false."
+            )
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of a run in optimiser steps and batches, from whichever keys state it.
+
+    Lightning trains one long epoch: its counters that restart in every epoch are wrong after a resume.
     """
 
-    steps: int | None  # None: without end
+    steps: int | None  # None: no limit
     accumulate: int
     batches_per_epoch: int  # of all processes together
     validate_every: int  # batches of each process
 
     @property
     def batches(self) -> int:
-        """Batches of each process."""
+        """Batches of each process, always a multiple of `accumulate`."""
         return (_ENDLESS if self.steps is None else self.steps) * self.accumulate
 
     @classmethod
     def of(cls, trainer: DictConfig, batches_per_epoch: int, processes: int = 1) -> Length:
-        """From trainer.max_steps, max_epochs, val_check_interval and what else bears on them."""
+        """Compute it from trainer.max_steps, max_epochs, val_check_interval and related keys. Raises ConfigError."""
         limit = trainer.get("limit_train_batches")
-        if limit is not None:  # Lightning's, a number counts the batches of each process
+        if limit is not None:  # as in Lightning, a number counts the batches of each process
             limit = round(limit * batches_per_epoch) if isinstance(limit, float) else limit * processes
             batches_per_epoch = max(1, min(batches_per_epoch, limit))
         accumulate = int(trainer.accumulate_grad_batches)
@@ -185,7 +230,7 @@ class Length:
             batches = int(trainer.max_epochs) * batches_per_epoch
             if 0 < batches < accumulate * processes:
                 raise ConfigError(
-                    f"trainer.max_epochs={trainer.max_epochs} are {batches} batches, fewer than the "
+                    f"trainer.max_epochs={trainer.max_epochs}: {batches} batches are fewer than the "
                     f"trainer.accumulate_grad_batches={accumulate} of one step"
                     f"{f' on {processes} devices' if processes > 1 else ''}. Raise the one or lower the other."
                 )
@@ -198,8 +243,8 @@ class Length:
 
 
 def trainer_options(config: DictConfig, length: Length, *, validates: bool) -> dict[str, Any]:
-    """Arguments of Lightning's Trainer."""
-    passed_on = {field.name for field in fields(TrainerConfig)} - set(_OURS)
+    """Return the arguments of Lightning's Trainer. Raises ConfigError."""
+    passed_on = {field.name for field in fields(TrainerConfig)} - set(_NOT_PASSED)
     options = {key: value for key, value in resolved(config.trainer).items() if key in passed_on}
     processes = n_processes(config)
     options.update(
@@ -232,21 +277,21 @@ def _strategy(config: DictConfig, processes: int) -> str | Strategy:
 
 
 def accelerator(config: DictConfig) -> str:
-    """gpu or cpu. Raises ConfigError if it is not to be had."""
+    """Return gpu or cpu. Raises ConfigError if this machine lacks the one that is asked for."""
     wanted = str(config.trainer.accelerator)
     if wanted in ("auto", "gpu", "cuda"):
         if torch.cuda.is_available():
             return "gpu"
         if wanted != "auto":
-            raise ConfigError(f"trainer.accelerator={wanted}: there is no usable GPU. Set trainer.accelerator=cpu.")
+            raise ConfigError(f"trainer.accelerator={wanted}: no usable GPU was found. Set trainer.accelerator=cpu.")
         return "cpu"
     if wanted != "cpu":
-        raise ConfigError(f"trainer.accelerator: {wanted!r}: use auto, gpu or cpu.")
+        raise ConfigError(f"trainer.accelerator: {wanted!r} must be auto, gpu or cpu.")
     return wanted
 
 
 def check_compiler(config: DictConfig) -> None:
-    """Raise MissingDependencyError where layers are to be compiled and this machine cannot."""
+    """Raise MissingDependencyError if layers are to be compiled and this machine lacks what torch.compile needs."""
     if not config.model.encoder.get("compile"):
         return
     compiler = os.environ.get("CXX") or "g++"
@@ -276,13 +321,13 @@ def _devices(config: DictConfig) -> Any:
     most = max(_PROCESSES, available_cores())
     if count > most:
         raise ConfigError(
-            f"trainer.devices: {count:,} processes on a CPU with {available_cores()} cores to use; give at most {most}."
+            f"trainer.devices: {count:,} processes on a CPU with {available_cores()} usable cores. Set at most {most}."
         )
     return count
 
 
 def n_processes(config: DictConfig) -> int:
-    """Processes of the run over all nodes."""
+    """Return the number of processes on all nodes together."""
     devices = _devices(config)
     if isinstance(devices, list):
         count = len(devices)
@@ -292,48 +337,7 @@ def n_processes(config: DictConfig) -> int:
 
 
 def device_name(config: DictConfig) -> str:
-    """The devices, for a person."""
+    """Describe the devices for display."""
     if accelerator(config) == "gpu":
         return f"{n_processes(config)} x {torch.cuda.get_device_name(0)}"
     return f"{accelerator(config)}, {torch.get_num_threads()} threads"
-
-
-def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
-    """TensorBoard and W&B, as exp_manager asks."""
-    manager = config.exp_manager
-    loggers: list[Logger] = []
-    if manager.create_tensorboard_logger:
-        loggers.append(TensorBoardLogger(save_dir=folder, name="", version="tensorboard"))
-    if manager.create_wandb_logger:
-        loggers.append(_wandb_logger(config, folder))
-    return loggers
-
-
-def _wandb_logger(config: DictConfig, folder: Path) -> Logger:
-    from lightning.pytorch.loggers import WandbLogger
-
-    try:
-        return WandbLogger(**{"save_dir": folder, **wandb_options(config, folder)})
-    except ModuleNotFoundError:
-        raise MissingDependencyError(
-            'exp_manager.create_wandb_logger: W&B is not installed. Run pip install "nestcli[wandb]", '
-            "or set exp_manager.create_wandb_logger=false."
-        ) from None
-
-
-def quieten() -> None:
-    """Silence what Lightning says about loaders, samplers and loggers that are as they are on purpose."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*dataloader is not resumable.*",
-        ".*callbacks used to create the checkpoint need to be provided.*",  # told as "looked for anew"
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*number of training batches.*smaller than the logging interval.*",
-        ".*defined a `validation_step` but have no `val_dataloader`.*",
-        ".*Trying to infer the `batch_size`.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    # Lightning's own use of what PyTorch has deprecated
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")

@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and the optimiser's state shared out over the processes (`trainer.strategy=fsdp2`)."""
+"""FSDP2: weights, gradients and optimiser state sharded over the processes (`trainer.strategy=fsdp2`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy with checkpoints that are those of any other: one file, which one process can go on from."""
+    """Lightning's strategy, with checkpoints in one file that a single process can resume from."""
 
     def __init__(self, processes: int) -> None:
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
@@ -22,7 +22,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def on_validation_start(self) -> None:
-        """Use the first process's running statistics of batch norm in all, as DDP does; those are in checkpoints."""
+        """Copy the first process's running batch-norm statistics to all, as DDP does; checkpoints hold these."""
         assert self.model is not None
         for buffer in self.model.buffers():
             torch.distributed.broadcast(buffer, src=0)

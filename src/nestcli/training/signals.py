@@ -1,7 +1,7 @@
-"""Being asked to stop, by Ctrl-C, SIGTERM or Slurm: save at the end of a step and end; the same command goes on.
+"""Stop a run on Ctrl-C, SIGTERM or Slurm's signal: save at the end of a step and end, so that the run can be resumed.
 
-A handler only sets a flag, which is combined over all processes at the end of every optimiser step. Lightning's own
-handlers, which talk to other processes from within the handler, are not installed.
+A handler only sets a flag, which all processes combine at the end of every optimiser step. Lightning's own handlers
+communicate with other processes inside the handler, so they are not installed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nestcli.errors import RunFailedError
 from nestcli.training.checkpoints import NestCheckpoint
+from nestcli.training.launcher import is_first_process
+from nestcli.training.lightning_internals import is_step_complete
 
-STOPPED = 143  # exit code of a run that was asked to end and can go on: what the shell has for SIGTERM
-INTERRUPTED = 130  # of one that Ctrl-C ended
-_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # the last wins where processes got several
+STOPPED = 143  # exit code of a run that was stopped and can be resumed: the shell's for SIGTERM
+INTERRUPTED = 130  # exit code after Ctrl-C
+_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # if processes got different ones, the last of these wins
 _SCONTROL_SECONDS = 30
 
 
 class StoppedError(RunFailedError):
-    """The run was asked to end and did so; `saved` is the checkpoint that it goes on from."""
+    """A signal stopped the run; `saved` is the checkpoint to resume from."""
 
     def __init__(self, signum: int, saved: Path | None) -> None:
-        where = f"saved {saved}; the same command goes on" if saved else "nothing new to save"
+        where = f"saved {saved}; give the same command again to resume" if saved else "nothing new to save"
         super().__init__(f"stopped by {_name(signum)}: {where}")
         self.signum, self.saved = signum, saved
         self.exit_code = INTERRUPTED if signum == signal.SIGINT else STOPPED
@@ -44,7 +45,7 @@ def _name(signum: int) -> str:
 
 
 class StopSignals(Callback):
-    """Listens to signals while it is entered, and as a callback ends training with `StoppedError` when one came.
+    """Handles signals as a context manager; as a callback, ends training with `StoppedError` after one arrived.
 
     A second Ctrl-C raises KeyboardInterrupt at once.
     """
@@ -56,7 +57,7 @@ class StopSignals(Callback):
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.signal(signum, self._handle) for signum in _SIGNALS}
-            if not is_global_zero():  # a terminal sends Ctrl-C to all processes; the first one tells the others
+            if not is_first_process():  # a terminal sends Ctrl-C to all processes; the first one passes it on
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
         return self
 
@@ -69,55 +70,43 @@ class StopSignals(Callback):
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.signum and is_global_zero():
+        if not self.signum and is_first_process():
             again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
-            # not by print: the signal may have come in the middle of one
+            # print is not reentrant: the signal may have interrupted one
             os.write(2, f"\n{_name(signum)}: stopping after this step and saving{again}\n".encode())
         self.signum = signum
 
-    # ---- Lightning's hooks: the moments that a run can be taken up from ----
+    # ---- Lightning's hooks: the points that a run can resume from ----
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate() or _is_last_step(trainer):
+        if not is_step_complete(trainer) or _is_last_step(trainer):
             return
-        signum = over_processes(trainer, self.signum)
+        signum = combined_signal(trainer, self.signum)
         if signum:
-            for each in _checkpoints(trainer):  # it comes after this callback
+            for each in _checkpoints(trainer):  # Lightning would call it after this callback
                 each.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             raise StoppedError(signum, _save(trainer))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.sanity_checking or _is_last_step(trainer) or trainer.fit_loop.epoch_loop._should_accumulate():
-            return  # half of a step's gradients cannot be saved, and what ends by itself is let end
-        signum = over_processes(trainer, self.signum)
+        if trainer.sanity_checking or _is_last_step(trainer) or not is_step_complete(trainer):
+            return  # a part of a step's gradients cannot be saved; the last step ends by itself
+        signum = combined_signal(trainer, self.signum)
         if signum:
             raise StoppedError(signum, _save(trainer))
 
 
-def leave_signals_to_us(trainer: Trainer) -> None:
-    """Keep Lightning from installing its own handlers."""
-    connector = trainer._signal_connector
-    assert hasattr(connector, "register_signal_handlers")  # another Lightning may have them elsewhere
-    connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-
-
-def over_processes(trainer: Trainer, signum: int) -> int:
-    """The signal that any process has got, 0 for none: all stop after the same step."""
+def combined_signal(trainer: Trainer, signum: int) -> int:
+    """Return the signal that any process has got, 0 for none, so that all stop after the same step."""
     if trainer.world_size == 1:
         return signum
     place = _SIGNALS.index(signal.Signals(signum)) + 1 if signum else 0
     highest = torch.tensor(place, device=trainer.strategy.root_device)
     torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
     return int(_SIGNALS[int(highest) - 1]) if highest else 0
-
-
-def is_global_zero() -> bool:
-    """Whether this process is the first one of the run, as far as its environment says."""
-    return not getattr(rank_zero_only, "rank", 0)
 
 
 def _is_last_step(trainer: Trainer) -> bool:
@@ -133,27 +122,27 @@ def _save(trainer: Trainer) -> Path | None:
     return written[-1] if written else None
 
 
-def requeue(tell: Callable[[str], None]) -> None:
-    """Ask Slurm to run this batch job again, where it is one. What goes wrong is told, no more."""
+def requeue(note: Callable[[str], None]) -> None:
+    """Ask Slurm to queue this batch job again, if it is one. Failures are only reported."""
     job = _slurm_job()
     scontrol = shutil.which("scontrol")
     if job is None:
         return
     if scontrol is None:
-        tell(f"Slurm's job {job} is not queued again: there is no scontrol on this machine")
+        note(f"Slurm's job {job} is not queued again: this machine has no scontrol")
         return
     try:
-        done = subprocess.run(  # noqa: S603  # the job's number comes from Slurm and is looked at
+        done = subprocess.run(  # noqa: S603  # the job's number comes from Slurm and is checked
             [scontrol, "requeue", job], capture_output=True, text=True, timeout=_SCONTROL_SECONDS, check=False
         )
         wrong = " ".join((done.stderr or done.stdout).split()) if done.returncode else None
     except (OSError, subprocess.TimeoutExpired) as error:
         wrong = str(error)
-    tell(f"Slurm's job {job} is queued again" if wrong is None else f"Slurm's job {job} is not queued again: {wrong}")
+    note(f"Slurm's job {job} is queued again" if wrong is None else f"Slurm's job {job} is not queued again: {wrong}")
 
 
 def _slurm_job() -> str | None:
-    """The number of the batch job that this is; None in an interactive one."""
+    """Return the number of this batch job; None in an interactive one."""
     if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return None
     array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID", "") for part in ("JOB", "TASK"))

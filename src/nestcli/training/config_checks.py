@@ -1,9 +1,8 @@
-"""What is checked of a configuration before any data is read, and what of it a run does not use."""
+"""Checks of a run's configuration: its blocks, masks that mask nothing, and keys without effect."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bounds import as_written, within
+from nestcli.bounds import as_written
 from nestcli.config import leaves, raw_config, section, seed_of
 from nestcli.data.dataset import MIN_SECONDS
 from nestcli.data.dataset_config import DatasetConfig
@@ -21,62 +20,15 @@ from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import disjoint_blocks, overlapping_blocks
 from nestcli.model.nest import NestConfig
 from nestcli.model.optim import OptimizerConfig, ScheduleConfig
-from nestcli.training.settings import SafetyConfig, TrainerConfig
+from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
 
-_TRIED, _AT_A_TIME = 4096, 64  # utterances whose masks are drawn before training, until one has a masked token
-_TRIED_WITH_LIMIT = 64  # with max_mask_ratio, which takes its time
+_TRIED, _AT_A_TIME = 4096, 64  # utterances for trial masks, until one has a masked token
+_TRIED_WITH_LIMIT = 64  # with max_mask_ratio, which is slow
 _BLOCKS = ("model.train_ds", "model.validation_ds")
 
 
-@dataclass(frozen=True)
-class ManagerConfig:
-    """The `exp_manager` block, checked."""
-
-    exp_dir: str | None
-    name: str
-    create_tensorboard_logger: bool
-    create_checkpoint_callback: bool
-    resume_if_exists: bool
-    resume_ignore_no_checkpoint: bool
-    create_wandb_logger: bool
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """The `exp_manager.checkpoint_callback_params` block, checked."""
-
-    monitor: str
-    mode: str
-    save_top_k: int
-    always_save_nemo: bool
-    filename: str | None = None
-    every_n_epochs: int | None = None
-    every_n_train_steps: int | None = None
-    save_last: bool | str | None = None
-    verbose: bool = False
-    auto_insert_metric_name: bool = True
-
-    def __post_init__(self) -> None:
-        within(self, -1, 10**6, "save_top_k")
-        within(self, 0, 10**12, "every_n_train_steps", "every_n_epochs")
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"mode: {self.mode!r}: use min or max.")
-        if self.every_n_epochs not in (None, 0, 1):
-            raise ValueError(
-                f"every_n_epochs: {self.every_n_epochs} cannot be had: a run is one sequence of batches. "
-                "Set every_n_train_steps, or trainer.val_check_interval."
-            )
-        if isinstance(self.save_last, str) and self.save_last != "link":
-            raise ValueError(f"save_last: {self.save_last!r}: use true, false or link.")
-        if self.save_last is False and self.save_top_k == 0:
-            raise ValueError(
-                "save_top_k: 0 with save_last=false writes no checkpoint. Raise it, or set save_last=true; for a run "
-                "that keeps nothing, set exp_manager.create_checkpoint_callback=false."
-            )
-
-
 def check_settings(config: DictConfig) -> None:
-    """Check every block that a run reads, without a look at its data. Raises ConfigError that names the key."""
+    """Check every block that a run reads, but no data. Raises ConfigError that names the key."""
     seed_of(config)
     section(TrainerConfig, config, "trainer")
     section(ManagerConfig, config, "exp_manager")
@@ -84,7 +36,7 @@ def check_settings(config: DictConfig) -> None:
     for key in ("exp_manager.wandb_logger_kwargs", "model.spec_augment"):
         if not isinstance(block := OmegaConf.select(config, key), DictConfig | None):
             raise ConfigError(
-                f"{key}: {as_written(block)} is no block of keys. Leave it out, or set single keys of it."
+                f"{key}: {as_written(block)} must be a block of keys. Leave it out, or set single keys of it."
             )
     SafetyConfig.of(config)
     optim = section(OptimizerConfig, config, "model.optim")
@@ -93,11 +45,11 @@ def check_settings(config: DictConfig) -> None:
         raise ConfigError(f"model.optim.sched.min_lr: {sched.min_lr} is above model.optim.lr={optim.lr}.")
     nest = NestConfig.from_config(config)
     if nest.masking.mask_prob == 0:
-        raise ConfigError("model.masking.mask_prob: 0 masks nothing, so nothing would be learned. Raise it.")
+        raise ConfigError("model.masking.mask_prob: 0 masks nothing, so the model would learn nothing. Raise it.")
     if not nest.quantizer.freeze:
         raise ConfigError(
             "model.quantizer.freeze: false has no effect: tokens are looked up, so the loss has no gradient for the "
-            "projection and the codebooks (nor has it in NeMo). Set it to true."
+            "projection and the codebooks (the same holds in NeMo). Set it to true."
         )
     for key in _BLOCKS:
         if (block := OmegaConf.select(config, key)) is None:
@@ -112,14 +64,14 @@ def check_settings(config: DictConfig) -> None:
             section(AugmentationConfig, config, f"{key}.batch_augmentor")
 
 
-# ---- masks that teach nothing ----
+# ---- masks ----
 
 
-def check_masks(config: DictConfig, key: str, durations: npt.NDArray[np.float64], tell: Callable[[str], None]) -> None:
-    """See to it that masks fall on the utterances, whose durations are in seconds.
+def check_masks(config: DictConfig, key: str, durations: npt.NDArray[np.float64], note: Callable[[str], None]) -> None:
+    """Check that masks fall on the utterances, whose durations are in seconds.
 
-    Raises ConfigError for training data of which no token is ever masked; of validation data it is only told, and so
-    is a block that many utterances are too short for.
+    Raises ConfigError if no token of the training data is ever masked. Reports validation data without masked tokens,
+    and utterances that are too short for a block, if they are many.
     """
     nest = NestConfig.from_config(config)
     preprocessor, masking = nest.preprocessor, nest.masking
@@ -137,17 +89,17 @@ def check_masks(config: DictConfig, key: str, durations: npt.NDArray[np.float64]
             remedy = "Raise mask_prob, block_size or max_mask_ratio, or lower model.loss.mask_threshold."
         message = f"{problem} in {key} (the longest utterance lasts {durations.max():.2f} s)"
         if key == _BLOCKS[0]:
-            raise ConfigError(f"{message}: nothing is masked, and nothing would be learned. {remedy}")
-        tell(f"{message}: nothing is masked, and there will be no validation loss. {remedy}")
+            raise ConfigError(f"{message}: nothing is masked, so the model would learn nothing. {remedy}")
+        note(f"{message}: nothing is masked, so there will be no validation loss. {remedy}")
     elif masking.allow_overlap and 2 * (short := int((frames < masking.block_size).sum())) >= len(frames):
-        tell(
+        note(
             f"{short:,} of the {len(frames):,} utterances of {key} are shorter than a block of "
-            f"model.masking.block_size: nothing of them is masked."
+            f"model.masking.block_size, so nothing of them is masked."
         )
 
 
 def _any_token_masked(nest: NestConfig, frames: npt.NDArray[np.int64]) -> bool:
-    """Whether trial draws mask enough of any token; the longest utterances and others by chance are tried."""
+    """Whether trial masks of the longest and of random utterances mask enough of any token."""
     masking, steps = nest.masking, nest.loss.combine_time_steps
     loss, draw = MaskedTokenLoss(nest.loss), overlapping_blocks if masking.allow_overlap else disjoint_blocks
     tried = _TRIED if masking.max_mask_ratio is None else _TRIED_WITH_LIMIT
@@ -162,11 +114,11 @@ def _any_token_masked(nest: NestConfig, frames: npt.NDArray[np.int64]) -> bool:
     return False
 
 
-# ---- what has no effect ----
+# ---- keys without effect ----
 
 
 def without_effect(config: DictConfig) -> list[str]:
-    """What a person should know of keys that are set and that this run does not use: a line for each."""
+    """Return a line for each key that is set but has no effect in this run."""
     standard = dict(leaves(raw_config("nest_fast-conformer")))
     found = []
     for key, why in _unused(config):
@@ -177,7 +129,11 @@ def without_effect(config: DictConfig) -> list[str]:
     return found
 
 
-_USUAL = {"concat_sampling_scale": 1.0, "concat_shuffle": True, "use_bucketing": False}  # where NeMo's file has none
+_USUAL = {
+    "concat_sampling_scale": 1.0,
+    "concat_shuffle": True,
+    "use_bucketing": False,
+}  # defaults that NeMo's file does not have
 _CONCAT = (
     "concat_sampling_technique", "concat_sampling_temperature", "concat_sampling_scale",
     "concat_sampling_probabilities", "concat_sampling_seed", "concat_shuffle",
@@ -190,9 +146,9 @@ _OF_BUCKETS = ("num_buckets", "bucket_duration_bins", "bucket_batch_size")
 
 
 def _unused(config: DictConfig) -> Iterator[tuple[str, str]]:
-    """Keys that are not used, whatever they are set to, and why."""
+    """Yield the keys that this run does not use, whatever their value, and the reason."""
     for name in ("freq_masks", "time_masks", "freq_width", "time_width"):
-        yield f"model.spec_augment.{name}", "NEST has no SpecAugment, in NeMo neither"
+        yield f"model.spec_augment.{name}", "NEST, as in NeMo, does not use SpecAugment"
     model, encoder, trainer = config.model, config.model.encoder, config.trainer
     if encoder.get("backend", "nest") == "nest":
         yield "model.encoder.pos_emb_max_len", "the table of positions grows as needed"
@@ -200,9 +156,9 @@ def _unused(config: DictConfig) -> Iterator[tuple[str, str]]:
         for name in ("mode", "start_layer"):
             yield f"model.encoder.stochastic_depth_{name}", "model.encoder.stochastic_depth_drop_prob is 0"
     if model.masking.get("mask_value") is not None:
-        yield "model.masking.freeze", "model.masking.mask_value is set, and is not trained"
+        yield "model.masking.freeze", "model.masking.mask_value is set and is not trained"
     if model.optim.sched.get("warmup_ratio") is not None:
-        yield "model.optim.sched.warmup_steps", "model.optim.sched.warmup_ratio is set, and goes before it"
+        yield "model.optim.sched.warmup_steps", "model.optim.sched.warmup_ratio is set and takes precedence"
     if isinstance(trainer.val_check_interval, int):
         yield "trainer.check_val_every_n_epoch", "trainer.val_check_interval is a number of batches"
     if not trainer.gradient_clip_val:
@@ -211,7 +167,7 @@ def _unused(config: DictConfig) -> Iterator[tuple[str, str]]:
         for name, _ in leaves(config.exp_manager.get("wandb_logger_kwargs") or {}):
             yield f"exp_manager.wandb_logger_kwargs.{name}", "exp_manager.create_wandb_logger is false"
     if (config.get("nest") or {}).get("max_bad_steps", 10) is None:
-        yield "nest.explode_factor", "nest.max_bad_steps is null, so that no step is left out"
+        yield "nest.explode_factor", "nest.max_bad_steps is null, so no step is skipped"
     for key in _BLOCKS:
         if OmegaConf.select(config, key) is not None:
             yield from (
@@ -221,7 +177,7 @@ def _unused(config: DictConfig) -> Iterator[tuple[str, str]]:
 
 
 def _unused_of_data(settings: DatasetConfig, config: DictConfig, key: str) -> Iterator[tuple[str, str]]:
-    yield "use_start_end_token", "it is of NeMo's text data sets"
+    yield "use_start_end_token", "it belongs to NeMo's text data sets"
     if not settings.is_concat:
         yield from ((name, "is_concat is false") for name in _CONCAT)
     elif settings.concat_sampling_technique != "temperature":
@@ -252,7 +208,9 @@ def _unused_of_data(settings: DatasetConfig, config: DictConfig, key: str) -> It
             ("cuts_path", ("manifest_filepath", "tarred_audio_filepaths")),
         ):
             if block.get(first) is not None:
-                yield from ((name, f"{first} is read") for name in names if not OmegaConf.is_missing(block, name))
+                yield from (
+                    (name, f"{first} is read instead") for name in names if not OmegaConf.is_missing(block, name)
+                )
                 break
     in_buckets = _is_nested(OmegaConf.select(block, "manifest_filepath", throw_on_missing=False))
     if settings.is_concat or settings.use_lhotse or not in_buckets:

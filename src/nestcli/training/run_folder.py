@@ -1,4 +1,4 @@
-"""The disk that a run writes to, and the memory that it shares: room at the start, one message where there is none."""
+"""A run's folder: its path, whether another run uses it, the space on its disk; and the memory that processes share."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from torch import nn
 from nestcli.checkpoint.atomic import UnwrittenError
 from nestcli.data.loader.signals import START_METHOD
 from nestcli.errors import ConfigError, DataError, NestError, RunFailedError
-from nestcli.files import refuse_links
+from nestcli.files import refuse_links, user_path
 from nestcli.training.checkpoints import LAST_KEPT, NestCheckpoint
 
+DEFAULT_EXP_DIR = "nest_experiments"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
-_REMEDY = "Training has stopped. Make room on that disk, or mend it."
-_SHARED_MEMORY, _FULL = Path("/dev/shm"), 1 << 16  # noqa: S108  # no disk: what processes share lies there
+_REMEDY = "Training has stopped. Make room on that disk, or repair it."
+_SHARED_MEMORY, _FULL = Path("/dev/shm"), 1 << 16  # noqa: S108  # memory that processes share
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError if a run could not write to its folder, which need not exist yet, or would write elsewhere."""
+    """Raise ConfigError if the folder, which need not exist yet, cannot be written or links to another place."""
     for name in ("checkpoints", "tensorboard"):
         refuse_links(folder / name, ConfigError)
     for wanted in (folder, folder / "checkpoints"):
@@ -35,7 +36,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_space(folder: Path, checkpoints: NestCheckpoint | None, model: nn.Module) -> None:
-    """Raise ConfigError if the disk has less room than the checkpoints need beyond those that are there already."""
+    """Raise ConfigError if the disk lacks the space for the checkpoints that are still to be written."""
     if checkpoints is None:
         return
     needed, free = needed_bytes(folder, checkpoints, model), shutil.disk_usage(_existing(folder)).free
@@ -48,22 +49,22 @@ def check_space(folder: Path, checkpoints: NestCheckpoint | None, model: nn.Modu
 
 
 def needed_bytes(folder: Path, checkpoints: NestCheckpoint, model: nn.Module) -> int:
-    """Room for all checkpoints that are kept and for the one that is being written, those that are there left out.
+    """Return the bytes that all kept checkpoints and the one being written need, less those of existing ones.
 
-    A checkpoint holds the weights and AdamW's two moments of those that are trained.
+    A checkpoint holds the weights and AdamW's two moments of the trained ones.
     """
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     trained = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
     one: int = weights + (0 if checkpoints.save_weights_only else 2 * trained)
     kept: int = max(checkpoints.save_top_k, 0) + (
         LAST_KEPT if checkpoints.save_last else 0
-    )  # -1 has no end: the others
+    )  # -1 keeps all, which has no bound: count the others
     there = sum(path.stat().st_size for path in (folder / "checkpoints").glob("*.ckpt"))
     return max(kept * one - there, 0) + one + (2 * weights if checkpoints.nemo else 0)
 
 
 def check_shared_memory(config: DictConfig) -> None:
-    """Raise ConfigError where loader processes are wanted and what they share with this one cannot be made."""
+    """Raise ConfigError if loader processes are configured and shared memory cannot be used."""
     parts = (config.model.get(name) for name in ("train_ds", "validation_ds"))
     if not any(part is not None and part.get("num_workers") for part in parts):
         return
@@ -75,27 +76,29 @@ def check_shared_memory(config: DictConfig) -> None:
 
 @contextmanager
 def disk_explained(folder: Path) -> Iterator[None]:
-    """A disk that is full or broken is no bug: RunFailedError says which file could not be written, and what to do."""
+    """Turn errors of a full or broken disk into RunFailedError that names the file and the remedy."""
     try:
         yield
     except Exception as error:
         found = _write_failure(error, folder)
         if found is None:
             raise
-        raise RunFailedError(f"{found} The same command then goes on from the newest checkpoint.") from error
+        raise RunFailedError(
+            f"{found} Then give the same command again: the run resumes from the newest checkpoint."
+        ) from error
 
 
 def _write_failure(error: BaseException | None, folder: Path) -> str | None:
-    """What a write to the disk failed of; other errors may follow from it, those of loggers on a full disk say."""
+    """Describe the failed write behind an error; loggers, for example, raise errors of their own on a full disk."""
     found = None
     while error is not None:
-        if isinstance(error, DataError):  # of reading
+        if isinstance(error, DataError):  # raised while reading
             return None
         if isinstance(error, UnwrittenError) or (type(error) is NestError and _of_the_disk(error.__context__)):
             return f"{error} {_REMEDY}"
         if isinstance(error, OSError) and _of_the_disk(error):
             if error.errno == errno.EIO and not _is_below(error.filename, folder):
-                return None  # of a file that is read
+                return None  # raised while reading
             found = _shared_memory_full(error) or (
                 f"{error.filename or f'a file in {folder}'} cannot be written: {error.strerror}. {_REMEDY}"
             )
@@ -104,12 +107,12 @@ def _write_failure(error: BaseException | None, folder: Path) -> str | None:
 
 
 def _is_below(path: object, folder: Path) -> bool:
-    """Whether a path of an error is one of the folder's; an error that names none is taken for one."""
+    """Whether an error's path lies in the folder; an error without a path counts as one."""
     return path is None or Path(os.fsdecode(str(path))).absolute().is_relative_to(folder.absolute())
 
 
 def _shared_memory_full(error: OSError) -> str | None:
-    """What to say where it was no disk that had no room: what processes share has no name in its error."""
+    """Return the message if shared memory is full and not the disk; its errors name no file."""
     if error.errno != errno.ENOSPC or error.filename or not _SHARED_MEMORY.is_dir():
         return None
     full = shutil.disk_usage(_SHARED_MEMORY).free < _FULL
@@ -118,8 +121,8 @@ def _shared_memory_full(error: OSError) -> str | None:
 
 def _unshared(error: OSError) -> str:
     return (
-        f"{_SHARED_MEMORY}, the memory that processes share, cannot be used ({error.strerror}), and loader processes "
-        "need it. Remove what fills it, give a container more (docker run --shm-size=1g, or --ipc=host), or set "
+        f"{_SHARED_MEMORY}, the memory that processes share, cannot be used ({error.strerror}), but loader processes "
+        "need it. Delete files in it, give the container more (docker run --shm-size=1g, or --ipc=host), or set "
         "model.train_ds.num_workers=0 and model.validation_ds.num_workers=0."
     )
 
@@ -134,3 +137,36 @@ def _existing(folder: Path) -> Path:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def experiment_folder(config: DictConfig) -> Path:
+    """Return exp_manager's folder: exp_dir/name without a version, as in a NeMo run that may resume."""
+    manager = config.exp_manager
+    name = str(manager.name)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"exp_manager.name: {name[:100]!r} leads out of exp_manager.exp_dir. Give a plain name.")
+    return Path(user_path(str(manager.exp_dir or DEFAULT_EXP_DIR))) / name
+
+
+def checkpoint_names(folder: Path) -> frozenset[str]:
+    """Return the file names of a run's checkpoints."""
+    return frozenset(path.name for path in (folder / "checkpoints").glob("*.ckpt"))
+
+
+def in_use(folder: Path) -> ConfigError:
+    """Return the error for a folder that another run uses."""
+    return ConfigError(
+        f"another run of nest is training in {folder}. Wait for it or stop it, then give the same command again; or "
+        "set another exp_manager.name."
+    )
+
+
+def make_folder(folder: Path) -> None:
+    """Create a run's folder. Raises ConfigError if it cannot be created or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the experiment's folder {folder} cannot be created: {error.strerror}. Set exp_manager.exp_dir."
+        ) from None
+    check_folder(folder)

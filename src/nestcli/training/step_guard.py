@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient would spoil the model: left out, counted, written down."""
+"""Skip the steps whose loss or gradient would spoil the model, count them and log them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from nestcli.data.batch import NoiseBatch
@@ -19,37 +18,39 @@ from nestcli.errors import DataError, RunFailedError
 from nestcli.model.health import total_norm
 from nestcli.model.module import NestModule
 from nestcli.training.jsonl import append_line, drop_lines_after
+from nestcli.training.lightning_internals import copy_tensors
 
-_MEDIAN_OF = 100  # good steps whose losses tell what is usual
-_MEDIAN_FROM = 20  # of them; below, no loss counts as exploding
-_WINDOW = 100  # steps among which `max_bad_steps` are too many
-_FILES = 1000  # names in a line at most
+_MEDIAN_OF = 100  # good steps whose losses give the usual loss
+_MEDIAN_FROM = 20  # good steps before a loss can count as exploding
+_WINDOW = 100  # steps in which `max_bad_steps` end the run
+_FILES = 1000  # most names in a line
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class StepGuard(Callback):
-    """Leaves out the update of a step whose loss or gradient norm is NaN or infinite, or whose loss explodes.
+    """Skips the update of a step whose loss or gradient norm is NaN or infinite, or whose loss explodes.
 
-    Weights, moments and batch-norm statistics stay as they were; counters, schedule and data go on. Every bad step is
-    a line of bad_batches.jsonl; `max_bad_steps` of them within 100 steps end the run (RunFailedError), None guards
-    nothing. A loss explodes beyond `explode_factor` times the median of the last 100 good steps, None: never.
-    Gradients that overflow under 16-mixed are the gradient scaler's business and not counted.
+    Weights, moments and batch-norm statistics stay unchanged; counters, schedule and data advance. Every bad step is a
+    line of bad_batches.jsonl. `max_bad_steps` of them within 100 steps end the run (RunFailedError); None skips no
+    step. A loss explodes if it exceeds `explode_factor` times the median of the last 100 good steps; None: never.
+    Gradients that overflow under 16-mixed are left to the gradient scaler and not counted.
 
-    The decision needs loss and gradient norm, averaged over ranks: two numbers that the host waits for once a step.
+    The decision needs the loss and the gradient norm, averaged over ranks: the host waits for two numbers every step.
     """
 
     def __init__(
         self,
         path: Path,
-        tell: Callable[[str], None],
+        note: Callable[[str], None],
         find: Callable[[int], dict[str, Any]],
         *,
         max_bad_steps: int | None,
         explode_factor: float | None,
     ) -> None:
-        self.path, self.tell, self.find = path, tell, find
+        self.path, self.note, self.find = path, note, find
         self.max_bad_steps, self.explode_factor = max_bad_steps, explode_factor
         self.bad_steps = 0
-        self.gradient_norm = torch.full((), math.nan)  # of the newest step, before clipping; on the device
+        self.gradient_norm = torch.full((), math.nan)  # of the newest step, before clipping, on the device
         self._recent: list[int] = []  # bad steps of the last _WINDOW
         self._usual: list[float] = []  # losses of good steps
         self._statistics = _Statistics()
@@ -84,7 +85,7 @@ class StepGuard(Callback):
         if reason is None:
             self._usual = [*self._usual, loss][-_MEDIAN_OF:] if loss != 0 else self._usual  # 0: no masked token
             return
-        _leave_out(optimizer, scaler)
+        _skip_update(optimizer, scaler)
         self._statistics.put_back()
         self._write_down(trainer, loss, norm, reason, [*zip(ids, losses.tolist(), strict=True)])
 
@@ -119,13 +120,13 @@ class StepGuard(Callback):
         if trainer.is_global_zero:
             row = {"step": step, "reason": reason, "loss": loss, "gradient_norm": norm}
             append_line(self.path, {**row, **self._offenders(of_all_ranks)})
-        self.tell(f"step {step} left out: {reason}. Its batch is in {self.path.name}; {self.bad_steps} bad so far.")
+        self.note(f"step {step} skipped: {reason}. Its batch is in {self.path.name}; {self.bad_steps} bad so far.")
         assert self.max_bad_steps is not None
         if len(self._recent) >= self.max_bad_steps:
             raise RunFailedError(self._end(step, reason))
 
     def _offenders(self, batches: list[tuple[int, tuple[int, ...], float]]) -> dict[str, Any]:
-        """The batches whose own loss is out of order; all of the step where none is."""
+        """Return the batches whose own loss is bad, or all batches of the step if none is."""
         usual = statistics.median(self._usual) if self._usual else math.inf
         factor = self.explode_factor or math.inf
         guilty = [batch for batch in batches if not math.isfinite(batch[2]) or batch[2] > factor * usual] or batches
@@ -142,29 +143,29 @@ class StepGuard(Callback):
     def _found(self, number: int) -> dict[str, Any]:
         try:
             return self.find(number)
-        except (DataError, OSError, ValueError, KeyError):  # the manifest has changed meanwhile
+        except (DataError, OSError, ValueError, KeyError):  # the manifest has changed since
             return {"line": number}
 
     def _end(self, step: int, reason: str) -> str:
         bad, steps = len(self._recent), step - self._recent[0] + 1
         return (
             f"training stopped at step {step}: {bad} of the last {max(steps, bad)} steps were bad, the last because "
-            f"{reason}. {self.path} names their batches: listen to those files, if they are always the same. "
+            f"{reason}. {self.path} names their batches: if the files are always the same, listen to them. "
             "Otherwise lower model.optim.lr or lengthen model.optim.sched.warmup_steps, set "
-            "trainer.gradient_clip_val=1.0, or use trainer.precision=bf16-mixed in place of 16-mixed. "
-            "nest.max_bad_steps and nest.explode_factor set what is too much. The newest checkpoint is of before."
+            "trainer.gradient_clip_val=1.0, or use trainer.precision=bf16-mixed instead of 16-mixed. "
+            "nest.max_bad_steps and nest.explode_factor set the limits. The newest checkpoint predates these steps."
         )
 
 
 class _Statistics:
-    """A copy of the batch-norm statistics, which a forward pass changes before anybody sees its loss."""
+    """A copy of the batch-norm statistics, which a forward pass changes before its loss is known."""
 
     def __init__(self) -> None:
         self._live: list[Tensor] = []
         self._kept: list[Tensor] = []
 
     def keep(self, module: nn.Module) -> None:
-        live = [buffer for part in module.modules() if isinstance(part, _BatchNorm) for buffer in part.buffers(False)]
+        live = [buffer for part in module.modules() if isinstance(part, _BATCH_NORMS) for buffer in part.buffers(False)]
         if [buffer.data_ptr() for buffer in live] != [buffer.data_ptr() for buffer in self._live]:
             self._live, self._kept = live, [torch.empty_like(buffer) for buffer in live]
         self._copy(self._kept, self._live)
@@ -172,12 +173,11 @@ class _Statistics:
     def put_back(self) -> None:
         self._copy(self._live, self._kept)
 
-    @torch.no_grad()
     def _copy(self, to: list[Tensor], source: list[Tensor]) -> None:
         for floating in (True, False):  # one kernel for each type
             pairs = [pair for pair in zip(to, source, strict=True) if pair[0].is_floating_point() == floating]
             if pairs:
-                torch._foreach_copy_([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+                copy_tensors([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
@@ -186,20 +186,20 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _unscales(optimizer: Optimizer) -> bool:
-    """Whether gradients are still scaled where we see them: a fused optimiser undoes that itself."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    """Whether the optimiser unscales the gradients itself, so that they are still scaled here: a fused one does."""
+    return bool(optimizer.defaults.get("fused"))
 
 
 def _gradient_norm(optimizer: Optimizer, scaler: Any) -> Tensor:
     norm = total_norm(_gradients(optimizer))
-    if scaler is not None and _unscales(optimizer) and scaler._scale is not None:
-        norm = norm / scaler._scale
+    if scaler is not None and _unscales(optimizer):
+        norm = norm / scaler.scale(torch.ones_like(norm))  # get_scale() would wait for the device
     return norm
 
 
-def _leave_out(optimizer: Optimizer, scaler: Any) -> None:
-    """Make the coming optimiser step change nothing: parameters without a gradient are passed over."""
-    if scaler is not None and _unscales(optimizer):  # the scaler wants gradients to look at, and skips these
+def _skip_update(optimizer: Optimizer, scaler: Any) -> None:
+    """Make the coming optimiser step change nothing: it skips parameters without a gradient."""
+    if scaler is not None and _unscales(optimizer):  # the scaler needs gradients to check, and skips infinite ones
         for gradient in _gradients(optimizer)[:1]:
             gradient.fill_(math.inf)
         return
@@ -211,7 +211,7 @@ def _leave_out(optimizer: Optimizer, scaler: Any) -> None:
 def _gathered(
     trainer: Trainer, batches: list[tuple[tuple[int, ...], float]]
 ) -> list[tuple[int, tuple[int, ...], float]]:
-    """The batches of all ranks, each with its rank."""
+    """Return the batches of all ranks, each with its rank."""
     own = [(trainer.global_rank, ids, loss) for ids, loss in batches]
     if trainer.world_size == 1:
         return own

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import tiny_config
 from nestcli.config import load_config
 from nestcli.model import quantizer
+from nestcli.model.config import NestConfig
 from nestcli.model.cost import Work, batch_work, selected_share, tokens_of, training_memory, work_per_second
 from nestcli.model.module import NestModule
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.nest import NestModel
 from nestcli.model.optim import build_optimizer
 from nestcli.model.subsampling import DepthwiseStridingSubsampling
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from nestcli.config import load_config
-from nestcli.model.attention import relative_shift
-from nestcli.model.conformer import ConformerEncoder, depthwise_by_taps
-from nestcli.model.dropout import Dropout, hashed_keep
-from nestcli.model.nest import NestConfig
-from nestcli.model.quantizer import RandomProjectionQuantizer, nearest_by_blocks, nearest_in_fp64
+from nestcli.model.attention import Dropout
+from nestcli.model.config import NestConfig
+from nestcli.model.conformer import ConformerEncoder
+from nestcli.model.fast import depthwise_by_taps, hashed_keep, nearest_by_blocks, nearest_in_fp64, relative_shift
+from nestcli.model.quantizer import RandomProjectionQuantizer
 from nestcli.model.subsampling import DepthwiseStridingSubsampling
 
 

@@ -8,11 +8,12 @@ import torch
 
 from conftest import GOLDEN, Golden, assert_close
 from nestcli.config import load_config, section
-from nestcli.model.features import LogMelPreprocessor, PreprocessorConfig
-from nestcli.model.masking import MaskingConfig, disjoint_blocks, overlapping_blocks
-from nestcli.model.nest import NestConfig, NestModel
-from nestcli.model.optim import NoamAnnealing, ScheduleConfig
-from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
+from nestcli.model.config import MaskingConfig, NestConfig, PreprocessorConfig, QuantizerConfig, ScheduleConfig
+from nestcli.model.features import LogMelPreprocessor
+from nestcli.model.masking import disjoint_blocks, overlapping_blocks
+from nestcli.model.nest import NestModel
+from nestcli.model.optim import NoamAnnealing
+from nestcli.model.quantizer import RandomProjectionQuantizer
 
 TINY = Golden("model_tiny")
 NOBIAS = Golden("model_nobias")

@@ -11,7 +11,7 @@ from nestcli.data import mixing
 from nestcli.model import (
     attention,
     conformer,
-    decoder,
+    fast,
     features,
     loss,
     masking,
@@ -19,7 +19,6 @@ from nestcli.model import (
     optim,
     quantizer,
     subsampling,
-    subsampling_pieces,
 )
 from nestcli.parity import archive, structure
 from nestcli.parity.compare import Request, compare
@@ -144,7 +143,7 @@ def padding_reaches_the_convolutions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(subsampling, "_zero_padding", lambda x, lengths: x)
     around(
         patch,
-        subsampling_pieces,
+        fast,
         "_stretch",
         lambda whole, x, begins, span, _length: whole(x, begins, span, begins + x.size(0)),
     )
@@ -252,7 +251,7 @@ def a_decoder_without_bias(patch: pytest.MonkeyPatch) -> None:
         logits = torch.nn.functional.linear(frames, self.layer.weight.squeeze(-1))
         return logits.unflatten(-1, (self.config.num_classes, self.config.num_decoders))
 
-    patch.setattr(decoder.MultiSoftmaxDecoder, "forward", forward)
+    patch.setattr(loss.MultiSoftmaxDecoder, "forward", forward)
 
 
 @fault("loss", "loss of the same predictions")

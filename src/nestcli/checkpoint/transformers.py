@@ -20,9 +20,8 @@ from torch import Tensor
 from nestcli.checkpoint.safetensors_file import safetensors_weights
 from nestcli.errors import CheckpointError
 from nestcli.files import new_folder
-from nestcli.model.conformer import EncoderConfig
-from nestcli.model.features import PER_FEATURE, PREEMPHASIS, PreprocessorConfig
-from nestcli.model.nest import NestConfig
+from nestcli.model.config import PER_FEATURE, EncoderConfig, NestConfig, PreprocessorConfig
+from nestcli.model.features import PREEMPHASIS
 
 CONFIG, WEIGHTS, INDEX, FEATURES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json",

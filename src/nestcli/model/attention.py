@@ -11,9 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestcli.model.dropout import Dropout
+from nestcli.model.fast import _SPREAD, hashed_keep, relative_shift
 
 MASKED_SCORE = -10000.0  # not -inf: a row in which everything is masked must stay finite
+
+
+class Dropout(nn.Module):
+    """Zeroes a share `p` of the elements in training and scales the others by 1 / (1 - p).
+
+    Without a key the draws are those of torch's generator, and so NeMo's. With one, a scalar of int32, each element's
+    draw is a hash of the key, the element's place and `site`: the same compiled or not, and made anew in the backward
+    pass instead of being kept. Modules that share a key need sites of their own. `channels_first`: torch's generator
+    draws for an input (B, S, M) in the order (B, M, S), which is that of NeMo's tensor at this place.
+    """
+
+    def __init__(self, p: float, site: int = 0, *, channels_first: bool = False) -> None:
+        super().__init__()
+        self.p, self.site, self.channels_first = p, site, channels_first
+
+    def forward(self, x: Tensor, key: Tensor | None = None) -> Tensor:
+        if not self.training or self.p <= 0.0:
+            return x
+        if key is None:
+            if self.channels_first:
+                return F.dropout(x.transpose(1, 2).contiguous(), self.p).transpose(1, 2)
+            return F.dropout(x, self.p)
+        kept = hashed_keep(x.shape, key + self.site * _SPREAD, self.p)
+        return torch.where(kept, x / (1.0 - self.p), 0.0) if self.p < 1.0 else x * 0.0
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
 
 
 class RelativePositions(nn.Module):
@@ -109,25 +136,3 @@ class RelativeAttention(nn.Module):
         dropout = self.dropout.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return attended.masked_fill(hidden.all(-1, keepdim=True), 0.0)
-
-
-def relative_shift(scores_BHSR: Tensor) -> Tensor:
-    """Bring scores by offset into scores by frame: out[..., i, j] = scores[..., i, S - 1 - i + j].
-
-    Row i of the result starts one column further left than row i - 1: in the flattened rows, each starts R - 1 after
-    the one before. No copy is made.
-    """
-    S = scores_BHSR.size(-2)
-    if torch.compiler.is_exporting():
-        return _relative_shift_by_reshaping(scores_BHSR)
-    if S == 1:
-        return scores_BHSR
-    flat = scores_BHSR.flatten(-2)
-    return flat.narrow(-1, S - 1, S * (2 * S - 2)).unflatten(-1, (S, 2 * S - 2))[..., :S]
-
-
-def _relative_shift_by_reshaping(scores_BHSR: Tensor) -> Tensor:
-    """The same for graphs of any length, one frame included: a column of padding makes rows start one further on."""
-    S, R = scores_BHSR.shape[-2:]
-    padded = F.pad(scores_BHSR, (1, 0)).flatten(-2)
-    return padded[..., S:].unflatten(-1, (S, R))[..., :S]

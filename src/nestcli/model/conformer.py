@@ -6,164 +6,20 @@ Axes: B batch, D mel bins, T feature frames, S sub-sampled frames, M model width
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from nestcli.bounds import within
-from nestcli.model.attention import RelativeAttention, RelativePositions
-from nestcli.model.dropout import Dropout
+from nestcli.model.attention import Dropout, RelativeAttention, RelativePositions
+from nestcli.model.config import EncoderConfig
+from nestcli.model.fast import depthwise_by_taps
 from nestcli.model.subsampling import DepthwiseStridingSubsampling
 
 # Of what a compiled layer could keep for its gradients; the cheapest rest is made anew. 0.9 takes two thirds of the
 # memory that 1 does, and a twentieth less time (docs/log.md).
 _KEPT = 0.9
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """The `model.encoder` block. Sizes come from the configuration alone."""
-
-    feat_in: int
-    feat_out: int
-    n_layers: int
-    d_model: int
-    use_bias: bool
-    subsampling: str
-    subsampling_factor: int
-    subsampling_conv_channels: int
-    causal_downsampling: bool
-    ff_expansion_factor: int
-    self_attention_model: str
-    n_heads: int
-    att_context_size: tuple[int, ...]
-    att_context_style: str
-    xscaling: bool
-    untie_biases: bool
-    conv_kernel_size: int
-    conv_norm_type: str
-    conv_context_size: tuple[int, ...] | str | None
-    dropout: float
-    dropout_pre_encoder: float
-    dropout_emb: float
-    dropout_att: float
-    stochastic_depth_drop_prob: float
-    stochastic_depth_mode: str
-    stochastic_depth_start_layer: int
-    pos_emb_max_len: int = 5000  # of NeMo's encoder alone; our table of positions grows as needed
-    use_pytorch_sdpa: bool = False
-    conv_norm_ignore_padding: bool = False
-    backend: str = "nest"  # whose code trains; the model is the same, and everything but training uses ours
-    compile: bool = False  # of the layers, by torch.compile
-    dropout_draws: str | None = None  # torch: its generator's, as NeMo's; hash: cheap ones; None: hash if compiled
-
-    def __post_init__(self) -> None:
-        fixed = {
-            "subsampling": "dw_striding",
-            "causal_downsampling": False,
-            "self_attention_model": "rel_pos",
-        }
-        for key, only in fixed.items():
-            if getattr(self, key) != only:
-                raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
-        self._check_numbers()
-        if self.subsampling_factor < 2 or self.subsampling_factor & (self.subsampling_factor - 1):
-            raise ValueError(f"subsampling_factor: {self.subsampling_factor} is not a power of 2 from 2 on.")
-        if self.d_model % self.n_heads or self.d_model % 2:
-            raise ValueError(f"d_model: {self.d_model} must be even and a multiple of n_heads={self.n_heads}.")
-        if self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"conv_kernel_size: {self.conv_kernel_size} must be odd.")
-        if self.att_context_style not in ("regular", "chunked_limited"):
-            raise ValueError(f"att_context_style: {self.att_context_style!r}: use regular or chunked_limited.")
-        if len(self.att_context_size) != 2:
-            raise ValueError(f"att_context_size: {list(self.att_context_size)} must be [left, right].")
-        self._check_chunks()
-        if self.stochastic_depth_mode not in ("linear", "uniform"):
-            raise ValueError(f"stochastic_depth_mode: {self.stochastic_depth_mode!r}: use linear or uniform.")
-        if self.stochastic_depth_drop_prob and not 1 <= self.stochastic_depth_start_layer <= self.n_layers:
-            raise ValueError(f"stochastic_depth_start_layer: {self.stochastic_depth_start_layer} is not a layer.")
-        if self.backend not in ("nest", "nemo"):
-            raise ValueError(f"backend: {self.backend!r} is not an encoder: use nest or nemo.")
-        if self.dropout_draws not in (None, "torch", "hash"):
-            raise ValueError(f"dropout_draws: {self.dropout_draws!r}: use torch or hash.")
-        if self.backend == "nemo" and (self.compile or self.dropout_draws == "hash"):
-            raise ValueError("backend: NeMo's encoder is trained as it is. Leave out compile and dropout_draws.")
-        self._check_convolution()
-
-    def _check_chunks(self) -> None:
-        """As in NeMo: chunks of right + 1 frames, and whole ones to the left."""
-        left, right = self.att_context_size
-        chunked = self.att_context_style == "chunked_limited"
-        if chunked and right < 0:
-            raise ValueError(
-                f"att_context_size: with chunked_limited the right context of {list(self.att_context_size)} must be "
-                "at least 0: it sets the length of a chunk. Or set att_context_style to regular."
-            )
-        if chunked and left > 0 and left % (right + 1):
-            raise ValueError(
-                f"att_context_size: with chunked_limited the left context of {list(self.att_context_size)} must be a "
-                f"multiple of a chunk's {right + 1} frames (the right context + 1), or -1."
-            )
-
-    def _check_numbers(self) -> None:
-        within(self, 1, 1 << 16, "feat_in", "d_model", "n_heads")
-        within(self, 1, 512, "n_layers", "stochastic_depth_start_layer")
-        within(self, 2, 64, "subsampling_factor")
-        within(self, 1, 64, "ff_expansion_factor")
-        within(self, 1, 1 << 12, "conv_kernel_size")
-        within(self, 1, 1 << 20, "pos_emb_max_len")
-        within(self, -1, 1 << 16, "att_context_size")
-        within(self, 0, 1, "dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att", below=True)
-        within(self, 0, 1, "stochastic_depth_drop_prob", below=True)
-        for key, largest in (("feat_out", 1 << 16), ("subsampling_conv_channels", 1 << 14)):
-            if getattr(self, key) != -1:  # which stands for d_model
-                within(self, 1, largest, key)
-        if not isinstance(self.conv_context_size, str):
-            within(self, 0, 1 << 12, "conv_context_size")
-
-    @property
-    def hashes_dropout(self) -> bool:
-        return self.compile if self.dropout_draws is None else self.dropout_draws == "hash"
-
-    def _check_convolution(self) -> None:
-        if self.conv_norm_type not in ("batch_norm", "layer_norm") and not self.conv_norm_groups:
-            raise ValueError(f"conv_norm_type: {self.conv_norm_type!r}: use batch_norm, layer_norm or group_normN.")
-        if self.conv_norm_groups and self.d_model % self.conv_norm_groups:
-            raise ValueError(
-                f"conv_norm_type: d_model={self.d_model} is no multiple of {self.conv_norm_groups} groups."
-            )
-        if self.conv_norm_ignore_padding and self.conv_norm_type != "batch_norm":
-            raise ValueError("conv_norm_ignore_padding: only batch_norm can leave padding out.")
-        if self.conv_norm_ignore_padding and self.backend == "nemo":
-            raise ValueError("conv_norm_ignore_padding: NeMo's encoder cannot do that. Set model.encoder.backend=nest.")
-        if len(self.conv_padding) != 2 or sum(self.conv_padding) + 1 != self.conv_kernel_size:
-            raise ValueError(f"conv_context_size: {self.conv_context_size} must add up to conv_kernel_size - 1.")
-
-    @property
-    def conv_norm_groups(self) -> int:
-        groups = self.conv_norm_type.removeprefix("group_norm")
-        return int(groups) if groups.isdecimal() and groups != self.conv_norm_type else 0
-
-    @property
-    def conv_padding(self) -> tuple[int, ...]:
-        """Frames that the depthwise convolution sees to the left and to the right."""
-        if self.conv_context_size is None:
-            return ((self.conv_kernel_size - 1) // 2,) * 2
-        if isinstance(self.conv_context_size, str):
-            return (self.conv_kernel_size - 1, 0) if self.conv_context_size == "causal" else ()
-        return self.conv_context_size
-
-    def drop_probability(self, layer: int) -> float:
-        """Stochastic depth of a layer (arXiv:1603.09382): 0 before the start layer, then uniform or rising."""
-        start = self.stochastic_depth_start_layer
-        if layer < start:
-            return 0.0
-        if self.stochastic_depth_mode == "uniform":
-            return self.stochastic_depth_drop_prob
-        return (layer - start + 1) / (self.n_layers - start) * self.stochastic_depth_drop_prob
 
 
 class FeedForward(nn.Module):
@@ -223,15 +79,6 @@ class Convolution(nn.Module):
             normed_BSM = torch.zeros_like(x_BSM, dtype=valid_NM.dtype)
             return normed_BSM.masked_scatter(~padding_BS[:, :, None], valid_NM)
         return self.batch_norm(x_BSM.flatten(0, 1)).view(x_BSM.shape)
-
-
-def depthwise_by_taps(x_BSM: Tensor, weight_M1K: Tensor, bias_M: Tensor | None, padding: tuple[int, ...]) -> Tensor:
-    """A depthwise convolution as a sum of shifted products, which compiles into one loop with its neighbours."""
-    n_frames, padded_BSM = x_BSM.size(1), F.pad(x_BSM, (0, 0, *padding))
-    taps = [padded_BSM[:, tap : tap + n_frames] * weight_M1K[:, 0, tap] for tap in range(weight_M1K.size(-1))]
-    if bias_M is not None:
-        taps[0] = taps[0] + bias_M
-    return sum(taps[1:], start=taps[0])
 
 
 def _pointwise(conv: nn.Conv1d, x_BSM: Tensor) -> Tensor:

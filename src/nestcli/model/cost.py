@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nestcli.errors import ConfigError
+from nestcli.model.config import NestConfig
 from nestcli.model.count import skeleton
 from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import disjoint_blocks, overlapping_blocks
-from nestcli.model.nest import NestConfig
 
 _MOMENTS = 2  # that AdamW keeps for every parameter, in its type
 _STEP_BYTES = 4  # AdamW's step count, one fp32 number for each parameter tensor

@@ -7,66 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestcli.bounds import within
+from nestcli.model.config import PER_FEATURE, PreprocessorConfig
 
 PREEMPHASIS = 0.97
 LOG_GUARD = 2.0**-24  # added to mel energies before the logarithm
 STD_GUARD = 1e-5  # added to standard deviations before the division
-PER_FEATURE, ALL_FEATURES = "per_feature", "all_features"
-
-
-@dataclass(frozen=True)
-class PreprocessorConfig:
-    """The `model.preprocessor` block. Times in seconds, rates in Hz."""
-
-    sample_rate: int
-    window_size: float
-    window_stride: float
-    n_fft: int
-    features: int
-    dither: float
-    pad_to: int
-    pad_value: float
-    normalize: str
-    window: str
-    log: bool
-    frame_splicing: int
-    nemo_exact: bool = False
-
-    def __post_init__(self) -> None:
-        within(self, 1000, 1 << 20, "sample_rate")
-        within(self, 1, 1, "frame_splicing")
-        within(self, 0, 10, "window_size", "window_stride", above=True)
-        within(self, 2, 1 << 14, "n_fft")
-        within(self, 1, 1 << 10, "features")
-        within(self, 0, 1, "dither")
-        within(self, 0, 1 << 16, "pad_to")
-        within(self, -1e4, 1e4, "pad_value")
-        if self.normalize not in (PER_FEATURE, ALL_FEATURES):
-            raise ValueError(f"normalize: {self.normalize!r} is not supported, use {PER_FEATURE} or {ALL_FEATURES}.")
-        fixed = {"window": "hann", "log": True, "frame_splicing": 1}
-        for key, only in fixed.items():
-            if getattr(self, key) != only:
-                raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
-        if not 2 <= self.window_length <= self.n_fft:
-            raise ValueError(f"window_size: {self.window_length} samples do not fit into n_fft={self.n_fft}.")
-        if self.hop_length < 1:
-            raise ValueError(f"window_stride: {self.window_stride} s are less than one sample.")
-
-    @property
-    def window_length(self) -> int:
-        return round(self.window_size * self.sample_rate)
-
-    @property
-    def hop_length(self) -> int:
-        return round(self.window_stride * self.sample_rate)
 
 
 class LogMelPreprocessor(nn.Module):

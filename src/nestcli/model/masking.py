@@ -6,32 +6,12 @@ Axes: B batch, D features, T frames.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestcli.bounds import within
-
-
-@dataclass(frozen=True)
-class MaskingConfig:
-    """The `model.masking` block. `block_size` in frames."""
-
-    feat_in: int
-    block_size: int
-    mask_prob: float
-    freeze: bool
-    allow_overlap: bool
-    mask_value: float | None = None
-    max_mask_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        within(self, 1, 1 << 16, "feat_in", "block_size")
-        within(self, 0, 1, "mask_prob")
-        within(self, -1e4, 1e4, "mask_value")
-        within(self, 0, 1, "max_mask_ratio", above=True)
+from nestcli.model.config import MaskingConfig
 
 
 class RandomBlockMasking(nn.Module):

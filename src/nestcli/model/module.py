@@ -12,10 +12,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nestcli.config import resolved, seed_of
-from nestcli.model.conformer import ConformerEncoder, EncoderConfig
-from nestcli.model.limits import check_memory
+from nestcli.model.config import EncoderConfig, NestConfig
+from nestcli.model.conformer import ConformerEncoder
+from nestcli.model.count import check_memory
 from nestcli.model.nemo_encoder import NemoEncoder
-from nestcli.model.nest import NestConfig, NestModel, NestOutput
+from nestcli.model.nest import NestModel, NestOutput
 from nestcli.model.optim import build_optimizer, build_schedule
 
 CONFIG_KEY = "nest_config"

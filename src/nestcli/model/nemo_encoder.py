@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nestcli.errors import MissingDependencyError
-from nestcli.model.conformer import EncoderConfig
+from nestcli.model.config import EncoderConfig
 
 _OURS_ALONE = ("backend", "conv_norm_ignore_padding", "compile", "dropout_draws")
 

@@ -7,24 +7,21 @@ frames and tokens, M model width, C codes, G codebooks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nestcli.config import section
-from nestcli.errors import ConfigError
-from nestcli.model.conformer import ConformerEncoder, EncoderConfig
-from nestcli.model.decoder import DecoderConfig, MultiSoftmaxDecoder
-from nestcli.model.features import LogMelPreprocessor, PreprocessorConfig
-from nestcli.model.loss import LossConfig, MaskedTokenLoss, fitted
-from nestcli.model.masking import MaskingConfig, RandomBlockMasking
-from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
-from nestcli.untrusted import short
+from nestcli.model.config import (
+    EncoderConfig,
+    NestConfig,
+)
+from nestcli.model.conformer import ConformerEncoder
+from nestcli.model.features import LogMelPreprocessor
+from nestcli.model.loss import MaskedTokenLoss, MultiSoftmaxDecoder, fitted
+from nestcli.model.masking import RandomBlockMasking
+from nestcli.model.quantizer import RandomProjectionQuantizer
 
 
 class NestOutput(NamedTuple):
@@ -38,101 +35,6 @@ class NestOutput(NamedTuple):
     predicted_NG: Tensor  # their most probable codes
     encoded_BSM: Tensor  # what the encoder made of the masked audio
     frames_B: Tensor  # valid frames of it
-
-
-@dataclass(frozen=True)
-class NestConfig:
-    """The blocks of `model` that shape the network, checked and made to fit each other."""
-
-    preprocessor: PreprocessorConfig
-    masking: MaskingConfig
-    quantizer: QuantizerConfig
-    encoder: EncoderConfig
-    decoder: DecoderConfig
-    loss: LossConfig
-    mask_after_subsampling: bool
-
-    @classmethod
-    def from_config(cls, config: DictConfig) -> NestConfig:
-        """Read the configuration. Raises ConfigError naming the key that does not fit."""
-        position = config.model.mask_position
-        if position not in ("pre_conv", "post_conv"):
-            raise ConfigError(f"model.mask_position: {position!r}: use pre_conv or post_conv.")
-        blocks = cls(
-            preprocessor=section(PreprocessorConfig, config, "model.preprocessor"),
-            encoder=section(EncoderConfig, config, "model.encoder"),
-            masking=section(MaskingConfig, config, "model.masking"),
-            quantizer=section(QuantizerConfig, config, "model.quantizer"),
-            decoder=section(DecoderConfig, config, "model.decoder"),
-            loss=section(LossConfig, config, "model.loss"),
-            mask_after_subsampling=position == "post_conv",
-        )
-        if blocks.mask_after_subsampling:
-            blocks._check_before_moving()
-            blocks = blocks._moved_after_subsampling()
-        blocks._check()
-        blocks._check_against(config)
-        return blocks
-
-    def _check_against(self, config: DictConfig) -> None:
-        """Compare the blocks with the keys of `model` that they repeat, and that a checkpoint need not have."""
-        for key, name in (
-            ("sample_rate", "preprocessor.sample_rate"),
-            ("num_classes", "quantizer.num_classes"),
-            ("num_books", "quantizer.num_books"),
-            ("code_dim", "quantizer.code_dim"),
-            ("squeeze_single", "quantizer.squeeze_single"),
-        ):
-            stated, used = config.model.get(key), attrgetter(name)(self)
-            if stated is not None and (isinstance(stated, bool) != isinstance(used, bool) or stated != used):
-                raise ConfigError(f"model.{key} is {short(stated)}, but model.{name} is {used}. Let them be the same.")
-
-    def _check_before_moving(self) -> None:
-        """With post_conv, values that are right for pre_conv are taken too, and no others."""
-        factor, widths = self.encoder.subsampling_factor, (self.preprocessor.features, self.encoder.d_model)
-        for name, either in (
-            ("quantizer.feat_in", widths),
-            ("masking.feat_in", widths),
-            ("quantizer.combine_time_steps", (factor, 1)),
-            ("loss.combine_time_steps", (factor, 1)),
-        ):
-            if (value := attrgetter(name)(self)) not in either:
-                raise ConfigError(f"model.{name} is {value}, but the other blocks make it {either[1]}.")
-
-    def _moved_after_subsampling(self) -> NestConfig:
-        """With post_conv, everything about masks and tokens counts sub-sampled frames instead of feature frames."""
-        factor, width = self.encoder.subsampling_factor, self.encoder.d_model
-        return replace(
-            self,
-            masking=replace(self.masking, feat_in=width, block_size=max(1, self.masking.block_size // factor)),
-            quantizer=replace(self.quantizer, feat_in=width, combine_time_steps=1),
-            loss=replace(self.loss, combine_time_steps=1),
-        )
-
-    def _check(self) -> None:
-        encoder_out = self.encoder.feat_out if self.encoder.feat_out > 0 else self.encoder.d_model
-        step = 1 if self.mask_after_subsampling else self.encoder.subsampling_factor
-        masked_width = self.encoder.d_model if self.mask_after_subsampling else self.preprocessor.features
-        for key, value, wanted in (
-            ("encoder.feat_in", self.encoder.feat_in, self.preprocessor.features),
-            ("quantizer.feat_in", self.quantizer.feat_in, masked_width),
-            ("masking.feat_in", self.masking.feat_in, masked_width),
-            ("decoder.feat_in", self.decoder.feat_in, encoder_out),
-            ("decoder.num_classes", self.decoder.num_classes, self.quantizer.num_classes),
-            ("decoder.num_decoders", self.decoder.num_decoders, self.quantizer.num_books),
-            ("decoder.squeeze_single", self.decoder.squeeze_single, self.quantizer.squeeze_single),
-            ("loss.num_decoders", self.loss.num_decoders, self.quantizer.num_books),
-            ("loss.squeeze_single", self.loss.squeeze_single, self.quantizer.squeeze_single),
-            ("quantizer.combine_time_steps", self.quantizer.combine_time_steps, step),
-            ("loss.combine_time_steps", self.loss.combine_time_steps, step),
-        ):
-            if value != wanted:
-                raise ConfigError(f"model.{key} is {value}, but the other blocks make it {wanted}.")
-        if self.preprocessor.pad_to < 1 or self.preprocessor.pad_to % self.encoder.subsampling_factor:
-            raise ConfigError(
-                f"model.preprocessor.pad_to: {self.preprocessor.pad_to} must be a multiple of "
-                f"model.encoder.subsampling_factor={self.encoder.subsampling_factor}, so that tokens come out whole."
-            )
 
 
 class NestModel(nn.Module):

@@ -5,41 +5,14 @@ Axes: B batch, D features, T frames, S tokens (stacks of frames), G codebooks, C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestcli.bounds import within
+from nestcli.model.config import QuantizerConfig
+from nestcli.model.fast import _BLOCK, nearest_by_blocks, nearest_in_fp64
 
 _STACKS_AT_A_TIME = 256  # bounds the scores to 8 MiB with codebooks of 8192, which stay in the cache
-_BLOCK = 32  # codes
-# More than the rounding of two dot products of unit vectors of 16 numbers, in fp32 and with TF32's 11 bits.
-_FP32_MARGIN, _TF32_MARGIN = 4e-6, 4e-3
-
-
-@dataclass(frozen=True)
-class QuantizerConfig:
-    """The `model.quantizer` block. `combine_time_steps` is the number of frames in a token."""
-
-    feat_in: int
-    code_dim: int
-    num_books: int
-    num_classes: int
-    dist_fn: str
-    freeze: bool
-    squeeze_single: bool
-    combine_time_steps: int
-
-    def __post_init__(self) -> None:
-        within(self, 1, 1 << 16, "feat_in")
-        within(self, 1, 1 << 14, "code_dim")
-        within(self, 1, 1 << 12, "num_books")
-        within(self, 2, 1 << 24, "num_classes")
-        within(self, 1, 64, "combine_time_steps")
-        if self.dist_fn not in ("l2", "cosine"):
-            raise ValueError(f"dist_fn: {self.dist_fn!r} is not a distance. Use l2 or cosine.")
 
 
 class RandomProjectionQuantizer(nn.Module):
@@ -99,28 +72,3 @@ class RandomProjectionQuantizer(nn.Module):
         """The quantised vectors (B, S, G, E) of tokens."""
         books_G = torch.arange(self.config.num_books, device=tokens_BSG.device)
         return self.codebooks[books_G, tokens_BSG]
-
-
-def nearest_in_fp64(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
-    """Index of the code with the largest dot product for each of M unit vectors: (M,)."""
-    return (unit_ME.to(codes_CE.dtype) @ codes_CE.t().contiguous()).argmax(-1)
-
-
-def nearest_by_blocks(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
-    """`nearest_in_fp64` in half the time on a processor, and without many products in fp64, which most GPUs lack.
-
-    Products in fp32 find the block of codes that the best one is in, products in fp64 the best one of the block. Where
-    another block comes as near as rounding can take it, all codes are looked at.
-    """
-    margin = _TF32_MARGIN if unit_ME.is_cuda and torch.backends.cuda.matmul.allow_tf32 else _FP32_MARGIN
-    scores_MC = unit_ME.float() @ codes_CE.float().t().contiguous()
-    best_M2, blocks_M2 = scores_MC.unflatten(-1, (-1, _BLOCK)).amax(-1).topk(2, dim=-1)
-    block_M = blocks_M2[:, 0]
-    wide_ME = unit_ME.to(codes_CE.dtype)
-    of_block_MKE = codes_CE.unflatten(0, (-1, _BLOCK))[block_M]
-    within_M = (of_block_MKE @ wide_ME[:, :, None]).squeeze(-1).argmax(-1)
-    nearest_M = block_M * _BLOCK + within_M
-    doubtful_M = best_M2[:, 0] - best_M2[:, 1] < margin
-    if not bool(doubtful_M.any()):
-        return nearest_M
-    return nearest_M.masked_scatter(doubtful_M, nearest_in_fp64(unit_ME[doubtful_M], codes_CE))

@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nestcli.model.conformer import ConformerEncoder, EncoderConfig
-from nestcli.model.features import LogMelPreprocessor, PreprocessorConfig
+from nestcli.model.config import EncoderConfig, PreprocessorConfig
+from nestcli.model.conformer import ConformerEncoder
+from nestcli.model.features import LogMelPreprocessor
 
 # The output of a layer, counted from 0, or from -1 backwards; `input` is what goes into layer 0.
 Layer: TypeAlias = int | Literal["input"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nestcli.model.subsampling_pieces import convolve_by_pieces, halved, strides
+from nestcli.model.fast import convolve_by_pieces, halved, strides
 
 
 class DepthwiseStridingSubsampling(nn.Module):

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 
 from nestcli.config import section
 from nestcli.data.datamodule import NestDataModule
+from nestcli.model.config import ScheduleConfig
 from nestcli.model.module import NestModule
-from nestcli.model.optim import ScheduleConfig
 from nestcli.training.collapse import CollapseWatch
 from nestcli.training.guard import StepGuard
 from nestcli.training.health import HealthMonitor, WaitClock

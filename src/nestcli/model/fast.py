@@ -9,6 +9,7 @@ Axes: B batch, C channels, T time, D frequency, S sub-sampled frames; N windows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,3 +148,83 @@ def _between(x_TD1: Tensor, weight: Tensor, bias: Tensor, outside: tuple[int, in
     result_TDC[: outside[0]] = 0.0
     result_TDC[T - outside[1] :] = 0.0
     return windows_NK, result_TDC
+
+
+def depthwise_by_taps(x_BSM: Tensor, weight_M1K: Tensor, bias_M: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    """A depthwise convolution as a sum of shifted products, which compiles into one loop with its neighbours."""
+    n_frames, padded_BSM = x_BSM.size(1), F.pad(x_BSM, (0, 0, *padding))
+    taps = [padded_BSM[:, tap : tap + n_frames] * weight_M1K[:, 0, tap] for tap in range(weight_M1K.size(-1))]
+    if bias_M is not None:
+        taps[0] = taps[0] + bias_M
+    return sum(taps[1:], start=taps[0])
+
+
+def relative_shift(scores_BHSR: Tensor) -> Tensor:
+    """Bring scores by offset into scores by frame: out[..., i, j] = scores[..., i, S - 1 - i + j].
+
+    Row i of the result starts one column further left than row i - 1: in the flattened rows, each starts R - 1 after
+    the one before. No copy is made.
+    """
+    S = scores_BHSR.size(-2)
+    if torch.compiler.is_exporting():
+        return _relative_shift_by_reshaping(scores_BHSR)
+    if S == 1:
+        return scores_BHSR
+    flat = scores_BHSR.flatten(-2)
+    return flat.narrow(-1, S - 1, S * (2 * S - 2)).unflatten(-1, (S, 2 * S - 2))[..., :S]
+
+
+def _relative_shift_by_reshaping(scores_BHSR: Tensor) -> Tensor:
+    """The same for graphs of any length, one frame included: a column of padding makes rows start one further on."""
+    S, R = scores_BHSR.shape[-2:]
+    padded = F.pad(scores_BHSR, (1, 0)).flatten(-2)
+    return padded[..., S:].unflatten(-1, (S, R))[..., :S]
+
+
+_BLOCK = 32  # codes
+# More than the rounding of two dot products of unit vectors of 16 numbers, in fp32 and with TF32's 11 bits.
+_FP32_MARGIN, _TF32_MARGIN = 4e-6, 4e-3
+
+
+def nearest_in_fp64(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
+    """Index of the code with the largest dot product for each of M unit vectors: (M,)."""
+    return (unit_ME.to(codes_CE.dtype) @ codes_CE.t().contiguous()).argmax(-1)
+
+
+def nearest_by_blocks(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
+    """`nearest_in_fp64` in half the time on a processor, and without many products in fp64, which most GPUs lack.
+
+    Products in fp32 find the block of codes that the best one is in, products in fp64 the best one of the block. Where
+    another block comes as near as rounding can take it, all codes are looked at.
+    """
+    margin = _TF32_MARGIN if unit_ME.is_cuda and torch.backends.cuda.matmul.allow_tf32 else _FP32_MARGIN
+    scores_MC = unit_ME.float() @ codes_CE.float().t().contiguous()
+    best_M2, blocks_M2 = scores_MC.unflatten(-1, (-1, _BLOCK)).amax(-1).topk(2, dim=-1)
+    block_M = blocks_M2[:, 0]
+    wide_ME = unit_ME.to(codes_CE.dtype)
+    of_block_MKE = codes_CE.unflatten(0, (-1, _BLOCK))[block_M]
+    within_M = (of_block_MKE @ wide_ME[:, :, None]).squeeze(-1).argmax(-1)
+    nearest_M = block_M * _BLOCK + within_M
+    doubtful_M = best_M2[:, 0] - best_M2[:, 1] < margin
+    if not bool(doubtful_M.any()):
+        return nearest_M
+    return nearest_M.masked_scatter(doubtful_M, nearest_in_fp64(unit_ME[doubtful_M], codes_CE))
+
+
+# Odd multipliers of known good mixing: 2^32 / golden ratio, and two of Chris Wellons's "hash prospector" (triple32).
+_SPREAD, _FIRST, _SECOND = -1640531527, 0x7FEB352D, -2073254261
+
+
+def hashed_keep(shape: torch.Size, key: Tensor, p: float) -> Tensor:
+    """True with probability 1 - p, to 2^-32, for each place of `shape`: a keyed hash of its number."""
+    place = torch.arange(math.prod(shape), dtype=torch.int32, device=key.device).view(shape)
+    x = (place + key) * _SPREAD
+    x = (x ^ _shifted_right(x, 16) ^ key) * _FIRST
+    x = (x ^ _shifted_right(x, 15)) * _SECOND
+    x = x ^ _shifted_right(x, 16)
+    return x >= round(p * 2**32) - 2**31
+
+
+def _shifted_right(x: Tensor, bits: int) -> Tensor:
+    """As if x were unsigned."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)

@@ -110,7 +110,7 @@ def test_the_variable_beats_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_other_values_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for words, message in (
-        ([f"{BACKEND}=NeMo"], "model.encoder.backend: 'NeMo' is not an encoder: use nest or nemo"),
+        ([f"{BACKEND}=NeMo"], "model.encoder.backend: 'NeMo' is not supported, use nest or nemo"),
         ([f"{BACKEND}=nemo", "model.encoder.conv_norm_ignore_padding=true"], "NeMo's encoder cannot do that"),
     ):
         with pytest.raises(ConfigError, match=message):

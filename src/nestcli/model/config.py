@@ -1,4 +1,7 @@
-"""Every block of the model's YAML, checked."""
+"""Every block of the model's YAML, checked. Sizes have no defaults here: they come from the YAML.
+
+`nestcli.config.section` builds a block; where a check raises ValueError, it raises ConfigError with the full key.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from operator import attrgetter
 
 from omegaconf import DictConfig
 
-from nestcli.bounds import within
+from nestcli.bounds import one_of, within
 from nestcli.config import section
 from nestcli.errors import ConfigError
 from nestcli.untrusted import short
@@ -42,14 +45,11 @@ class PreprocessorConfig:
         within(self, 0, 1, "dither")
         within(self, 0, 1 << 16, "pad_to")
         within(self, -1e4, 1e4, "pad_value")
-        if self.normalize not in (PER_FEATURE, ALL_FEATURES):
-            raise ValueError(f"normalize: {self.normalize!r} is not supported, use {PER_FEATURE} or {ALL_FEATURES}.")
-        fixed = {"window": "hann", "log": True, "frame_splicing": 1}
-        for key, only in fixed.items():
-            if getattr(self, key) != only:
-                raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
+        one_of(self, "normalize", PER_FEATURE, ALL_FEATURES)
+        one_of(self, "window", "hann")
+        one_of(self, "log", True)
         if not 2 <= self.window_length <= self.n_fft:
-            raise ValueError(f"window_size: {self.window_length} samples do not fit into n_fft={self.n_fft}.")
+            raise ValueError(f"window_size: {self.window_length} samples must be from 2 to n_fft={self.n_fft}.")
         if self.hop_length < 1:
             raise ValueError(f"window_stride: {self.window_stride} s are less than one sample.")
 
@@ -100,13 +100,12 @@ class QuantizerConfig:
         within(self, 1, 1 << 12, "num_books")
         within(self, 2, 1 << 24, "num_classes")
         within(self, 1, 64, "combine_time_steps")
-        if self.dist_fn not in ("l2", "cosine"):
-            raise ValueError(f"dist_fn: {self.dist_fn!r} is not a distance. Use l2 or cosine.")
+        one_of(self, "dist_fn", "l2", "cosine")
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The `model.encoder` block. Sizes come from the configuration alone."""
+    """The `model.encoder` block."""
 
     feat_in: int
     feat_out: int
@@ -134,59 +133,54 @@ class EncoderConfig:
     stochastic_depth_drop_prob: float
     stochastic_depth_mode: str
     stochastic_depth_start_layer: int
-    pos_emb_max_len: int = 5000  # of NeMo's encoder alone; our table of positions grows as needed
+    pos_emb_max_len: int = 5000  # for NeMo's encoder only; our table of positions grows as needed
     use_pytorch_sdpa: bool = False
     conv_norm_ignore_padding: bool = False
-    backend: str = "nest"  # whose code trains; the model is the same, and everything but training uses ours
-    compile: bool = False  # of the layers, by torch.compile
-    dropout_draws: str | None = None  # torch: its generator's, as NeMo's; hash: cheap ones; None: hash if compiled
+    backend: str = "nest"  # the code that trains: nest or nemo; the model is the same, all else uses nest
+    compile: bool = False  # compile the layers with torch.compile
+    dropout_draws: str | None = None  # torch: its generator, as in NeMo; hash: cheap draws; None: hash if compiled
 
     def __post_init__(self) -> None:
-        fixed = {
-            "subsampling": "dw_striding",
-            "causal_downsampling": False,
-            "self_attention_model": "rel_pos",
-        }
-        for key, only in fixed.items():
-            if getattr(self, key) != only:
-                raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
         self._check_numbers()
-        if self.subsampling_factor < 2 or self.subsampling_factor & (self.subsampling_factor - 1):
-            raise ValueError(f"subsampling_factor: {self.subsampling_factor} is not a power of 2 from 2 on.")
+        self._check_names()
+        if self.subsampling_factor & (self.subsampling_factor - 1):
+            raise ValueError(f"subsampling_factor: {self.subsampling_factor} must be a power of 2.")
         if self.d_model % self.n_heads or self.d_model % 2:
             raise ValueError(f"d_model: {self.d_model} must be even and a multiple of n_heads={self.n_heads}.")
         if self.conv_kernel_size % 2 == 0:
             raise ValueError(f"conv_kernel_size: {self.conv_kernel_size} must be odd.")
-        if self.att_context_style not in ("regular", "chunked_limited"):
-            raise ValueError(f"att_context_style: {self.att_context_style!r}: use regular or chunked_limited.")
         if len(self.att_context_size) != 2:
             raise ValueError(f"att_context_size: {list(self.att_context_size)} must be [left, right].")
         self._check_chunks()
-        if self.stochastic_depth_mode not in ("linear", "uniform"):
-            raise ValueError(f"stochastic_depth_mode: {self.stochastic_depth_mode!r}: use linear or uniform.")
         if self.stochastic_depth_drop_prob and not 1 <= self.stochastic_depth_start_layer <= self.n_layers:
-            raise ValueError(f"stochastic_depth_start_layer: {self.stochastic_depth_start_layer} is not a layer.")
-        if self.backend not in ("nest", "nemo"):
-            raise ValueError(f"backend: {self.backend!r} is not an encoder: use nest or nemo.")
-        if self.dropout_draws not in (None, "torch", "hash"):
-            raise ValueError(f"dropout_draws: {self.dropout_draws!r}: use torch or hash.")
+            raise ValueError(f"stochastic_depth_start_layer: it must be from 1 to n_layers={self.n_layers}.")
         if self.backend == "nemo" and (self.compile or self.dropout_draws == "hash"):
-            raise ValueError("backend: NeMo's encoder is trained as it is. Leave out compile and dropout_draws.")
+            raise ValueError("backend: NeMo's encoder has no compile and no dropout_draws=hash. Leave them out.")
         self._check_convolution()
 
+    def _check_names(self) -> None:
+        one_of(self, "subsampling", "dw_striding")
+        one_of(self, "causal_downsampling", False)
+        one_of(self, "self_attention_model", "rel_pos")
+        one_of(self, "att_context_style", "regular", "chunked_limited")
+        one_of(self, "stochastic_depth_mode", "linear", "uniform")
+        one_of(self, "backend", "nest", "nemo")
+        one_of(self, "dropout_draws", None, "torch", "hash")
+
     def _check_chunks(self) -> None:
-        """As in NeMo: chunks of right + 1 frames, and whole ones to the left."""
+        """Check the context against chunks as NeMo defines them: right + 1 frames each, whole chunks to the left."""
         left, right = self.att_context_size
-        chunked = self.att_context_style == "chunked_limited"
-        if chunked and right < 0:
+        if self.att_context_style != "chunked_limited":
+            return
+        if right < 0:
             raise ValueError(
-                f"att_context_size: with chunked_limited the right context of {list(self.att_context_size)} must be "
-                "at least 0: it sets the length of a chunk. Or set att_context_style to regular."
+                f"att_context_size: with chunked_limited the right context of {[left, right]} must be at least 0: "
+                "it sets the length of a chunk. Or set att_context_style to regular."
             )
-        if chunked and left > 0 and left % (right + 1):
+        if left > 0 and left % (right + 1):
             raise ValueError(
-                f"att_context_size: with chunked_limited the left context of {list(self.att_context_size)} must be a "
-                f"multiple of a chunk's {right + 1} frames (the right context + 1), or -1."
+                f"att_context_size: with chunked_limited the left context of {[left, right]} must be a multiple of "
+                f"a chunk's {right + 1} frames (the right context + 1), or -1."
             )
 
     def _check_numbers(self) -> None:
@@ -200,37 +194,36 @@ class EncoderConfig:
         within(self, 0, 1, "dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att", below=True)
         within(self, 0, 1, "stochastic_depth_drop_prob", below=True)
         for key, largest in (("feat_out", 1 << 16), ("subsampling_conv_channels", 1 << 14)):
-            if getattr(self, key) != -1:  # which stands for d_model
+            if getattr(self, key) != -1:  # -1 stands for d_model
                 within(self, 1, largest, key)
         if not isinstance(self.conv_context_size, str):
             within(self, 0, 1 << 12, "conv_context_size")
-
-    @property
-    def hashes_dropout(self) -> bool:
-        return self.compile if self.dropout_draws is None else self.dropout_draws == "hash"
 
     def _check_convolution(self) -> None:
         if self.conv_norm_type not in ("batch_norm", "layer_norm") and not self.conv_norm_groups:
             raise ValueError(f"conv_norm_type: {self.conv_norm_type!r}: use batch_norm, layer_norm or group_normN.")
         if self.conv_norm_groups and self.d_model % self.conv_norm_groups:
-            raise ValueError(
-                f"conv_norm_type: d_model={self.d_model} is no multiple of {self.conv_norm_groups} groups."
-            )
+            raise ValueError(f"conv_norm_type: {self.conv_norm_groups} groups must divide d_model={self.d_model}.")
         if self.conv_norm_ignore_padding and self.conv_norm_type != "batch_norm":
-            raise ValueError("conv_norm_ignore_padding: only batch_norm can leave padding out.")
+            raise ValueError("conv_norm_ignore_padding: only conv_norm_type=batch_norm can leave out padding.")
         if self.conv_norm_ignore_padding and self.backend == "nemo":
             raise ValueError("conv_norm_ignore_padding: NeMo's encoder cannot do that. Set model.encoder.backend=nest.")
         if len(self.conv_padding) != 2 or sum(self.conv_padding) + 1 != self.conv_kernel_size:
             raise ValueError(f"conv_context_size: {self.conv_context_size} must add up to conv_kernel_size - 1.")
 
     @property
+    def hashes_dropout(self) -> bool:
+        return self.compile if self.dropout_draws is None else self.dropout_draws == "hash"
+
+    @property
     def conv_norm_groups(self) -> int:
+        """Groups of group_normN; 0 for every other norm."""
         groups = self.conv_norm_type.removeprefix("group_norm")
         return int(groups) if groups.isdecimal() and groups != self.conv_norm_type else 0
 
     @property
     def conv_padding(self) -> tuple[int, ...]:
-        """Frames that the depthwise convolution sees to the left and to the right."""
+        """Frames that the depthwise convolution sees to the left and to the right; () if the text is unknown."""
         if self.conv_context_size is None:
             return ((self.conv_kernel_size - 1) // 2,) * 2
         if isinstance(self.conv_context_size, str):
@@ -238,7 +231,7 @@ class EncoderConfig:
         return self.conv_context_size
 
     def drop_probability(self, layer: int) -> float:
-        """Stochastic depth of a layer (arXiv:1603.09382): 0 before the start layer, then uniform or rising."""
+        """Probability of skipping a layer (arXiv:1603.09382): 0 before the start layer, then uniform or rising."""
         start = self.stochastic_depth_start_layer
         if layer < start:
             return 0.0
@@ -281,7 +274,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class NestConfig:
-    """The blocks of `model` that shape the network, checked and made to fit each other."""
+    """The blocks of `model` that shape the network, checked against each other."""
 
     preprocessor: PreprocessorConfig
     masking: MaskingConfig
@@ -296,7 +289,7 @@ class NestConfig:
         """Read the configuration. Raises ConfigError naming the key that does not fit."""
         position = config.model.mask_position
         if position not in ("pre_conv", "post_conv"):
-            raise ConfigError(f"model.mask_position: {position!r}: use pre_conv or post_conv.")
+            raise ConfigError(f"model.mask_position: {short(position)} is not supported, use pre_conv or post_conv.")
         blocks = cls(
             preprocessor=section(PreprocessorConfig, config, "model.preprocessor"),
             encoder=section(EncoderConfig, config, "model.encoder"),
@@ -314,32 +307,22 @@ class NestConfig:
         return blocks
 
     def _check_against(self, config: DictConfig) -> None:
-        """Compare the blocks with the keys of `model` that they repeat, and that a checkpoint need not have."""
-        for key, name in (
-            ("sample_rate", "preprocessor.sample_rate"),
-            ("num_classes", "quantizer.num_classes"),
-            ("num_books", "quantizer.num_books"),
-            ("code_dim", "quantizer.code_dim"),
-            ("squeeze_single", "quantizer.squeeze_single"),
-        ):
+        """Compare the blocks with the keys of `model` that repeat them, which a checkpoint may lack."""
+        keys = ("num_classes", "num_books", "code_dim", "squeeze_single")
+        for name in ("preprocessor.sample_rate", *(f"quantizer.{key}" for key in keys)):
+            key = name.partition(".")[2]
             stated, used = config.model.get(key), attrgetter(name)(self)
             if stated is not None and (isinstance(stated, bool) != isinstance(used, bool) or stated != used):
-                raise ConfigError(f"model.{key} is {short(stated)}, but model.{name} is {used}. Let them be the same.")
+                raise ConfigError(f"model.{key} is {short(stated)}, but model.{name} is {used}. Make them equal.")
 
     def _check_before_moving(self) -> None:
-        """With post_conv, values that are right for pre_conv are taken too, and no others."""
-        factor, widths = self.encoder.subsampling_factor, (self.preprocessor.features, self.encoder.d_model)
-        for name, either in (
-            ("quantizer.feat_in", widths),
-            ("masking.feat_in", widths),
-            ("quantizer.combine_time_steps", (factor, 1)),
-            ("loss.combine_time_steps", (factor, 1)),
-        ):
-            if (value := attrgetter(name)(self)) not in either:
-                raise ConfigError(f"model.{name} is {value}, but the other blocks make it {either[1]}.")
+        """Accept, with post_conv, the values that are right for pre_conv too, and no others."""
+        factor, features = self.encoder.subsampling_factor, self.preprocessor.features
+        self._expect(self.encoder.d_model, "quantizer.feat_in", "masking.feat_in", either=features)
+        self._expect(1, "quantizer.combine_time_steps", "loss.combine_time_steps", either=factor)
 
     def _moved_after_subsampling(self) -> NestConfig:
-        """With post_conv, everything about masks and tokens counts sub-sampled frames instead of feature frames."""
+        """Count sub-sampled frames instead of feature frames in everything about masks and tokens (post_conv)."""
         factor, width = self.encoder.subsampling_factor, self.encoder.d_model
         return replace(
             self,
@@ -349,29 +332,25 @@ class NestConfig:
         )
 
     def _check(self) -> None:
-        encoder_out = self.encoder.feat_out if self.encoder.feat_out > 0 else self.encoder.d_model
-        step = 1 if self.mask_after_subsampling else self.encoder.subsampling_factor
-        masked_width = self.encoder.d_model if self.mask_after_subsampling else self.preprocessor.features
-        for key, value, wanted in (
-            ("encoder.feat_in", self.encoder.feat_in, self.preprocessor.features),
-            ("quantizer.feat_in", self.quantizer.feat_in, masked_width),
-            ("masking.feat_in", self.masking.feat_in, masked_width),
-            ("decoder.feat_in", self.decoder.feat_in, encoder_out),
-            ("decoder.num_classes", self.decoder.num_classes, self.quantizer.num_classes),
-            ("decoder.num_decoders", self.decoder.num_decoders, self.quantizer.num_books),
-            ("decoder.squeeze_single", self.decoder.squeeze_single, self.quantizer.squeeze_single),
-            ("loss.num_decoders", self.loss.num_decoders, self.quantizer.num_books),
-            ("loss.squeeze_single", self.loss.squeeze_single, self.quantizer.squeeze_single),
-            ("quantizer.combine_time_steps", self.quantizer.combine_time_steps, step),
-            ("loss.combine_time_steps", self.loss.combine_time_steps, step),
-        ):
-            if value != wanted:
-                raise ConfigError(f"model.{key} is {value}, but the other blocks make it {wanted}.")
-        if self.preprocessor.pad_to < 1 or self.preprocessor.pad_to % self.encoder.subsampling_factor:
+        encoder, factor = self.encoder, self.encoder.subsampling_factor
+        step, masked_width = (1, encoder.d_model) if self.mask_after_subsampling else (factor, encoder.feat_in)
+        self._expect(self.preprocessor.features, "encoder.feat_in")
+        self._expect(masked_width, "quantizer.feat_in", "masking.feat_in")
+        self._expect(encoder.feat_out if encoder.feat_out > 0 else encoder.d_model, "decoder.feat_in")
+        self._expect(self.quantizer.num_classes, "decoder.num_classes")
+        self._expect(self.quantizer.num_books, "decoder.num_decoders", "loss.num_decoders")
+        self._expect(self.quantizer.squeeze_single, "decoder.squeeze_single", "loss.squeeze_single")
+        self._expect(step, "quantizer.combine_time_steps", "loss.combine_time_steps")
+        if self.preprocessor.pad_to < 1 or self.preprocessor.pad_to % factor:
             raise ConfigError(
                 f"model.preprocessor.pad_to: {self.preprocessor.pad_to} must be a multiple of "
-                f"model.encoder.subsampling_factor={self.encoder.subsampling_factor}, so that tokens come out whole."
+                f"model.encoder.subsampling_factor={factor}, so that no token is cut off."
             )
+
+    def _expect(self, wanted: object, *names: str, either: object = None) -> None:
+        for name in names:
+            if (value := attrgetter(name)(self)) not in (wanted, either):
+                raise ConfigError(f"model.{name} is {value}, but the other blocks make it {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -385,7 +364,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.name.lower() != "adamw":
-            raise ValueError(f"name: {self.name!r} is not supported, only adamw is.")
+            one_of(self, "name", "adamw")
         if len(self.betas) != 2:
             raise ValueError(f"betas: {list(self.betas)} must be two numbers.")
         within(self, 0, 1e6, "lr", above=True)
@@ -404,15 +383,14 @@ class ScheduleConfig:
     warmup_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name != "NoamAnnealing":
-            raise ValueError(f"name: {self.name!r} is not supported, only NoamAnnealing is.")
+        one_of(self, "name", "NoamAnnealing")
         within(self, 1, 1 << 16, "d_model")
         within(self, 0, 1e3, "min_lr")
         within(self, 0, 10**12, "warmup_steps")
         within(self, 0, 1, "warmup_ratio")
 
     def warmup(self, max_steps: int) -> int:
-        """Steps of the warm-up: `warmup_steps`, or `warmup_ratio` of all steps; 0 without either."""
+        """Number of warm-up steps: `warmup_steps`, or the share `warmup_ratio` of all steps; 0 without either."""
         if self.warmup_ratio is not None:
             if max_steps < 1:
                 raise ConfigError("model.optim.sched.warmup_ratio needs trainer.max_steps. Set warmup_steps instead.")

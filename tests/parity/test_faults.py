@@ -18,7 +18,6 @@ from nestcli.model import (
     nest,
     optim,
     quantizer,
-    subsampling,
 )
 from nestcli.parity import archive, structure
 from nestcli.parity.compare import Request, compare
@@ -140,7 +139,7 @@ def a_transposed_codebook(patch: pytest.MonkeyPatch) -> None:
 
 @fault("encoder", "evaluation: pre_encode")
 def padding_reaches_the_convolutions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(subsampling, "_zero_padding", lambda x, lengths: x)
+    patch.setattr(fast, "_zero_padding", lambda x, lengths: x)
     around(
         patch,
         fast,

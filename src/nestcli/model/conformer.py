@@ -10,16 +10,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 
 from nestcli.model.attention import Dropout, RelativeAttention, RelativePositions
 from nestcli.model.config import EncoderConfig
-from nestcli.model.fast import depthwise_by_taps
+from nestcli.model.fast import compile_layer, depthwise, running_layers
 from nestcli.model.subsampling import DepthwiseStridingSubsampling
-
-# Of what a compiled layer could keep for its gradients; the cheapest rest is made anew. 0.9 takes two thirds of the
-# memory that 1 does, and a twentieth less time (docs/log.md).
-_KEPT = 0.9
 
 
 class FeedForward(nn.Module):
@@ -40,7 +35,7 @@ class Convolution(nn.Module):
 
     Source: Conformer (arXiv:2005.08100 section 2.2); NeMo `ConformerConvolution`. Batch statistics include padding
     frames, as in NeMo, unless `conv_norm_ignore_padding` is set. Channels stay the last axis: the pointwise
-    convolutions are matrix products then, and the depthwise one has its fastest way.
+    convolutions are then matrix products.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -49,25 +44,13 @@ class Convolution(nn.Module):
         self.ignore_padding = config.conv_norm_ignore_padding
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1, bias=config.use_bias)
         self.depthwise_conv = nn.Conv1d(width, width, config.conv_kernel_size, groups=width, bias=config.use_bias)
-        self.batch_norm = _convolution_norm(config)  # NeMo's name, whichever norm it is
+        self.batch_norm = _convolution_norm(config)  # NeMo's name for every kind of norm
         self.pointwise_conv2 = nn.Conv1d(width, width, 1, bias=config.use_bias)
 
     def forward(self, x_BSM: Tensor, padding_BS: Tensor) -> Tensor:
         x_BSM = F.glu(_pointwise(self.pointwise_conv1, x_BSM)).masked_fill(padding_BS[:, :, None], 0.0)
-        x_BSM = F.silu(self._norm(self._depthwise(x_BSM), padding_BS))
+        x_BSM = F.silu(self._norm(depthwise(x_BSM, self.depthwise_conv, self.padding), padding_BS))
         return _pointwise(self.pointwise_conv2, x_BSM)
-
-    def _depthwise(self, x_BSM: Tensor) -> Tensor:
-        conv, (left, right) = self.depthwise_conv, self.padding
-        if torch.compiler.is_compiling():
-            return depthwise_by_taps(x_BSM, conv.weight, conv.bias, (left, right))
-        both = min(left, right)
-        if left != right:
-            x_BSM = F.pad(x_BSM, (0, 0, left - both, right - both))
-        x_BM1S = x_BSM.transpose(1, 2)[:, :, None]  # an image of one row in channels-last order
-        weight_M11K = conv.weight.flatten(1)[:, None, None]  # whose gradient comes back in the weight's own strides
-        x_BM1S = F.conv2d(x_BM1S, weight_M11K, conv.bias, padding=(0, both), groups=conv.groups)
-        return x_BM1S.squeeze(2).transpose(1, 2)
 
     def _norm(self, x_BSM: Tensor, padding_BS: Tensor) -> Tensor:
         if isinstance(self.batch_norm, nn.LayerNorm):
@@ -129,7 +112,7 @@ class ConformerLayer(nn.Module):
         padding_BS: Tensor,
         key: Tensor | None = None,
     ) -> Tensor:
-        """`key` is that of the layer's dropout, see `Dropout`."""
+        """Return the layer's output (B, S, M); `key` is for the layer's dropout, see `Dropout`."""
         drop1, drop2, drop3, drop4 = self.residual_dropouts
         x_BSM = x_BSM + 0.5 * drop1(self.feed_forward1(self.norm_feed_forward1(x_BSM), key), key)
         x_BSM = x_BSM + drop2(self.self_attn(self.norm_self_att(x_BSM), positions_RM, hidden_BSS, key), key)
@@ -161,8 +144,8 @@ class ConformerEncoder(nn.Module):
         for layer in layers if not config.untie_biases else []:
             layer.self_attn.share_position_biases(layers[0].self_attn)
         self.layers = nn.ModuleList(layers)
-        for layer in layers if config.compile else []:  # one compilation serves all of them
-            layer.compile(options={"fallback_random": not config.hashes_dropout})
+        for layer in layers if config.compile else []:  # all layers share one compilation
+            compile_layer(layer, hashes_dropout=config.hashes_dropout)
         if config.feat_out > 0 and config.feat_out != config.d_model:
             self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.feat_out)
         else:
@@ -173,7 +156,7 @@ class ConformerEncoder(nn.Module):
         return self.config.d_model if self.out_proj is None else self.out_proj.out_features
 
     def reset_parameters(self) -> None:
-        """Draw the weights again, in the order in which they are built."""
+        """Draw the weights again, in the order of construction."""
         self.pre_encode.reset_parameters()
         for module in self.layers.modules():
             if isinstance(module, nn.Linear | nn.Conv1d):
@@ -182,25 +165,23 @@ class ConformerEncoder(nn.Module):
             self.out_proj.reset_parameters()
 
     def forward(self, features_BDT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoded frames (B, S, M) and their valid lengths (B,)."""
+        """Return encoded frames (B, S, M) and their valid lengths (B,)."""
         return self.encode(*self.pre_encode(features_BDT.transpose(1, 2), lengths_B))
 
     def encode(
         self, frames_BSM: Tensor, lengths_B: Tensor, by_layer: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What follows the sub-sampling: frames (B, S, M) to encoded frames (B, S, M) and lengths (B,).
+        """Encode sub-sampled frames (B, S, M); return encoded frames (B, S, M) and their valid lengths (B,).
 
-        What goes into the first layer and what comes out of each one is appended to `by_layer`.
+        Appends the input of the first layer and the output of every layer to `by_layer`.
         """
         x_BSM, positions_RM = self.pos_enc(frames_BSM)
         if by_layer is not None:
             by_layer.append(x_BSM)
         padding_BS = torch.arange(x_BSM.size(1), device=x_BSM.device) >= lengths_B[:, None]
         hidden_BSS = self._hidden(padding_BS)
-        if self.config.compile:
-            positions_RM = positions_RM.clone()  # a part of the table would be compiled for the whole table anew
-            _mark_lengths((x_BSM, 2), (positions_RM, 1), (hidden_BSS, 3), (padding_BS, 2))
-        with functorch_config.patch(activation_memory_budget=_KEPT if self.config.compile else 1.0):
+        inputs = (x_BSM, 2), (hidden_BSS, 3), (padding_BS, 2)
+        with running_layers(self.config.compile, positions_RM, *inputs) as positions_RM:
             for number, (layer, key) in enumerate(zip(self.layers, self._dropout_keys(x_BSM.device), strict=True)):
                 before_BSM = x_BSM
                 x_BSM = layer(x_BSM, positions_RM, hidden_BSS, padding_BS, key)
@@ -210,13 +191,13 @@ class ConformerEncoder(nn.Module):
         return (x_BSM if self.out_proj is None else self.out_proj(x_BSM)), lengths_B
 
     def _dropout_keys(self, device: torch.device) -> Sequence[Tensor | None]:
-        """A key for each layer's dropout, drawn from torch's generator; None where that draws everything."""
+        """Draw a key for each layer's dropout; None for layers whose dropout torch's generator draws."""
         if not (self.config.hashes_dropout and self.training):
             return [None] * len(self.layers)
         return torch.randint(-(2**31), 2**31, (len(self.layers), 1)).to(device, torch.int32).unbind()
 
     def _hidden(self, padding_BS: Tensor) -> Tensor:
-        """Which frames a frame must not see (B, S, S): padding, and what lies outside its context."""
+        """Return True where frame i must not see frame j (B, S, S): padding, and frames outside the context."""
         hidden_BSS = padding_BS[:, None, :] | padding_BS[:, :, None]
         outside_SS = outside_context(padding_BS.size(1), self.config, padding_BS.device)
         return hidden_BSS if outside_SS is None else hidden_BSS | outside_SS
@@ -230,15 +211,8 @@ class ConformerEncoder(nn.Module):
         return (after_BSM - before_BSM) / (1.0 - probability) + before_BSM
 
 
-def _mark_lengths(*tensors: tuple[Tensor, int]) -> None:
-    """Have the compiler leave the first so many sizes of each tensor open: batches and their lengths differ."""
-    for tensor, sizes in tensors:
-        for axis in range(sizes):
-            torch._dynamo.maybe_mark_dynamic(tensor, axis)
-
-
 def outside_context(n_frames: int, config: EncoderConfig, device: torch.device) -> Tensor | None:
-    """True where frame i must not see frame j (S, S); None if the context is unlimited."""
+    """Return True where frame j lies outside the context of frame i (S, S); None if the context is unlimited."""
     left, right = config.att_context_size
     frame_S = torch.arange(n_frames, device=device)
     if config.att_context_style == "chunked_limited" and right >= 0:

@@ -1,6 +1,6 @@
-"""NEST: the whole way from waveforms to the loss.
+"""NEST, from waveforms to the loss.
 
-Axes: B batch, N samples (of audio) or selected tokens (of logits), D mel bins, T feature frames, S sub-sampled
+Axes: B batch, N samples (in audio) or selected tokens (in logits), D mel bins, T feature frames, S sub-sampled
 frames and tokens, M model width, C codes, G codebooks.
 """
 
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nestcli.model.config import (
     EncoderConfig,
@@ -23,25 +22,27 @@ from nestcli.model.loss import MaskedTokenLoss, MultiSoftmaxDecoder, fitted
 from nestcli.model.masking import RandomBlockMasking
 from nestcli.model.quantizer import RandomProjectionQuantizer
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
+
 
 class NestOutput(NamedTuple):
-    """What a forward pass gives; everything but the loss is detached."""
+    """The result of a forward pass; everything but the loss is detached."""
 
     loss: Tensor  # scalar
-    correct: Tensor  # scalar: selected tokens (of all codebooks) whose most probable code is the target
+    correct: Tensor  # scalar: selected tokens, in all codebooks, whose most probable code is the target
     selected: Tensor  # scalar: selected tokens, times codebooks
     mask_BT: Tensor  # True where a frame was masked
     tokens_NG: Tensor  # targets of the selected tokens
     predicted_NG: Tensor  # their most probable codes
-    encoded_BSM: Tensor  # what the encoder made of the masked audio
-    frames_B: Tensor  # valid frames of it
+    encoded_BSM: Tensor  # the encoder's output for the masked audio
+    frames_B: Tensor  # its valid frames
 
 
 class NestModel(nn.Module):
-    """The denoising masked-token predictor; parameter names, shapes and order are NeMo's own.
+    """The denoising masked-token predictor, with NeMo's parameter names, shapes and order.
 
-    Source: arXiv:2408.13106; NeMo `EncDecDenoiseMaskedTokenPredModel`. From the same seed the initial weights are
-    NeMo's too: NeMo builds encoder and decoder twice, so their weights are drawn a second time here.
+    The same seed gives NeMo's initial weights: NeMo builds encoder and decoder twice, so their weights are drawn a
+    second time here. Source: arXiv:2408.13106; NeMo `EncDecDenoiseMaskedTokenPredModel`.
     """
 
     def __init__(
@@ -62,30 +63,30 @@ class NestModel(nn.Module):
         self.loss = MaskedTokenLoss(config.loss)
 
     def use_half(self, dtype: torch.dtype) -> None:
-        """Keep the trained weights in a shorter type; features, tokens and batch norm stay in fp32.
+        """Keep encoder and decoder in a shorter type; features, tokens and batch norm stay in fp32.
 
-        A running mean takes over a tenth of what a batch differs by, which bf16 rounds away.
+        A running mean moves by a tenth of its distance to a batch's mean, which bf16 would round away.
         """
         self.encoder.to(dtype)
         self.decoder.to(dtype)
         for part in self.encoder.modules():
-            if isinstance(part, _BatchNorm):
+            if isinstance(part, _BATCH_NORMS):
                 part.float()
 
     def parts_in_fp32(self) -> list[nn.Module]:
-        """The encoder's parts that `use_half` has left in fp32; none without it."""
+        """Return the encoder's parts that `use_half` left in fp32; [] if it was not called."""
         if self._dtype == torch.float32:
             return []
-        return [part for part in self.encoder.modules() if isinstance(part, _BatchNorm)]
+        return [part for part in self.encoder.modules() if isinstance(part, _BATCH_NORMS)]
 
     @property
     def _dtype(self) -> torch.dtype:
         return self.decoder.layer.weight.dtype
 
     def forward(self, clean_BN: Tensor, clean_len_B: Tensor, noisy_BN: Tensor, noisy_len_B: Tensor) -> NestOutput:
-        """Loss of predicting the tokens of the clean audio under the masked frames of the noisy audio.
+        """Predict the tokens of the clean audio where the noisy audio is masked.
 
-        Waveforms (B, N) at the configured rate, lengths (B,) in samples.
+        Waveforms (B, N) have the configured rate, lengths (B,) are in samples.
         """
         clean_BDT, clean_frames_B = self.preprocessor(clean_BN, clean_len_B)
         noisy_BDT, noisy_frames_B = self.preprocessor(noisy_BN, noisy_len_B)

@@ -15,10 +15,10 @@ from nestcli.model.config import OptimizerConfig, ScheduleConfig
 
 
 class NoamAnnealing(LRScheduler):
-    """lr(s) = factor * d_model^-0.5 * min(s^-0.5, s * warmup^-1.5), at least `min_lr` after the warm-up.
+    """Noam annealing: lr(s) = factor * d_model^-0.5 * min(s^-0.5, s * warmup^-1.5).
 
-    Steps 0 and 1 have the same rate. Source: Attention Is All You Need (arXiv:1706.03762 section 5.3); NeMo
-    `NoamAnnealing`.
+    The rate is at least `min_lr` after the warm-up. Steps 0 and 1 have the same rate.
+    Source: Attention Is All You Need (arXiv:1706.03762 section 5.3); NeMo `NoamAnnealing`.
     """
 
     def __init__(self, optimizer: Optimizer, *, d_model: int, warmup_steps: int, min_lr: float) -> None:
@@ -34,16 +34,16 @@ class NoamAnnealing(LRScheduler):
 
 
 def build_optimizer(model: nn.Module, config: DictConfig) -> AdamW:
-    """AdamW over every parameter in one group, as in NeMo: decay on biases and norms too, frozen ones listed."""
+    """Build AdamW with every parameter in one group, as in NeMo: biases, norms and frozen parameters included."""
     optim = section(OptimizerConfig, config, "model.optim")
     parameters = list(model.parameters())
     clips_scaled = bool(config.trainer.gradient_clip_val) and "mixed" in str(config.trainer.precision)
-    fused = not clips_scaled  # Lightning refuses both together
+    fused = not clips_scaled  # Lightning refuses fused AdamW with clipping in 16-mixed
     beta1, beta2 = optim.betas
     return AdamW(parameters, lr=optim.lr, betas=(beta1, beta2), weight_decay=optim.weight_decay, fused=fused)
 
 
 def build_schedule(optimizer: Optimizer, config: DictConfig, max_steps: int) -> NoamAnnealing:
-    """Noam annealing over optimiser steps."""
+    """Build Noam annealing, stepped once per optimiser step."""
     sched = section(ScheduleConfig, config, "model.optim.sched")
     return NoamAnnealing(optimizer, d_model=sched.d_model, warmup_steps=sched.warmup(max_steps), min_lr=sched.min_lr)

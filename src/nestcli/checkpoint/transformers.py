@@ -104,7 +104,6 @@ def _renamed(name: str, parts: Mapping[str, str]) -> str:
 def _described(encoder: EncoderConfig, preprocessor: PreprocessorConfig) -> dict[str, Any]:
     """Their configuration of our encoder. Raises CheckpointError."""
     _check_expressible(encoder, preprocessor)
-    channels = encoder.subsampling_conv_channels
     return {
         "architectures": ["ParakeetEncoder"],
         "model_type": _KIND,
@@ -118,7 +117,7 @@ def _described(encoder: EncoderConfig, preprocessor: PreprocessorConfig) -> dict
         "conv_kernel_size": encoder.conv_kernel_size,
         "num_mel_bins": encoder.feat_in,
         "subsampling_factor": encoder.subsampling_factor,
-        "subsampling_conv_channels": encoder.d_model if channels == -1 else channels,
+        "subsampling_conv_channels": encoder.subsampling_channels,
         "subsampling_conv_kernel_size": 3,
         "subsampling_conv_stride": 2,
         "attention_bias": encoder.use_bias,

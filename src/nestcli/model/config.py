@@ -212,6 +212,16 @@ class EncoderConfig:
             raise ValueError(f"conv_context_size: {self.conv_context_size} must add up to conv_kernel_size - 1.")
 
     @property
+    def width_out(self) -> int:
+        """Width of the encoder's output."""
+        return self.feat_out if self.feat_out > 0 else self.d_model
+
+    @property
+    def subsampling_channels(self) -> int:
+        """Channels of the sub-sampling's convolutions."""
+        return self.subsampling_conv_channels if self.subsampling_conv_channels > 0 else self.d_model
+
+    @property
     def hashes_dropout(self) -> bool:
         return self.compile if self.dropout_draws is None else self.dropout_draws == "hash"
 
@@ -229,15 +239,6 @@ class EncoderConfig:
         if isinstance(self.conv_context_size, str):
             return (self.conv_kernel_size - 1, 0) if self.conv_context_size == "causal" else ()
         return self.conv_context_size
-
-    def drop_probability(self, layer: int) -> float:
-        """Probability of skipping a layer (arXiv:1603.09382): 0 before the start layer, then uniform or rising."""
-        start = self.stochastic_depth_start_layer
-        if layer < start:
-            return 0.0
-        if self.stochastic_depth_mode == "uniform":
-            return self.stochastic_depth_drop_prob
-        return (layer - start + 1) / (self.n_layers - start) * self.stochastic_depth_drop_prob
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,7 @@ class NestConfig:
         step, masked_width = (1, encoder.d_model) if self.mask_after_subsampling else (factor, encoder.feat_in)
         self._expect(self.preprocessor.features, "encoder.feat_in")
         self._expect(masked_width, "quantizer.feat_in", "masking.feat_in")
-        self._expect(encoder.feat_out if encoder.feat_out > 0 else encoder.d_model, "decoder.feat_in")
+        self._expect(encoder.width_out, "decoder.feat_in")
         self._expect(self.quantizer.num_classes, "decoder.num_classes")
         self._expect(self.quantizer.num_books, "decoder.num_decoders", "loss.num_decoders")
         self._expect(self.quantizer.squeeze_single, "decoder.squeeze_single", "loss.squeeze_single")

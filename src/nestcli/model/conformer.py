@@ -127,11 +127,10 @@ class ConformerEncoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        channels = config.subsampling_conv_channels
         self.pre_encode = DepthwiseStridingSubsampling(
             config.feat_in,
             config.d_model,
-            config.d_model if channels == -1 else channels,
+            config.subsampling_channels,
             config.subsampling_factor,
         )
         self.pos_enc = RelativePositions(
@@ -146,14 +145,10 @@ class ConformerEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         for layer in layers if config.compile else []:  # all layers share one compilation
             compile_layer(layer, hashes_dropout=config.hashes_dropout)
-        if config.feat_out > 0 and config.feat_out != config.d_model:
-            self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.feat_out)
+        if config.width_out != config.d_model:
+            self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.width_out)
         else:
             self.out_proj = None
-
-    @property
-    def width_out(self) -> int:
-        return self.config.d_model if self.out_proj is None else self.out_proj.out_features
 
     def reset_parameters(self) -> None:
         """Draw the weights again, in the order of construction."""
@@ -203,12 +198,22 @@ class ConformerEncoder(nn.Module):
         return hidden_BSS if outside_SS is None else hidden_BSS | outside_SS
 
     def _maybe_dropped(self, number: int, before_BSM: Tensor, after_BSM: Tensor) -> Tensor:
-        probability = self.config.drop_probability(number)
+        probability = drop_probability(self.config, number)
         if not self.training or probability <= 0:
             return after_BSM
         if torch.rand(1).item() < probability:  # on the CPU whatever the device, as in NeMo
             return after_BSM * 0.0 + before_BSM
         return (after_BSM - before_BSM) / (1.0 - probability) + before_BSM
+
+
+def drop_probability(config: EncoderConfig, layer: int) -> float:
+    """Return the probability of skipping a layer (arXiv:1603.09382): 0 before the start, then uniform or rising."""
+    start = config.stochastic_depth_start_layer
+    if layer < start:
+        return 0.0
+    if config.stochastic_depth_mode == "uniform":
+        return config.stochastic_depth_drop_prob
+    return (layer - start + 1) / (config.n_layers - start) * config.stochastic_depth_drop_prob
 
 
 def outside_context(n_frames: int, config: EncoderConfig, device: torch.device) -> Tensor | None:

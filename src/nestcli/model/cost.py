@@ -119,7 +119,7 @@ def batch_work(nest: NestConfig, samples: int, batch: int, selected: float) -> d
     codes = quantizer.num_books * quantizer.code_dim * quantizer.num_classes
     products = 4 * S * M * M + (2 * S * S + S * R) * M
     convolution = 3 * S * M * M + S * M * encoder.conv_kernel_size
-    width = encoder.feat_out if encoder.feat_out > 0 else M
+    width = encoder.width_out
     parts = {
         "features": Work(2 * mel, 0),  # of the clean and of the noisy audio
         "quantizer": Work(2 * B * S * (projection + codes), 0),
@@ -147,7 +147,7 @@ def _one(forward: float) -> Work:
 def _subsampling(nest: NestConfig, samples: int) -> Work:
     """Return the work for one clip; with post_conv the clean audio is sub-sampled too, without gradients."""
     encoder = nest.encoder
-    channels = encoder.subsampling_conv_channels if encoder.subsampling_conv_channels > 0 else encoder.d_model
+    channels = encoder.subsampling_channels
     time, bins, first = _padded_frames(nest, samples), encoder.feat_in, True
     work = Work(0, 0)
     for _ in range(encoder.subsampling_factor.bit_length() - 1):

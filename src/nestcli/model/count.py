@@ -75,7 +75,7 @@ def nemo_count(config: DictConfig) -> int | None:
     sizes: Counter[str] = Counter()
     d, f, k = encoder.d_model, encoder.ff_expansion_factor, encoder.conv_kernel_size
     sizes["layers"] = encoder.n_layers * ((4 * f + 8) * d * d + (k + 14) * d + encoder.use_bias * (2 * f + 10) * d)
-    c = encoder.subsampling_conv_channels if encoder.subsampling_conv_channels > 0 else d
+    c = encoder.subsampling_channels
     stages = encoder.subsampling_factor.bit_length() - 1
     bins = -(-encoder.feat_in // encoder.subsampling_factor)
     sizes["subsampling"] = 10 * c + (stages - 1) * (c * c + 11 * c) + (c * bins + 1) * d

@@ -35,10 +35,6 @@ class NemoEncoder(nn.Module):
         for name, part in encoder.named_children():
             self.add_module(name, part)
 
-    @property
-    def width_out(self) -> int:
-        return self.config.feat_out if self.config.feat_out > 0 else self.config.d_model
-
     def train(self, mode: bool = True) -> NemoEncoder:
         """Set the mode here and in NeMo's encoder, whose own flag decides about stochastic depth."""
         self._nemo[0].train(mode)

@@ -29,6 +29,14 @@ def within(block: Any, low: float, high: float, *keys: str, above: bool = False,
                 raise ValueError(f"{key}: {short(each)} must be {range_of(low, high, above, below)}.")
 
 
+def one_of(block: Any, key: str, *choices: Any) -> None:
+    """Check that an attribute of a block is one of the choices. Raises ValueError that begins with the key."""
+    value, names = getattr(block, key), " or ".join(map(as_written, choices))
+    if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
+        advice = f"only {names} is" if len(choices) == 1 else f"use {names}"
+        raise ValueError(f"{key}: {short(value)} is not supported, {advice}.")
+
+
 def is_within(value: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> bool:
     """Whether a value is a finite number between two others; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):

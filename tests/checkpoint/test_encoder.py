@@ -15,7 +15,8 @@ from nestcli.checkpoint.safetensors_file import write_safetensors
 from nestcli.config import load_config
 from nestcli.errors import CheckpointError, NestError
 from nestcli.model.attention import sinusoidal_table
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 TINY = ["model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=3", "model.num_classes=32"]
 CONFIG = load_config("small", TINY)

@@ -14,8 +14,9 @@ from nestcli.checkpoint.load import checkpoint_config, checkpoint_weights, load_
 from nestcli.checkpoint.nemo_config import to_nemo
 from nestcli.config import load_config, resolved
 from nestcli.errors import CheckpointError, NestError
+from nestcli.model.config import NestConfig
 from nestcli.model.module import CONFIG_KEY
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.nest import NestModel
 
 TINY = ["model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=1", "model.num_classes=32"]
 CONFIG = load_config("small", TINY)

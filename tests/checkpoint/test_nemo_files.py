@@ -24,7 +24,8 @@ from nestcli.checkpoint.load import load_checkpoint
 from nestcli.checkpoint.nemo import read_nemo, read_nemo_config, write_nemo
 from nestcli.config import load_config, resolved
 from nestcli.errors import CheckpointError, NestError
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 TINY = [
     "model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=1", "model.num_classes=32",

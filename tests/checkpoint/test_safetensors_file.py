@@ -12,7 +12,8 @@ from torch import Tensor
 from nestcli.checkpoint.safetensors_file import CONFIG_KEY, read_safetensors, safetensors_config, write_safetensors
 from nestcli.config import load_config, resolved
 from nestcli.errors import CheckpointError, NestError
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 TINY = ["model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=2", "model.num_classes=32"]
 

@@ -14,8 +14,9 @@ from nestcli.checkpoint import export
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.cli.app import main
 from nestcli.config import load_config, resolved
+from nestcli.model.config import NestConfig
 from nestcli.model.module import CONFIG_KEY
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.nest import NestModel
 
 TINY = ["model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=1", "model.num_classes=32"]
 

@@ -11,7 +11,8 @@ from conftest import write_noise_wav
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.cli.app import main
 from nestcli.config import load_config
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 TINY = ["model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=1", "model.num_classes=32"]
 

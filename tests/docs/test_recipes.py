@@ -21,8 +21,9 @@ from nestcli.cli import export as command
 from nestcli.cli.app import main
 from nestcli.config import load_config
 from nestcli.model import masking
+from nestcli.model.config import NestConfig
 from nestcli.model.cost import selected_share
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.nest import NestModel
 
 PAGE = "CONTRIBUTING.md"
 TINY = ["model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=1"]
@@ -140,7 +141,7 @@ def test_the_cost_follows_a_changed_choice_of_frames(copy: Path) -> None:
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from nestcli.config import load_config\n"
         "from nestcli.model.cost import selected_share\n"
-        "from nestcli.model.nest import NestConfig\n"
+        "from nestcli.model.config import NestConfig\n"
         "print(selected_share(NestConfig.from_config(load_config('small', sys.argv[2:])), 160000))\n"
     )
     for name, overlap in (("overlapping_blocks", "true"), ("disjoint_blocks", "false")):
@@ -168,7 +169,7 @@ def test_add_a_key_of_the_masking(copy: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from nestcli.config import load_config\n"
-        "from nestcli.model.nest import NestConfig\n"
+        "from nestcli.model.config import NestConfig\n"
         "for words in ([], ['model.masking.first_frames=3']):\n"
         "    print(NestConfig.from_config(load_config('small', words)).masking.first_frames)\n"
     )

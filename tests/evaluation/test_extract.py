@@ -25,7 +25,8 @@ from nestcli.config import load_config
 from nestcli.errors import ConfigError, DataError
 from nestcli.evaluation.extract import ExtractOptions, extract
 from nestcli.evaluation.stores import Store
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 CONFIG = load_config(
     "small",

@@ -21,7 +21,8 @@ from nestcli.evaluation import probe_classifier
 from nestcli.evaluation.probe import LOG_MEL, PRETRAINED, UNTRAINED, Outcome, ProbeOptions, ProbeResult, pooled, probe
 from nestcli.evaluation.probe_classifier import fit, fit_with
 from nestcli.evaluation.probe_splits import splits
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 TINY = [
     "model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=2", "model.num_classes=32",

@@ -27,8 +27,9 @@ from nestcli.checkpoint.safetensors_file import write_safetensors
 from nestcli.checkpoint.weights import load_weights, model_skeleton
 from nestcli.config import load_config, resolved
 from nestcli.errors import CheckpointError, ConfigError, DataError
+from nestcli.model.config import NestConfig
 from nestcli.model.module import CONFIG_KEY
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.nest import NestModel
 from nestcli.storage.tar_members import TarMembers
 
 TINY = [

@@ -14,8 +14,9 @@ from fuzz.strategies import any_text, bounded
 from nestcli.data.batch_plan import BatchPlan, Limits, bucketed
 from nestcli.data.order import Mixing, Order
 from nestcli.data.sampler import OnePass, Position, ResumableSampler
-from nestcli.model.masking import MaskingConfig, RandomBlockMasking
-from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
+from nestcli.model.config import MaskingConfig, QuantizerConfig
+from nestcli.model.masking import RandomBlockMasking
+from nestcli.model.quantizer import RandomProjectionQuantizer
 from nestcli.prepare.split import for_validation
 
 groups = st.lists(st.none() | any_text | st.sampled_from(["a", "b", "c"]), max_size=12)

@@ -203,7 +203,8 @@ def good_model() -> tuple[bytes, dict[str, torch.Tensor]]:
     """The configuration as YAML, and the weights, that a tiny .nemo of ours holds."""
     from nestcli.checkpoint.nemo_config import to_nemo, yaml_of
     from nestcli.config import load_config
-    from nestcli.model.nest import NestConfig, NestModel
+    from nestcli.model.config import NestConfig
+    from nestcli.model.nest import NestModel
 
     words = ["d_model=16", "n_heads=2", "n_layers=1", "subsampling_conv_channels=8"]
     config = load_config("small", [*(f"model.encoder.{word}" for word in words), "model.num_classes=32"])

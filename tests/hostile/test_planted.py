@@ -22,7 +22,8 @@ from nestcli.audio.inspect import inspect_audio
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.cli import plain
 from nestcli.config import load_config
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 PRECIOUS = "somebody's file\n"
 

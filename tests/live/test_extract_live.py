@@ -12,7 +12,8 @@ import torch
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.config import load_config
 from nestcli.evaluation.extract import ExtractOptions, extract
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 pytestmark = [
     pytest.mark.nemo,

@@ -14,7 +14,8 @@ from nestcli import load_audio, load_encoder
 from nestcli.checkpoint.encoder import read_encoder
 from nestcli.checkpoint.nemo import write_nemo
 from nestcli.config import load_config
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 pytestmark = [
     pytest.mark.nemo,

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_config
 from nestcli.config import load_config
-from nestcli.model import quantizer
+from nestcli.model import fast
+from nestcli.model.config import NestConfig
 from nestcli.model.cost import Work, batch_work, selected_share, tokens_of, training_memory, work_per_second
 from nestcli.model.module import NestModule
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.nest import NestModel
 from nestcli.model.optim import build_optimizer
-from nestcli.model.subsampling import DepthwiseStridingSubsampling
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed", "bf16-true"])
@@ -64,9 +64,8 @@ def convolution_backward(
     ],
 )
 def test_work_is_what_pytorch_counts(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = DepthwiseStridingSubsampling.convolve  # pieces overlap, and leave padding out
-    monkeypatch.setattr(DepthwiseStridingSubsampling, "convolve_by_pieces", whole)
-    monkeypatch.setattr(quantizer, "nearest_by_blocks", quantizer.nearest_in_fp64)  # looks at some codes twice
+    monkeypatch.setattr(fast, "convolved_by_pieces", fast.convolved_whole)  # pieces overlap, and leave out padding
+    monkeypatch.setattr(fast, "nearest_by_blocks", fast.nearest_in_fp64)  # blocks look at some codes twice
     nest = NestConfig.from_config(load_config("small", ["model.encoder.n_layers=3", *overrides]))
     samples, batch = 16000 * 5 + 777, 2
     model, audio = NestModel(nest).train(), torch.randn(batch, samples) * 0.1

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from conftest import tiny_config
 from nestcli.config import config_from_dict, load_config, load_training_config, resolved
 from nestcli.errors import ConfigError, MissingDependencyError
-from nestcli.model.conformer import ConformerEncoder, EncoderConfig
+from nestcli.model.config import EncoderConfig, NestConfig
+from nestcli.model.conformer import ConformerEncoder
 from nestcli.model.count import count_parameters
 from nestcli.model.module import NestModule
 from nestcli.model.nemo_encoder import NemoEncoder
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.nest import NestModel
 
 MODULE = "nemo.collections.asr.modules.conformer_encoder"
 BACKEND = "model.encoder.backend"
@@ -109,7 +110,7 @@ def test_the_variable_beats_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_other_values_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for words, message in (
-        ([f"{BACKEND}=NeMo"], "model.encoder.backend: 'NeMo' is not an encoder: use nest or nemo"),
+        ([f"{BACKEND}=NeMo"], "model.encoder.backend: 'NeMo' is not supported, use nest or nemo"),
         ([f"{BACKEND}=nemo", "model.encoder.conv_norm_ignore_padding=true"], "NeMo's encoder cannot do that"),
     ):
         with pytest.raises(ConfigError, match=message):

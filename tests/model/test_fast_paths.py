@@ -1,17 +1,29 @@
-"""Every fast path beside the plain thing that it stands for."""
+"""Every fast variant against its plain twin, and the choice between them."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nestcli.config import load_config
-from nestcli.model.attention import relative_shift
-from nestcli.model.conformer import ConformerEncoder, depthwise_by_taps
-from nestcli.model.dropout import Dropout, hashed_keep
-from nestcli.model.nest import NestConfig
-from nestcli.model.quantizer import RandomProjectionQuantizer, nearest_by_blocks, nearest_in_fp64
+from nestcli.model import fast
+from nestcli.model.attention import Dropout
+from nestcli.model.config import NestConfig
+from nestcli.model.conformer import ConformerEncoder
+from nestcli.model.fast import (
+    convolved_by_pieces,
+    convolved_whole,
+    depthwise_by_taps,
+    depthwise_of_image,
+    hashed_keep,
+    nearest_by_blocks,
+    nearest_in_fp64,
+    relative_shift_by_padding,
+    relative_shift_by_strides,
+)
+from nestcli.model.quantizer import RandomProjectionQuantizer
 from nestcli.model.subsampling import DepthwiseStridingSubsampling
 
 
@@ -28,7 +40,7 @@ def test_subsampling_by_pieces(factor: int, frames: int) -> None:
     lengths = torch.tensor([frames, frames - 1, frames // 2, 1, 0])
     wanted = list(module.conv.parameters())
     (plain, plain_lengths), (ours, our_lengths) = (
-        convolve(features, lengths) for convolve in (module.convolve, module.convolve_by_pieces)
+        convolve(list(module.conv), features, lengths) for convolve in (convolved_whole, convolved_by_pieces)
     )
     assert our_lengths.tolist() == plain_lengths.tolist()
     assert (ours - plain).abs().max() < 1e-6
@@ -47,21 +59,45 @@ def test_features_that_are_learned_get_their_gradient() -> None:
 
 
 @pytest.mark.parametrize(("padding", "bias"), [((4, 4), True), ((8, 0), False), ((3, 5), True)])
-def test_depthwise_by_taps(padding: tuple[int, int], bias: bool) -> None:
+@pytest.mark.parametrize("variant", [depthwise_by_taps, depthwise_of_image])
+def test_depthwise(variant: Callable[..., torch.Tensor], padding: tuple[int, int], bias: bool) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(2, 30, 6), torch.randn(6, 1, 9)
     bias_M = torch.randn(6) if bias else None
     plain = F.conv1d(F.pad(x.transpose(1, 2), padding), weight, bias_M, groups=6).transpose(1, 2)
-    assert (depthwise_by_taps(x, weight, bias_M, padding) - plain).abs().max() < 1e-5
+    assert (variant(x, weight, bias_M, padding) - plain).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("n_frames", [1, 2, 3, 17])
 def test_relative_shift(n_frames: int) -> None:
     scores = torch.randn(2, 3, n_frames, 2 * n_frames - 1)
-    shifted = relative_shift(scores)
-    for i in range(n_frames):
-        for j in range(n_frames):
-            assert torch.equal(shifted[..., i, j], scores[..., i, n_frames - 1 - i + j])
+    variants = [fast.relative_shift, relative_shift_by_padding, *([relative_shift_by_strides] if n_frames > 1 else [])]
+    for shifted in (variant(scores) for variant in variants):
+        for i in range(n_frames):
+            for j in range(n_frames):
+                assert torch.equal(shifted[..., i, j], scores[..., i, n_frames - 1 - i + j])
+
+
+def test_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    endings = ("_by_pieces", "_whole", "_by_blocks", "_in_fp64", "_by_taps", "_of_image")
+    for name in [name for name in vars(fast) if name.endswith(endings)]:
+        monkeypatch.setattr(fast, name, lambda *_, name=name: calls.append(name) or torch.zeros(1))
+    features, learned = torch.randn(1, 8, 4), torch.randn(1, 8, 4, requires_grad=True)
+    lengths, conv = torch.tensor([8]), torch.nn.Conv1d(4, 4, 3, groups=4)
+    fast.convolved([], features, lengths)
+    fast.convolved([], learned, lengths)
+    fast.nearest_in_codebook(torch.randn(3, 2), torch.randn(64, 2))
+    fast.nearest_in_codebook(torch.randn(3, 2), torch.randn(50, 2))
+    fast.depthwise(features, conv, (1, 1))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    fast.convolved([], features, lengths)
+    fast.depthwise(features, conv, (1, 1))
+    assert calls == [
+        "convolved_by_pieces", "convolved_whole", "nearest_by_blocks", "nearest_in_fp64", "depthwise_of_image",
+        "convolved_whole", "depthwise_by_taps",
+    ]  # fmt: skip
 
 
 def test_tokens_are_those_of_the_smallest_distance() -> None:

@@ -8,8 +8,8 @@ from torch import nn
 
 from conftest import tiny_config
 from nestcli.checkpoint.load import load_checkpoint
+from nestcli.model.config import NestConfig
 from nestcli.model.module import NestModule
-from nestcli.model.nest import NestConfig
 from nestcli.model.speech_encoder import SpeechEncoder
 from nestcli.training.run import Pretraining
 

@@ -8,13 +8,15 @@ import torch
 from conftest import assert_close
 from nestcli.config import load_config
 from nestcli.errors import ConfigError
-from nestcli.model.attention import relative_shift, sinusoidal_table
-from nestcli.model.conformer import EncoderConfig, outside_context
+from nestcli.model.attention import sinusoidal_table
+from nestcli.model.config import EncoderConfig, LossConfig, MaskingConfig, NestConfig, QuantizerConfig
+from nestcli.model.conformer import outside_context
+from nestcli.model.fast import relative_shift
 from nestcli.model.features import preemphasised, slaney_mel_filters
-from nestcli.model.loss import LossConfig, MaskedTokenLoss
-from nestcli.model.masking import MaskingConfig, RandomBlockMasking, overlapping_blocks
-from nestcli.model.nest import NestConfig, NestModel
-from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
+from nestcli.model.loss import MaskedTokenLoss
+from nestcli.model.masking import RandomBlockMasking, overlapping_blocks
+from nestcli.model.nest import NestModel
+from nestcli.model.quantizer import RandomProjectionQuantizer
 
 TINY = [
     "model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=2", "model.num_classes=32",

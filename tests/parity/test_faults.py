@@ -11,15 +11,13 @@ from nestcli.data import mixing
 from nestcli.model import (
     attention,
     conformer,
-    decoder,
+    fast,
     features,
     loss,
     masking,
     nest,
     optim,
     quantizer,
-    subsampling,
-    subsampling_pieces,
 )
 from nestcli.parity import archive, structure
 from nestcli.parity.compare import Request, compare
@@ -141,10 +139,10 @@ def a_transposed_codebook(patch: pytest.MonkeyPatch) -> None:
 
 @fault("encoder", "evaluation: pre_encode")
 def padding_reaches_the_convolutions(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(subsampling, "_zero_padding", lambda x, lengths: x)
+    patch.setattr(fast, "_zero_padding", lambda x, lengths: x)
     around(
         patch,
-        subsampling_pieces,
+        fast,
         "_stretch",
         lambda whole, x, begins, span, _length: whole(x, begins, span, begins + x.size(0)),
     )
@@ -252,7 +250,7 @@ def a_decoder_without_bias(patch: pytest.MonkeyPatch) -> None:
         logits = torch.nn.functional.linear(frames, self.layer.weight.squeeze(-1))
         return logits.unflatten(-1, (self.config.num_classes, self.config.num_decoders))
 
-    patch.setattr(decoder.MultiSoftmaxDecoder, "forward", forward)
+    patch.setattr(loss.MultiSoftmaxDecoder, "forward", forward)
 
 
 @fault("loss", "loss of the same predictions")

@@ -20,14 +20,17 @@ from nestcli.config import _known_keys, load_config, resolved, section, unused_k
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.errors import ConfigError, NestError
-from nestcli.model.conformer import EncoderConfig
-from nestcli.model.decoder import DecoderConfig
-from nestcli.model.features import PreprocessorConfig
-from nestcli.model.loss import LossConfig
-from nestcli.model.masking import MaskingConfig
+from nestcli.model.config import (
+    DecoderConfig,
+    EncoderConfig,
+    LossConfig,
+    MaskingConfig,
+    OptimizerConfig,
+    PreprocessorConfig,
+    QuantizerConfig,
+    ScheduleConfig,
+)
 from nestcli.model.module import NestModule
-from nestcli.model.optim import OptimizerConfig, ScheduleConfig
-from nestcli.model.quantizer import QuantizerConfig
 from nestcli.training.config_checks import check_masks, check_settings, without_effect
 from nestcli.training.run import Pretraining
 from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig

@@ -13,7 +13,8 @@ from nestcli.checkpoint.nemo_config import to_nemo
 from nestcli.cli.named import read_config
 from nestcli.config import load_config
 from nestcli.errors import ConfigError, NestError
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 from nestcli.training.initial_weights import load_initial_weights, weight_sources
 from nestcli.training.run import Pretraining
 

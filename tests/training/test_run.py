@@ -16,7 +16,8 @@ from nestcli.checkpoint.load import load_checkpoint
 from nestcli.config import load_config
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import CheckpointError, ConfigError, DataError
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 from nestcli.training.metrics import StepReport
 from nestcli.training.run import Pretraining, RunResult
 from nestcli.training.settings import Length

@@ -15,9 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from nestcli.bench.side import memory_of
 from nestcli.data.datamodule import NestDataModule
+from nestcli.model.config import NestConfig
 from nestcli.model.cost import batch_work
 from nestcli.model.module import NestModule
-from nestcli.model.nest import NestConfig, NestOutput
+from nestcli.model.nest import NestOutput
 from nestcli.model.optim import build_optimizer
 from nestcli.training.settings import Length, trainer_options
 

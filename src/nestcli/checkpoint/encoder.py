@@ -18,8 +18,8 @@ from nestcli.checkpoint.nemo_config import config_around
 from nestcli.checkpoint.transformers import is_transformers, read_transformers, transformers_blocks
 from nestcli.checkpoint.weights import check_finite, fitted_tensor, model_skeleton
 from nestcli.errors import CheckpointError
+from nestcli.model.config import NestConfig
 from nestcli.model.features import LogMelPreprocessor
-from nestcli.model.nest import NestConfig
 from nestcli.model.speech_encoder import SpeechEncoder
 
 

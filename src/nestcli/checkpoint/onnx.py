@@ -131,7 +131,7 @@ def _facts(encoder: SpeechEncoder, part: Part) -> dict[str, Any]:
         "nest.part": part,
         "nest.sample_rate": encoder.sample_rate,
         "nest.frame_seconds": encoder.frame_seconds,
-        "nest.width": encoder.encoder.width_out,
+        "nest.width": encoder.encoder.config.width_out,
     }
 
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from nestcli.checkpoint.safetensors_file import safetensors_weights
 from nestcli.errors import CheckpointError
 from nestcli.files import new_folder
-from nestcli.model.conformer import EncoderConfig
-from nestcli.model.features import PER_FEATURE, PREEMPHASIS, PreprocessorConfig
-from nestcli.model.nest import NestConfig
+from nestcli.model.config import PER_FEATURE, EncoderConfig, NestConfig, PreprocessorConfig
+from nestcli.model.features import PREEMPHASIS
 
 CONFIG, WEIGHTS, INDEX, FEATURES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
@@ -105,7 +104,6 @@ def _renamed(name: str, parts: Mapping[str, str]) -> str:
 def _described(encoder: EncoderConfig, preprocessor: PreprocessorConfig) -> dict[str, Any]:
     """Their configuration of our encoder. Raises CheckpointError."""
     _check_expressible(encoder, preprocessor)
-    channels = encoder.subsampling_conv_channels
     return {
         "architectures": ["ParakeetEncoder"],
         "model_type": _KIND,
@@ -119,7 +117,7 @@ def _described(encoder: EncoderConfig, preprocessor: PreprocessorConfig) -> dict
         "conv_kernel_size": encoder.conv_kernel_size,
         "num_mel_bins": encoder.feat_in,
         "subsampling_factor": encoder.subsampling_factor,
-        "subsampling_conv_channels": encoder.d_model if channels == -1 else channels,
+        "subsampling_conv_channels": encoder.subsampling_channels,
         "subsampling_conv_kernel_size": 3,
         "subsampling_conv_stride": 2,
         "attention_bias": encoder.use_bias,

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from nestcli.checkpoint.digest import UNREADABLE, stored_digest
 from nestcli.checkpoint.pickled import check_pickle
 from nestcli.errors import CheckpointError, ConfigError
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 from nestcli.untrusted import short
 
 MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700

@@ -11,16 +11,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestcli.model.dropout import Dropout
+from nestcli.model.fast import apply_dropout, relative_shift
 
-MASKED_SCORE = -10000.0  # not -inf: a row in which everything is masked must stay finite
+MASKED_SCORE = -10000.0  # not -inf, so that a row stays finite where everything is masked
+
+
+class Dropout(nn.Module):
+    """Dropout with draws from torch's generator or from a hash; zeroes a share `p` of the elements in training.
+
+    Without a key, torch's generator draws, as in NeMo. With a key, one int32 number, each element's draw is a hash of
+    the key, the element's place and `site`: the same whether compiled or not, and recomputed in the backward pass.
+    Modules that share a key need different sites. With `channels_first`, torch's generator draws for an input
+    (B, S, M) in the order (B, M, S), the order of NeMo's tensor at this place.
+    """
+
+    def __init__(self, p: float, site: int = 0, *, channels_first: bool = False) -> None:
+        super().__init__()
+        self.p, self.site, self.channels_first = p, site, channels_first
+
+    def forward(self, x: Tensor, key: Tensor | None = None) -> Tensor:
+        if not self.training or self.p <= 0.0:
+            return x
+        return apply_dropout(x, self.p, key, self.site, channels_first=self.channels_first)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
 
 
 class RelativePositions(nn.Module):
-    """The sinusoidal table of relative offsets, computed to the length that is needed and kept.
+    """The sinusoidal table of relative offsets, which grows with the longest batch.
 
-    Source: Transformer-XL (arXiv:1901.02860 appendix B); NeMo `RelPositionalEncoding`. The table is not part of the
-    state dict. Scales the frames by sqrt(M) if asked to, then applies dropout to them.
+    Scales the frames by sqrt(M) if asked to, then applies dropout to them. The table is not part of the state dict.
+    Source: Transformer-XL (arXiv:1901.02860 appendix B); NeMo `RelPositionalEncoding`.
     """
 
     def __init__(self, d_model: int, *, scale_input: bool, dropout: float, dropout_table: float) -> None:
@@ -29,29 +51,27 @@ class RelativePositions(nn.Module):
         self.scale = math.sqrt(d_model) if scale_input else 1.0
         self.dropout = nn.Dropout(dropout)
         self.dropout_table = nn.Dropout(dropout_table)
-        # No buffer: distributed training would copy rank 0's table over tables of other lengths.
+        # Not a buffer: distributed training would copy rank 0's table over tables of other lengths.
         self.table_RM = torch.empty(0, d_model)
 
     def forward(self, frames_BSM: Tensor) -> tuple[Tensor, Tensor]:
-        """The frames, scaled and with dropout, and the rows of the table for their length (R, M)."""
-        n_frames = frames_BSM.size(1)
-        if torch.compiler.is_exporting():  # a table that is kept would bound the lengths of a graph
-            rows_RM = sinusoidal_table(n_frames, self.d_model, frames_BSM.device).to(frames_BSM.dtype)
-            return frames_BSM * self.scale, rows_RM
-        if self.table_RM.size(0) < 2 * n_frames - 1 or self.table_RM.device != frames_BSM.device:
+        """Return the frames, scaled and with dropout, and the table's rows for their length (R, M)."""
+        rows_RM = self._rows(frames_BSM.size(1), frames_BSM.device).to(frames_BSM.dtype)
+        scaled_BSM = frames_BSM if self.scale == 1.0 else frames_BSM * self.scale
+        return self.dropout(scaled_BSM), self.dropout_table(rows_RM)
+
+    def _rows(self, n_frames: int, device: torch.device) -> Tensor:
+        if torch.compiler.is_exporting():  # a kept table would limit the length of an exported graph's input
+            return sinusoidal_table(n_frames, self.d_model, device)
+        if self.table_RM.size(0) < 2 * n_frames - 1 or self.table_RM.device != device:
             with torch.inference_mode(False):  # autograd refuses a tensor that was made in inference mode
-                self.table_RM = sinusoidal_table(n_frames, self.d_model, frames_BSM.device)
+                self.table_RM = sinusoidal_table(n_frames, self.d_model, device)
         centre = self.table_RM.size(0) // 2
-        rows_RM = self.table_RM[centre - n_frames + 1 : centre + n_frames].to(frames_BSM.dtype)
-        if self.dropout_table.p > 0:
-            rows_RM = self.dropout_table(rows_RM)
-        if self.scale != 1.0:
-            frames_BSM = frames_BSM * self.scale
-        return self.dropout(frames_BSM), rows_RM
+        return self.table_RM[centre - n_frames + 1 : centre + n_frames]
 
 
 def sinusoidal_table(n_frames: int, d_model: int, device: torch.device) -> Tensor:
-    """Rows for the offsets n_frames - 1 down to -(n_frames - 1), sines and cosines interleaved: (R, M) in fp32."""
+    """Return a row for each offset, n_frames - 1 to -(n_frames - 1), sines and cosines interleaved: (R, M), fp32."""
     offsets_R1 = torch.arange(n_frames - 1, -n_frames, -1, dtype=torch.float32, device=device)[:, None]
     even_channels = torch.arange(0, d_model, 2, dtype=torch.float32, device=device)
     angles = offsets_R1 * torch.exp(even_channels * -(math.log(10000.0) / d_model))
@@ -77,7 +97,7 @@ class RelativeAttention(nn.Module):
         self.pos_bias_v = nn.Parameter(torch.zeros(n_heads, d_model // n_heads))
 
     def forward(self, x_BSM: Tensor, positions_RM: Tensor, hidden_BSS: Tensor, key: Tensor | None = None) -> Tensor:
-        """Attended frames (B, S, M); `hidden_BSS` is True where a frame (second axis) must not see another."""
+        """Return attended frames (B, S, M); `hidden_BSS` is True where a frame (second axis) must not see another."""
         q_BSHK, k_BHSK, v_BHSK = self._heads(x_BSM)
         r_HRK = self.linear_pos(positions_RM).unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
         content_BHSK = (q_BSHK + self.pos_bias_u).transpose(1, 2)
@@ -109,25 +129,3 @@ class RelativeAttention(nn.Module):
         dropout = self.dropout.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return attended.masked_fill(hidden.all(-1, keepdim=True), 0.0)
-
-
-def relative_shift(scores_BHSR: Tensor) -> Tensor:
-    """Bring scores by offset into scores by frame: out[..., i, j] = scores[..., i, S - 1 - i + j].
-
-    Row i of the result starts one column further left than row i - 1: in the flattened rows, each starts R - 1 after
-    the one before. No copy is made.
-    """
-    S = scores_BHSR.size(-2)
-    if torch.compiler.is_exporting():
-        return _relative_shift_by_reshaping(scores_BHSR)
-    if S == 1:
-        return scores_BHSR
-    flat = scores_BHSR.flatten(-2)
-    return flat.narrow(-1, S - 1, S * (2 * S - 2)).unflatten(-1, (S, 2 * S - 2))[..., :S]
-
-
-def _relative_shift_by_reshaping(scores_BHSR: Tensor) -> Tensor:
-    """The same for graphs of any length, one frame included: a column of padding makes rows start one further on."""
-    S, R = scores_BHSR.shape[-2:]
-    padded = F.pad(scores_BHSR, (1, 0)).flatten(-2)
-    return padded[..., S:].unflatten(-1, (S, R))[..., :S]

@@ -6,164 +6,15 @@ Axes: B batch, D mel bins, T feature frames, S sub-sampled frames, M model width
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 
-from nestcli.bounds import within
-from nestcli.model.attention import RelativeAttention, RelativePositions
-from nestcli.model.dropout import Dropout
+from nestcli.model.attention import Dropout, RelativeAttention, RelativePositions
+from nestcli.model.config import EncoderConfig
+from nestcli.model.fast import compile_layer, depthwise, running_layers
 from nestcli.model.subsampling import DepthwiseStridingSubsampling
-
-# Of what a compiled layer could keep for its gradients; the cheapest rest is made anew. 0.9 takes two thirds of the
-# memory that 1 does, and a twentieth less time (docs/log.md).
-_KEPT = 0.9
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """The `model.encoder` block. Sizes come from the configuration alone."""
-
-    feat_in: int
-    feat_out: int
-    n_layers: int
-    d_model: int
-    use_bias: bool
-    subsampling: str
-    subsampling_factor: int
-    subsampling_conv_channels: int
-    causal_downsampling: bool
-    ff_expansion_factor: int
-    self_attention_model: str
-    n_heads: int
-    att_context_size: tuple[int, ...]
-    att_context_style: str
-    xscaling: bool
-    untie_biases: bool
-    conv_kernel_size: int
-    conv_norm_type: str
-    conv_context_size: tuple[int, ...] | str | None
-    dropout: float
-    dropout_pre_encoder: float
-    dropout_emb: float
-    dropout_att: float
-    stochastic_depth_drop_prob: float
-    stochastic_depth_mode: str
-    stochastic_depth_start_layer: int
-    pos_emb_max_len: int = 5000  # of NeMo's encoder alone; our table of positions grows as needed
-    use_pytorch_sdpa: bool = False
-    conv_norm_ignore_padding: bool = False
-    backend: str = "nest"  # whose code trains; the model is the same, and everything but training uses ours
-    compile: bool = False  # of the layers, by torch.compile
-    dropout_draws: str | None = None  # torch: its generator's, as NeMo's; hash: cheap ones; None: hash if compiled
-
-    def __post_init__(self) -> None:
-        fixed = {
-            "subsampling": "dw_striding",
-            "causal_downsampling": False,
-            "self_attention_model": "rel_pos",
-        }
-        for key, only in fixed.items():
-            if getattr(self, key) != only:
-                raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
-        self._check_numbers()
-        if self.subsampling_factor < 2 or self.subsampling_factor & (self.subsampling_factor - 1):
-            raise ValueError(f"subsampling_factor: {self.subsampling_factor} is not a power of 2 from 2 on.")
-        if self.d_model % self.n_heads or self.d_model % 2:
-            raise ValueError(f"d_model: {self.d_model} must be even and a multiple of n_heads={self.n_heads}.")
-        if self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"conv_kernel_size: {self.conv_kernel_size} must be odd.")
-        if self.att_context_style not in ("regular", "chunked_limited"):
-            raise ValueError(f"att_context_style: {self.att_context_style!r}: use regular or chunked_limited.")
-        if len(self.att_context_size) != 2:
-            raise ValueError(f"att_context_size: {list(self.att_context_size)} must be [left, right].")
-        self._check_chunks()
-        if self.stochastic_depth_mode not in ("linear", "uniform"):
-            raise ValueError(f"stochastic_depth_mode: {self.stochastic_depth_mode!r}: use linear or uniform.")
-        if self.stochastic_depth_drop_prob and not 1 <= self.stochastic_depth_start_layer <= self.n_layers:
-            raise ValueError(f"stochastic_depth_start_layer: {self.stochastic_depth_start_layer} is not a layer.")
-        if self.backend not in ("nest", "nemo"):
-            raise ValueError(f"backend: {self.backend!r} is not an encoder: use nest or nemo.")
-        if self.dropout_draws not in (None, "torch", "hash"):
-            raise ValueError(f"dropout_draws: {self.dropout_draws!r}: use torch or hash.")
-        if self.backend == "nemo" and (self.compile or self.dropout_draws == "hash"):
-            raise ValueError("backend: NeMo's encoder is trained as it is. Leave out compile and dropout_draws.")
-        self._check_convolution()
-
-    def _check_chunks(self) -> None:
-        """As in NeMo: chunks of right + 1 frames, and whole ones to the left."""
-        left, right = self.att_context_size
-        chunked = self.att_context_style == "chunked_limited"
-        if chunked and right < 0:
-            raise ValueError(
-                f"att_context_size: with chunked_limited the right context of {list(self.att_context_size)} must be "
-                "at least 0: it sets the length of a chunk. Or set att_context_style to regular."
-            )
-        if chunked and left > 0 and left % (right + 1):
-            raise ValueError(
-                f"att_context_size: with chunked_limited the left context of {list(self.att_context_size)} must be a "
-                f"multiple of a chunk's {right + 1} frames (the right context + 1), or -1."
-            )
-
-    def _check_numbers(self) -> None:
-        within(self, 1, 1 << 16, "feat_in", "d_model", "n_heads")
-        within(self, 1, 512, "n_layers", "stochastic_depth_start_layer")
-        within(self, 2, 64, "subsampling_factor")
-        within(self, 1, 64, "ff_expansion_factor")
-        within(self, 1, 1 << 12, "conv_kernel_size")
-        within(self, 1, 1 << 20, "pos_emb_max_len")
-        within(self, -1, 1 << 16, "att_context_size")
-        within(self, 0, 1, "dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att", below=True)
-        within(self, 0, 1, "stochastic_depth_drop_prob", below=True)
-        for key, largest in (("feat_out", 1 << 16), ("subsampling_conv_channels", 1 << 14)):
-            if getattr(self, key) != -1:  # which stands for d_model
-                within(self, 1, largest, key)
-        if not isinstance(self.conv_context_size, str):
-            within(self, 0, 1 << 12, "conv_context_size")
-
-    @property
-    def hashes_dropout(self) -> bool:
-        return self.compile if self.dropout_draws is None else self.dropout_draws == "hash"
-
-    def _check_convolution(self) -> None:
-        if self.conv_norm_type not in ("batch_norm", "layer_norm") and not self.conv_norm_groups:
-            raise ValueError(f"conv_norm_type: {self.conv_norm_type!r}: use batch_norm, layer_norm or group_normN.")
-        if self.conv_norm_groups and self.d_model % self.conv_norm_groups:
-            raise ValueError(
-                f"conv_norm_type: d_model={self.d_model} is no multiple of {self.conv_norm_groups} groups."
-            )
-        if self.conv_norm_ignore_padding and self.conv_norm_type != "batch_norm":
-            raise ValueError("conv_norm_ignore_padding: only batch_norm can leave padding out.")
-        if self.conv_norm_ignore_padding and self.backend == "nemo":
-            raise ValueError("conv_norm_ignore_padding: NeMo's encoder cannot do that. Set model.encoder.backend=nest.")
-        if len(self.conv_padding) != 2 or sum(self.conv_padding) + 1 != self.conv_kernel_size:
-            raise ValueError(f"conv_context_size: {self.conv_context_size} must add up to conv_kernel_size - 1.")
-
-    @property
-    def conv_norm_groups(self) -> int:
-        groups = self.conv_norm_type.removeprefix("group_norm")
-        return int(groups) if groups.isdecimal() and groups != self.conv_norm_type else 0
-
-    @property
-    def conv_padding(self) -> tuple[int, ...]:
-        """Frames that the depthwise convolution sees to the left and to the right."""
-        if self.conv_context_size is None:
-            return ((self.conv_kernel_size - 1) // 2,) * 2
-        if isinstance(self.conv_context_size, str):
-            return (self.conv_kernel_size - 1, 0) if self.conv_context_size == "causal" else ()
-        return self.conv_context_size
-
-    def drop_probability(self, layer: int) -> float:
-        """Stochastic depth of a layer (arXiv:1603.09382): 0 before the start layer, then uniform or rising."""
-        start = self.stochastic_depth_start_layer
-        if layer < start:
-            return 0.0
-        if self.stochastic_depth_mode == "uniform":
-            return self.stochastic_depth_drop_prob
-        return (layer - start + 1) / (self.n_layers - start) * self.stochastic_depth_drop_prob
 
 
 class FeedForward(nn.Module):
@@ -184,7 +35,7 @@ class Convolution(nn.Module):
 
     Source: Conformer (arXiv:2005.08100 section 2.2); NeMo `ConformerConvolution`. Batch statistics include padding
     frames, as in NeMo, unless `conv_norm_ignore_padding` is set. Channels stay the last axis: the pointwise
-    convolutions are matrix products then, and the depthwise one has its fastest way.
+    convolutions are then matrix products.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -193,25 +44,13 @@ class Convolution(nn.Module):
         self.ignore_padding = config.conv_norm_ignore_padding
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1, bias=config.use_bias)
         self.depthwise_conv = nn.Conv1d(width, width, config.conv_kernel_size, groups=width, bias=config.use_bias)
-        self.batch_norm = _convolution_norm(config)  # NeMo's name, whichever norm it is
+        self.batch_norm = _convolution_norm(config)  # NeMo's name for every kind of norm
         self.pointwise_conv2 = nn.Conv1d(width, width, 1, bias=config.use_bias)
 
     def forward(self, x_BSM: Tensor, padding_BS: Tensor) -> Tensor:
         x_BSM = F.glu(_pointwise(self.pointwise_conv1, x_BSM)).masked_fill(padding_BS[:, :, None], 0.0)
-        x_BSM = F.silu(self._norm(self._depthwise(x_BSM), padding_BS))
+        x_BSM = F.silu(self._norm(depthwise(x_BSM, self.depthwise_conv, self.padding), padding_BS))
         return _pointwise(self.pointwise_conv2, x_BSM)
-
-    def _depthwise(self, x_BSM: Tensor) -> Tensor:
-        conv, (left, right) = self.depthwise_conv, self.padding
-        if torch.compiler.is_compiling():
-            return depthwise_by_taps(x_BSM, conv.weight, conv.bias, (left, right))
-        both = min(left, right)
-        if left != right:
-            x_BSM = F.pad(x_BSM, (0, 0, left - both, right - both))
-        x_BM1S = x_BSM.transpose(1, 2)[:, :, None]  # an image of one row in channels-last order
-        weight_M11K = conv.weight.flatten(1)[:, None, None]  # whose gradient comes back in the weight's own strides
-        x_BM1S = F.conv2d(x_BM1S, weight_M11K, conv.bias, padding=(0, both), groups=conv.groups)
-        return x_BM1S.squeeze(2).transpose(1, 2)
 
     def _norm(self, x_BSM: Tensor, padding_BS: Tensor) -> Tensor:
         if isinstance(self.batch_norm, nn.LayerNorm):
@@ -223,15 +62,6 @@ class Convolution(nn.Module):
             normed_BSM = torch.zeros_like(x_BSM, dtype=valid_NM.dtype)
             return normed_BSM.masked_scatter(~padding_BS[:, :, None], valid_NM)
         return self.batch_norm(x_BSM.flatten(0, 1)).view(x_BSM.shape)
-
-
-def depthwise_by_taps(x_BSM: Tensor, weight_M1K: Tensor, bias_M: Tensor | None, padding: tuple[int, ...]) -> Tensor:
-    """A depthwise convolution as a sum of shifted products, which compiles into one loop with its neighbours."""
-    n_frames, padded_BSM = x_BSM.size(1), F.pad(x_BSM, (0, 0, *padding))
-    taps = [padded_BSM[:, tap : tap + n_frames] * weight_M1K[:, 0, tap] for tap in range(weight_M1K.size(-1))]
-    if bias_M is not None:
-        taps[0] = taps[0] + bias_M
-    return sum(taps[1:], start=taps[0])
 
 
 def _pointwise(conv: nn.Conv1d, x_BSM: Tensor) -> Tensor:
@@ -282,7 +112,7 @@ class ConformerLayer(nn.Module):
         padding_BS: Tensor,
         key: Tensor | None = None,
     ) -> Tensor:
-        """`key` is that of the layer's dropout, see `Dropout`."""
+        """Return the layer's output (B, S, M); `key` is for the layer's dropout, see `Dropout`."""
         drop1, drop2, drop3, drop4 = self.residual_dropouts
         x_BSM = x_BSM + 0.5 * drop1(self.feed_forward1(self.norm_feed_forward1(x_BSM), key), key)
         x_BSM = x_BSM + drop2(self.self_attn(self.norm_self_att(x_BSM), positions_RM, hidden_BSS, key), key)
@@ -297,11 +127,10 @@ class ConformerEncoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        channels = config.subsampling_conv_channels
         self.pre_encode = DepthwiseStridingSubsampling(
             config.feat_in,
             config.d_model,
-            config.d_model if channels == -1 else channels,
+            config.subsampling_channels,
             config.subsampling_factor,
         )
         self.pos_enc = RelativePositions(
@@ -314,19 +143,15 @@ class ConformerEncoder(nn.Module):
         for layer in layers if not config.untie_biases else []:
             layer.self_attn.share_position_biases(layers[0].self_attn)
         self.layers = nn.ModuleList(layers)
-        for layer in layers if config.compile else []:  # one compilation serves all of them
-            layer.compile(options={"fallback_random": not config.hashes_dropout})
-        if config.feat_out > 0 and config.feat_out != config.d_model:
-            self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.feat_out)
+        for layer in layers if config.compile else []:  # all layers share one compilation
+            compile_layer(layer, hashes_dropout=config.hashes_dropout)
+        if config.width_out != config.d_model:
+            self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.width_out)
         else:
             self.out_proj = None
 
-    @property
-    def width_out(self) -> int:
-        return self.config.d_model if self.out_proj is None else self.out_proj.out_features
-
     def reset_parameters(self) -> None:
-        """Draw the weights again, in the order in which they are built."""
+        """Draw the weights again, in the order of construction."""
         self.pre_encode.reset_parameters()
         for module in self.layers.modules():
             if isinstance(module, nn.Linear | nn.Conv1d):
@@ -335,25 +160,23 @@ class ConformerEncoder(nn.Module):
             self.out_proj.reset_parameters()
 
     def forward(self, features_BDT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoded frames (B, S, M) and their valid lengths (B,)."""
+        """Return encoded frames (B, S, M) and their valid lengths (B,)."""
         return self.encode(*self.pre_encode(features_BDT.transpose(1, 2), lengths_B))
 
     def encode(
         self, frames_BSM: Tensor, lengths_B: Tensor, by_layer: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What follows the sub-sampling: frames (B, S, M) to encoded frames (B, S, M) and lengths (B,).
+        """Encode sub-sampled frames (B, S, M); return encoded frames (B, S, M) and their valid lengths (B,).
 
-        What goes into the first layer and what comes out of each one is appended to `by_layer`.
+        Appends the input of the first layer and the output of every layer to `by_layer`.
         """
         x_BSM, positions_RM = self.pos_enc(frames_BSM)
         if by_layer is not None:
             by_layer.append(x_BSM)
         padding_BS = torch.arange(x_BSM.size(1), device=x_BSM.device) >= lengths_B[:, None]
         hidden_BSS = self._hidden(padding_BS)
-        if self.config.compile:
-            positions_RM = positions_RM.clone()  # a part of the table would be compiled for the whole table anew
-            _mark_lengths((x_BSM, 2), (positions_RM, 1), (hidden_BSS, 3), (padding_BS, 2))
-        with functorch_config.patch(activation_memory_budget=_KEPT if self.config.compile else 1.0):
+        inputs = (x_BSM, 2), (hidden_BSS, 3), (padding_BS, 2)
+        with running_layers(self.config.compile, positions_RM, *inputs) as positions_RM:
             for number, (layer, key) in enumerate(zip(self.layers, self._dropout_keys(x_BSM.device), strict=True)):
                 before_BSM = x_BSM
                 x_BSM = layer(x_BSM, positions_RM, hidden_BSS, padding_BS, key)
@@ -363,19 +186,19 @@ class ConformerEncoder(nn.Module):
         return (x_BSM if self.out_proj is None else self.out_proj(x_BSM)), lengths_B
 
     def _dropout_keys(self, device: torch.device) -> Sequence[Tensor | None]:
-        """A key for each layer's dropout, drawn from torch's generator; None where that draws everything."""
+        """Draw a key for each layer's dropout; None for layers whose dropout torch's generator draws."""
         if not (self.config.hashes_dropout and self.training):
             return [None] * len(self.layers)
         return torch.randint(-(2**31), 2**31, (len(self.layers), 1)).to(device, torch.int32).unbind()
 
     def _hidden(self, padding_BS: Tensor) -> Tensor:
-        """Which frames a frame must not see (B, S, S): padding, and what lies outside its context."""
+        """Return True where frame i must not see frame j (B, S, S): padding, and frames outside the context."""
         hidden_BSS = padding_BS[:, None, :] | padding_BS[:, :, None]
         outside_SS = outside_context(padding_BS.size(1), self.config, padding_BS.device)
         return hidden_BSS if outside_SS is None else hidden_BSS | outside_SS
 
     def _maybe_dropped(self, number: int, before_BSM: Tensor, after_BSM: Tensor) -> Tensor:
-        probability = self.config.drop_probability(number)
+        probability = drop_probability(self.config, number)
         if not self.training or probability <= 0:
             return after_BSM
         if torch.rand(1).item() < probability:  # on the CPU whatever the device, as in NeMo
@@ -383,15 +206,18 @@ class ConformerEncoder(nn.Module):
         return (after_BSM - before_BSM) / (1.0 - probability) + before_BSM
 
 
-def _mark_lengths(*tensors: tuple[Tensor, int]) -> None:
-    """Have the compiler leave the first so many sizes of each tensor open: batches and their lengths differ."""
-    for tensor, sizes in tensors:
-        for axis in range(sizes):
-            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+def drop_probability(config: EncoderConfig, layer: int) -> float:
+    """Return the probability of skipping a layer (arXiv:1603.09382): 0 before the start, then uniform or rising."""
+    start = config.stochastic_depth_start_layer
+    if layer < start:
+        return 0.0
+    if config.stochastic_depth_mode == "uniform":
+        return config.stochastic_depth_drop_prob
+    return (layer - start + 1) / (config.n_layers - start) * config.stochastic_depth_drop_prob
 
 
 def outside_context(n_frames: int, config: EncoderConfig, device: torch.device) -> Tensor | None:
-    """True where frame i must not see frame j (S, S); None if the context is unlimited."""
+    """Return True where frame j lies outside the context of frame i (S, S); None if the context is unlimited."""
     left, right = config.att_context_size
     frame_S = torch.arange(n_frames, device=device)
     if config.att_context_style == "chunked_limited" and right >= 0:

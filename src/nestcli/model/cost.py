@@ -1,4 +1,4 @@
-"""What training costs: memory that is held from step to step, and arithmetic by the second of audio.
+"""Cost of training: memory held from step to step, and arithmetic per second of audio.
 
 Sizes: B clips in a batch, T feature frames, D mel bins, S sub-sampled frames and tokens, M model width, C codes,
 G codebooks, E code width.
@@ -14,19 +14,21 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nestcli.errors import ConfigError
+from nestcli.model.config import NestConfig
 from nestcli.model.count import skeleton
 from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import disjoint_blocks, overlapping_blocks
-from nestcli.model.nest import NestConfig
 
-_MOMENTS = 2  # that AdamW keeps for every parameter, in its type
+_MOMENTS = 2  # numbers that AdamW keeps for every parameter, in the parameter's type
 _STEP_BYTES = 4  # AdamW's step count, one fp32 number for each parameter tensor
-_FRAMES_DRAWN = 400_000  # of masks, to find the share of tokens that are predicted; the decoder is little work
+_FRAMES_DRAWN = (
+    400_000  # masked to find the share of predicted tokens; a rough share will do, the decoder is little work
+)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that every process holds throughout training; docs/parameters.md tells what comes on top."""
+    """Bytes that every process holds throughout training; docs/parameters.md lists what it needs besides."""
 
     weights: int  # parameters and buffers
     gradients: int
@@ -38,10 +40,10 @@ class Memory:
 
 
 def training_memory(config: DictConfig) -> Memory:
-    """Weights in the types in which training holds them, and gradients and AdamW's states of those that learn.
+    """Return the memory of the weights, in training's types, and of the gradients and AdamW's states.
 
-    Frozen parameters are listed with the optimiser, as in NeMo, but never have a gradient, and so no state. Tokens are
-    computed without gradients, so that the quantizer has none even if it is not frozen.
+    Frozen parameters have neither gradient nor state. Nor has the quantizer, even if it is not frozen: tokens are
+    computed without gradients.
     """
     model = skeleton(config)
     if precision_of(config) == "bf16-true":
@@ -57,7 +59,7 @@ def training_memory(config: DictConfig) -> Memory:
 
 
 def precision_of(config: DictConfig) -> str:
-    """The `trainer.precision` key, 32 if there is none."""
+    """Return the `trainer.precision` key, 32 by default."""
     return str(OmegaConf.select(config, "trainer.precision", default=32))
 
 
@@ -67,14 +69,14 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of matrix products and convolutions, a multiply-add counted as 2."""
+    """Floating-point operations of matrix products and convolutions; a multiply-add counts as 2."""
 
     forward: float
     backward: float
 
     @property
     def step(self) -> float:
-        """Of a training step; the optimiser's own work does not depend on the audio and is not counted."""
+        """Work of a training step without the optimiser's, which does not depend on the audio."""
         return self.forward + self.backward
 
     def __add__(self, other: Work) -> Work:
@@ -85,7 +87,7 @@ class Work:
 
 
 def work_per_second(config: DictConfig, seconds: float) -> dict[str, Work]:
-    """Work by part of the model for a second of audio, in full batches of clips that are `seconds` long."""
+    """Return the work of each part of the model per second of audio, in full batches of clips of `seconds`."""
     nest = NestConfig.from_config(config)
     samples = round(seconds * nest.preprocessor.sample_rate)
     batch = batch_size(config)
@@ -95,7 +97,7 @@ def work_per_second(config: DictConfig, seconds: float) -> dict[str, Work]:
 
 
 def batch_size(config: DictConfig) -> int:
-    """Clips in a training batch. Raises ConfigError."""
+    """Return the number of clips in a training batch. Raises ConfigError."""
     size = OmegaConf.select(config, "model.train_ds.batch_size", throw_on_missing=False)
     if not isinstance(size, int) or size < 1:
         raise ConfigError(f"model.train_ds.batch_size: {size!r} is not a number of utterances, give at least 1.")
@@ -103,10 +105,10 @@ def batch_size(config: DictConfig) -> int:
 
 
 def batch_work(nest: NestConfig, samples: int, batch: int, selected: float) -> dict[str, Work]:
-    """Work by part for `batch` clips of `samples` samples of which `selected` tokens are predicted.
+    """Return the work of each part for `batch` clips of `samples` samples with `selected` predicted tokens.
 
-    A product costs as much again for the gradient of each of its factors; the features have none, nor the table of
-    positions, which is projected once for the whole batch.
+    The gradient of each factor of a product costs as much as the product. Features and the table of positions have no
+    gradient; the table is projected once for the whole batch.
     """
     encoder, quantizer, decoder = nest.encoder, nest.quantizer, nest.decoder
     frames = 1 + samples // nest.preprocessor.hop_length
@@ -117,7 +119,7 @@ def batch_work(nest: NestConfig, samples: int, batch: int, selected: float) -> d
     codes = quantizer.num_books * quantizer.code_dim * quantizer.num_classes
     products = 4 * S * M * M + (2 * S * S + S * R) * M
     convolution = 3 * S * M * M + S * M * encoder.conv_kernel_size
-    width = encoder.feat_out if encoder.feat_out > 0 else M
+    width = encoder.width_out
     parts = {
         "features": Work(2 * mel, 0),  # of the clean and of the noisy audio
         "quantizer": Work(2 * B * S * (projection + codes), 0),
@@ -133,19 +135,19 @@ def batch_work(nest: NestConfig, samples: int, batch: int, selected: float) -> d
 
 
 def _both(forward: float) -> Work:
-    """A product of which both factors have a gradient."""
+    """Return the work of a product whose factors both have a gradient."""
     return Work(forward, 2 * forward)
 
 
 def _one(forward: float) -> Work:
-    """A product of which only the weights have a gradient."""
+    """Return the work of a product of which only the weights have a gradient."""
     return Work(forward, forward)
 
 
 def _subsampling(nest: NestConfig, samples: int) -> Work:
-    """Of one clip; with post_conv the clean audio goes through it as well, without gradients."""
+    """Return the work for one clip; with post_conv the clean audio is sub-sampled too, without gradients."""
     encoder = nest.encoder
-    channels = encoder.subsampling_conv_channels if encoder.subsampling_conv_channels > 0 else encoder.d_model
+    channels = encoder.subsampling_channels
     time, bins, first = _padded_frames(nest, samples), encoder.feat_in, True
     work = Work(0, 0)
     for _ in range(encoder.subsampling_factor.bit_length() - 1):
@@ -163,12 +165,12 @@ def _padded_frames(nest: NestConfig, samples: int) -> int:
 
 
 def tokens_of(nest: NestConfig, samples: int) -> int:
-    """Sub-sampled frames of a clip, padding included."""
+    """Return the number of sub-sampled frames of a clip, padding included."""
     return _padded_frames(nest, samples) // nest.encoder.subsampling_factor
 
 
 def selected_share(nest: NestConfig, samples: int) -> float:
-    """The share of a clip's tokens that are masked far enough to be predicted, found by drawing masks."""
+    """Draw masks to find the share of a clip's tokens that is predicted."""
     frames, padded = samples // nest.preprocessor.hop_length, _padded_frames(nest, samples)
     if nest.mask_after_subsampling:
         factor = nest.encoder.subsampling_factor

@@ -1,21 +1,24 @@
-"""Parameters by module, beside NeMo's count for the same configuration."""
+"""Number of parameters, ours and NeMo's, and a check that the weights fit the memory."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
 
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.errors import ConfigError
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 
 NEMO_VERSION = "3.0.0"
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters, in all and by module, each as (trainable, frozen)."""
+    """Numbers of parameters by name, each as (trainable, frozen), and their sums."""
 
     modules: dict[str, tuple[int, int]]
 
@@ -32,7 +35,7 @@ class ParameterCount:
         return self.trainable + self.frozen
 
     def to_depth(self, depth: int) -> dict[str, tuple[int, int]]:
-        """Counts summed up by the first `depth` parts of the parameters' names."""
+        """Sum the counts by the first `depth` parts of the parameters' names."""
         summed: dict[str, tuple[int, int]] = {}
         for name, (trainable, frozen) in self.modules.items():
             short = ".".join(name.split(".")[:depth])
@@ -42,13 +45,13 @@ class ParameterCount:
 
 
 def skeleton(config: DictConfig) -> NestModel:
-    """The model without memory for its weights. Raises ConfigError."""
+    """Build the model without memory for its weights. Raises ConfigError."""
     with torch.device("meta"):
         return NestModel(NestConfig.from_config(config))
 
 
 def count_parameters(config: DictConfig) -> ParameterCount:
-    """Parameters of the model, by parameter."""
+    """Count the model's parameters. Raises ConfigError."""
     model = skeleton(config)
     return ParameterCount(
         {
@@ -59,11 +62,11 @@ def count_parameters(config: DictConfig) -> ParameterCount:
 
 
 def nemo_count(config: DictConfig) -> int | None:
-    """NeMo 3.0.0's number of parameters, from sizes alone; None where the sizes recorded from NeMo do not reach.
+    """Return NeMo 3.0.0's number of parameters, computed from sizes; None for kinds of models not recorded from NeMo.
 
     Per layer (4f + 8) d² + (k + 14) d, with biases (2f + 10) d more, for width d, feed-forward factor f and kernel
-    k; the sub-sampling, the decoder and the frozen quantizer and mask follow. Checked against every preset built
-    whole in NeMo (tests/golden/structure.json).
+    k; then the sub-sampling, the decoder, the frozen quantizer and the mask. Checked against every preset as NeMo
+    builds it (tests/golden/structure.json).
     """
     nest = NestConfig.from_config(config)
     encoder, quantizer = nest.encoder, nest.quantizer
@@ -72,7 +75,7 @@ def nemo_count(config: DictConfig) -> int | None:
     sizes: Counter[str] = Counter()
     d, f, k = encoder.d_model, encoder.ff_expansion_factor, encoder.conv_kernel_size
     sizes["layers"] = encoder.n_layers * ((4 * f + 8) * d * d + (k + 14) * d + encoder.use_bias * (2 * f + 10) * d)
-    c = encoder.subsampling_conv_channels if encoder.subsampling_conv_channels > 0 else d
+    c = encoder.subsampling_channels
     stages = encoder.subsampling_factor.bit_length() - 1
     bins = -(-encoder.feat_in // encoder.subsampling_factor)
     sizes["subsampling"] = 10 * c + (stages - 1) * (c * c + 11 * c) + (c * bins + 1) * d
@@ -81,3 +84,17 @@ def nemo_count(config: DictConfig) -> int | None:
     sizes["quantizer"] = quantizer.num_books * quantizer.code_dim * (stack + quantizer.num_classes)
     sizes["mask"] = nest.masking.feat_in
     return sum(sizes.values())
+
+
+def check_memory(nest: NestConfig) -> None:
+    """Raise ConfigError if the model's weights alone are larger than this machine's memory."""
+    encoder, quantizer = nest.encoder, nest.quantizer
+    layers = encoder.n_layers * (4 * encoder.ff_expansion_factor + 8) * encoder.d_model**2
+    stacked = quantizer.code_dim + encoder.d_model  # numbers for each class: in the codebook and in the decoder
+    needed = 4 * (layers + quantizer.num_books * quantizer.num_classes * stacked)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ConfigError(
+            f"the model's weights need {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}. "
+            "Lower model.encoder.d_model, model.encoder.n_layers or model.quantizer.num_classes."
+        )

@@ -5,75 +5,27 @@ Axes: B batch, N samples, T feature frames, F frequency bins of the STFT, D mel 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestcli.bounds import within
+from nestcli.model.config import PER_FEATURE, PreprocessorConfig
+from nestcli.model.torch_private import FullPrecisionBuffers
 
 PREEMPHASIS = 0.97
 LOG_GUARD = 2.0**-24  # added to mel energies before the logarithm
 STD_GUARD = 1e-5  # added to standard deviations before the division
-PER_FEATURE, ALL_FEATURES = "per_feature", "all_features"
-
-
-@dataclass(frozen=True)
-class PreprocessorConfig:
-    """The `model.preprocessor` block. Times in seconds, rates in Hz."""
-
-    sample_rate: int
-    window_size: float
-    window_stride: float
-    n_fft: int
-    features: int
-    dither: float
-    pad_to: int
-    pad_value: float
-    normalize: str
-    window: str
-    log: bool
-    frame_splicing: int
-    nemo_exact: bool = False
-
-    def __post_init__(self) -> None:
-        within(self, 1000, 1 << 20, "sample_rate")
-        within(self, 1, 1, "frame_splicing")
-        within(self, 0, 10, "window_size", "window_stride", above=True)
-        within(self, 2, 1 << 14, "n_fft")
-        within(self, 1, 1 << 10, "features")
-        within(self, 0, 1, "dither")
-        within(self, 0, 1 << 16, "pad_to")
-        within(self, -1e4, 1e4, "pad_value")
-        if self.normalize not in (PER_FEATURE, ALL_FEATURES):
-            raise ValueError(f"normalize: {self.normalize!r} is not supported, use {PER_FEATURE} or {ALL_FEATURES}.")
-        fixed = {"window": "hann", "log": True, "frame_splicing": 1}
-        for key, only in fixed.items():
-            if getattr(self, key) != only:
-                raise ValueError(f"{key}: {getattr(self, key)!r} is not supported, only {only!r} is.")
-        if not 2 <= self.window_length <= self.n_fft:
-            raise ValueError(f"window_size: {self.window_length} samples do not fit into n_fft={self.n_fft}.")
-        if self.hop_length < 1:
-            raise ValueError(f"window_stride: {self.window_stride} s are less than one sample.")
-
-    @property
-    def window_length(self) -> int:
-        return round(self.window_size * self.sample_rate)
-
-    @property
-    def hop_length(self) -> int:
-        return round(self.window_stride * self.sample_rate)
 
 
 class LogMelPreprocessor(nn.Module):
-    """Normalised log-mel features, always computed in fp32 and without gradients.
+    """Normalised log-mel features, computed in fp32 and without gradients.
 
-    Source: NeMo `AudioToMelSpectrogramPreprocessor`. Departures, both undone by `nemo_exact`: the caller's waveform
-    is not dithered in place, and a mel bin that never changes (digital silence) gives zeros instead of rounding noise.
+    Departures from NeMo, both undone by `nemo_exact`: dither leaves the caller's waveform unchanged, and a mel bin that
+    never changes (digital silence) gives zeros instead of rounding noise.
+    Source: NeMo `AudioToMelSpectrogramPreprocessor`.
     """
 
     def __init__(self, config: PreprocessorConfig) -> None:
@@ -83,7 +35,7 @@ class LogMelPreprocessor(nn.Module):
 
     @torch.no_grad()
     def forward(self, audio_BN: Tensor, audio_len_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, D, T) with T padded to a multiple of `pad_to`, and the number of valid frames (B,)."""
+        """Return features (B, D, T), T a multiple of `pad_to`, and the number of valid frames (B,)."""
         with _without_autocast(audio_BN.device.type):
             audio_BN = self._dithered(audio_BN.float())
             log_mel_BDT = self.featurizer(preemphasised(audio_BN, audio_len_B))
@@ -98,9 +50,9 @@ class LogMelPreprocessor(nn.Module):
         return audio_BN.copy_(dithered_BN) if self.config.nemo_exact else dithered_BN
 
     def _normalised(self, x_BDT: Tensor, frames_B: Tensor) -> Tensor:
-        """Zero mean and unit (unbiased) deviation over the valid frames; `pad_value` elsewhere.
+        """Normalise valid frames to zero mean and unit (unbiased) deviation; others become `pad_value`.
 
-        Of each mel bin by itself, or of all of them together, which keeps the shape of the mean spectrum.
+        Each mel bin is normalised alone, or all of them together, which keeps the shape of the mean spectrum.
         """
         if self.config.normalize == PER_FEATURE:
             return self._normalised_by_row(x_BDT, frames_B)
@@ -109,7 +61,7 @@ class LogMelPreprocessor(nn.Module):
         return self._normalised_by_row(flat_B1N, frames_B * D).view(B, T, D).transpose(1, 2)
 
     def _normalised_by_row(self, x_BDT: Tensor, frames_B: Tensor) -> Tensor:
-        """Each row over its first `frames_B` numbers."""
+        """Normalise each row over its first `frames_B` numbers."""
         valid_B1T = torch.arange(x_BDT.size(2), device=x_BDT.device) < frames_B[:, None, None]
         count_B11 = frames_B[:, None, None]
         x_BDT = x_BDT.masked_fill(~valid_B1T, 0.0)
@@ -128,8 +80,8 @@ class LogMelPreprocessor(nn.Module):
         return F.pad(features_BDT, (0, -features_BDT.size(2) % self.config.pad_to), value=self.config.pad_value)
 
 
-class LogMelFilterbank(nn.Module):
-    """Natural logarithm of Slaney mel energies. The buffers' names are those of NeMo's state dict."""
+class LogMelFilterbank(FullPrecisionBuffers):
+    """Natural logarithm of Slaney mel energies. The buffers have the names of NeMo's state dict."""
 
     window: Tensor
     fb: Tensor
@@ -141,18 +93,8 @@ class LogMelFilterbank(nn.Module):
         filters_DF = slaney_mel_filters(config.sample_rate, config.n_fft, config.features)
         self.register_buffer("fb", torch.from_numpy(filters_DF)[None].to(self.window.device))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogMelFilterbank:
-        """Move to another device; a shorter type, as of `model.to(torch.bfloat16)`, leaves the buffers as they are."""
-        kept = {"window": self.window, "fb": self.fb}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if after.dtype.itemsize < before.dtype.itemsize:
-                setattr(self, name, before.to(after.device))
-        return self
-
     def forward(self, audio_BN: Tensor) -> Tensor:
-        """Log-mel energies (B, D, 1 + N // hop_length)."""
+        """Return log-mel energies (B, D, 1 + N // hop_length)."""
         spectrum_BFT = torch.stft(
             audio_BN,
             n_fft=self.n_fft,
@@ -163,28 +105,28 @@ class LogMelFilterbank(nn.Module):
             pad_mode="constant",
             return_complex=True,
         )
-        # |z| and then its square, as NeMo does: re² + im² would differ in the last digits.
+        # |z| and then its square, as in NeMo: re² + im² would differ in the last digits.
         magnitude_BFT = torch.view_as_real(spectrum_BFT).square().sum(-1).sqrt()
         return (self.fb @ magnitude_BFT.square() + LOG_GUARD).log()
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """Full precision; on a device without autocast, such as `meta`, there is nothing to turn off."""
+    """Turn autocast off; some devices, such as `meta`, have none."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def preemphasised(audio_BN: Tensor, audio_len_B: Tensor) -> Tensor:
-    """y[0] = x[0], y[t] = x[t] - 0.97 x[t-1]; zero beyond each item's length."""
+    """Return y[0] = x[0], y[t] = x[t] - 0.97 x[t-1]; zero beyond each item's length."""
     emphasised_BN = torch.cat((audio_BN[:, :1], audio_BN[:, 1:] - PREEMPHASIS * audio_BN[:, :-1]), dim=1)
     valid_BN = torch.arange(audio_BN.size(1), device=audio_BN.device) < audio_len_B[:, None]
     return emphasised_BN.masked_fill(~valid_BN, 0.0)
 
 
 def slaney_mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> np.ndarray:
-    """Triangular filters (n_mels, 1 + n_fft // 2) on Slaney's mel scale from 0 to sample_rate / 2, area-normalised.
+    """Return triangular mel filters (n_mels, 1 + n_fft // 2) from 0 to sample_rate / 2, each of the same area.
 
-    Source: Slaney's Auditory Toolbox (1998): linear below 1 kHz, logarithmic above. Computed in float64, returned
-    in float32; equal to librosa's `filters.mel` to the last bit.
+    Computed in float64, returned in float32; equal to librosa's `filters.mel` to the last bit.
+    Source: Slaney's Auditory Toolbox (1998), whose scale is linear below 1 kHz and logarithmic above.
     """
     bins_hz = np.fft.rfftfreq(n=n_fft, d=1.0 / sample_rate)
     corners_hz = _mel_to_hz(np.linspace(0.0, _hz_to_mel(sample_rate / 2), n_mels + 2))
@@ -192,7 +134,7 @@ def slaney_mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> np.ndarray:
     distances = corners_hz[:, None] - bins_hz[None, :]
     rising = -distances[:-2] / widths_hz[:-1, None]
     falling = distances[2:] / widths_hz[1:, None]
-    # Stored in float32 before the area normalisation: that order of roundings is part of the recorded values.
+    # Rounded to float32 before the area normalisation, as in the recorded values.
     triangles = np.maximum(0.0, np.minimum(rising, falling)).astype(np.float32)
     triangles *= (2.0 / (corners_hz[2:] - corners_hz[:-2]))[:, None]
     return triangles

@@ -1,6 +1,6 @@
-"""How healthy self-supervised training is: pure functions on tensors, none of which waits for the device.
+"""Measures of how self-supervised training is doing: pure functions on tensors.
 
-(`effective_rank` does on a GPU: eigenvalues are found with the host's help.)
+Only `effective_rank` makes the host wait for a GPU, which needs the host for eigenvalues.
 
 Axes: B batch, S sub-sampled frames, M model width, K frames looked at, N selected tokens, C codes, G codebooks.
 """
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-_FLOOR = 1e-10  # variance that is rounding noise, as a share of the frames' mean square
+from nestcli.model.torch_private import norms_in_fp32
+
+_FLOOR = 1e-10  # share of the frames' mean square below which a variance is rounding noise
 
 
 def count_codes(counts_GC: Tensor, tokens_NG: Tensor) -> None:
-    """Add the codes of some tokens to the counts, in place. Negative tokens stand for none."""
+    """Add the codes of tokens to the counts, in place. Negative tokens are not counted."""
     n_codes = counts_GC.size(1)
     offsets_G = n_codes * torch.arange(counts_GC.size(0), device=counts_GC.device)
     places = (tokens_NG.clamp_min(0) + offsets_G).flatten()
@@ -23,20 +25,20 @@ def count_codes(counts_GC: Tensor, tokens_NG: Tensor) -> None:
 
 
 def perplexity(counts_GC: Tensor) -> Tensor:
-    """exp(entropy) of the codes in use, averaged over codebooks: how many codes an even use would take. NaN of none."""
+    """Return exp(entropy) of the codes, averaged over codebooks: their number if used evenly. NaN without any."""
     shares_GC = counts_GC.double() / counts_GC.sum(1, keepdim=True)
     return torch.special.entr(shares_GC).sum(1).exp().mean()
 
 
 def dead_codes(counts_GC: Tensor) -> Tensor:
-    """Codes that never occurred, averaged over codebooks."""
+    """Return the number of codes that never occurred, averaged over codebooks."""
     return (counts_GC == 0).sum(1).double().mean()
 
 
 def unigram_baseline(seen_GC: Tensor, window_GC: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss (nats) and accuracy on the tokens counted in the window of guessing by the frequencies seen before.
+    """Return loss (nats) and accuracy, on the window's tokens, of a guess by the frequencies seen before.
 
-    Frequencies are smoothed by adding one to every count. NaN where the window is empty.
+    Frequencies are smoothed by adding one to every count. NaN if the window is empty.
     """
     smoothed_GC = seen_GC.double() + 1
     nats_GC = smoothed_GC.sum(1, keepdim=True).log() - smoothed_GC.log()
@@ -48,20 +50,20 @@ def unigram_baseline(seen_GC: Tensor, window_GC: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors together, in fp32. 0 without any."""
+    """Return the Euclidean norm of all tensors together, in fp32. 0 without any."""
     if not tensors:
         return torch.zeros(())
-    norm = torch.stack(torch._foreach_norm(tensors, 2.0, torch.float32)).norm()
-    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of what is shared out over processes
+    norm = torch.stack(norms_in_fp32(tensors)).norm()
+    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2 shards it
     return whole
 
 
 @torch.no_grad()
 def effective_rank(encoded_BSM: Tensor, frames_B: Tensor, most_frames: int = 2048) -> Tensor:
-    """exp(entropy) of the singular values of the centred valid frames, scaled to sum 1: from 1 to the width M.
+    """Return exp(entropy) of the singular values of the centred valid frames, scaled to sum 1: from 1 to M.
 
-    At most `most_frames` places, evenly spread over the batch, are looked at. 1 if all frames are equal up to
-    rounding, NaN if one is not finite. Source: Roy & Vetterli, The effective rank (EUSIPCO 2007).
+    Uses at most `most_frames` places, evenly spread over the batch. 1 if all frames are equal up to rounding, NaN if
+    one is not finite. Source: Roy & Vetterli, The effective rank (EUSIPCO 2007).
     """
     valid_BS = torch.arange(encoded_BSM.size(1), device=encoded_BSM.device) < frames_B[:, None]
     stride = max(1, -(-valid_BS.numel() // most_frames))

@@ -1,4 +1,4 @@
-"""Random block masking: replaces blocks of frames by one vector.
+"""Random block masking: one vector replaces blocks of frames.
 
 Axes: B batch, D features, T frames.
 """
@@ -6,39 +6,19 @@ Axes: B batch, D features, T frames.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestcli.bounds import within
-
-
-@dataclass(frozen=True)
-class MaskingConfig:
-    """The `model.masking` block. `block_size` in frames."""
-
-    feat_in: int
-    block_size: int
-    mask_prob: float
-    freeze: bool
-    allow_overlap: bool
-    mask_value: float | None = None
-    max_mask_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        within(self, 1, 1 << 16, "feat_in", "block_size")
-        within(self, 0, 1, "mask_prob")
-        within(self, -1e4, 1e4, "mask_value")
-        within(self, 0, 1, "max_mask_ratio", above=True)
+from nestcli.model.config import MaskingConfig
 
 
 class RandomBlockMasking(nn.Module):
-    """Masks blocks of frames; padding is never masked. Draws come from torch's generator of the features' device.
+    """Masks blocks of valid frames, drawn from the generator of the features' device.
 
-    Source: arXiv:2408.13106 section 2.2; NeMo `RandomBlockMasking`. `max_mask_ratio`, which NeMo accepts and
-    ignores, is honoured here when it is set.
+    Departure from NeMo, which accepts `max_mask_ratio` and ignores it: here it limits the masked share of each item.
+    Source: arXiv:2408.13106 section 2.2; NeMo `RandomBlockMasking`.
     """
 
     def __init__(self, config: MaskingConfig) -> None:
@@ -52,7 +32,7 @@ class RandomBlockMasking(nn.Module):
         self.mask_embedding.requires_grad_(not config.freeze and config.mask_value is None)
 
     def forward(self, features_BDT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Masked features (B, D, T) and the mask (B, T), True where a frame was replaced."""
+        """Return masked features (B, D, T) and the mask (B, T), True where a frame was replaced."""
         draw = overlapping_blocks if self.config.allow_overlap else disjoint_blocks
         mask_BT = draw(lengths_B, features_BDT.size(2), self.config)
         embedding_1D1 = self.mask_embedding.to(features_BDT.dtype)[None, :, None]
@@ -60,7 +40,7 @@ class RandomBlockMasking(nn.Module):
 
 
 def overlapping_blocks(lengths_B: Tensor, n_frames: int, config: MaskingConfig) -> Tensor:
-    """Every frame starts a block with probability `mask_prob` if the block ends inside the item; blocks may overlap."""
+    """Start a block at every frame with probability `mask_prob` if it ends inside the item; return the mask (B, T)."""
     draws_BT = torch.rand(len(lengths_B), n_frames, device=lengths_B.device)
     fits_BT = torch.arange(n_frames, device=lengths_B.device) + config.block_size <= lengths_B[:, None]
     starts_BT = (draws_BT < config.mask_prob) & fits_BT
@@ -70,10 +50,13 @@ def overlapping_blocks(lengths_B: Tensor, n_frames: int, config: MaskingConfig) 
 
 
 def disjoint_blocks(lengths_B: Tensor, n_frames: int, config: MaskingConfig) -> Tensor:
-    """About `mask_prob` of each item in blocks that do not overlap: slots of one block each, shifted by one offset."""
+    """Mask about `mask_prob` of each item in blocks that do not overlap; return the mask (B, T).
+
+    Each item is cut into slots of one block, all shifted by one random offset; random slots are masked.
+    """
     device, block = lengths_B.device, config.block_size
     share = config.mask_prob if config.max_mask_ratio is None else min(config.mask_prob, config.max_mask_ratio)
-    wanted_B = torch.ceil(lengths_B * share / block).long()  # in fp32, as NeMo: the rounding decides some lengths
+    wanted_B = torch.ceil(lengths_B * share / block).long()  # in fp32, as in NeMo: rounding decides for some lengths
     crowded_B = (wanted_B + 1) * block > lengths_B
     block_B = torch.where(crowded_B, lengths_B // (wanted_B + 1), block).clamp_min(1)
     slots_B = (lengths_B // block_B - 1).clamp_min(0)
@@ -95,7 +78,7 @@ def disjoint_blocks(lengths_B: Tensor, n_frames: int, config: MaskingConfig) -> 
 
 
 def _covered(starts_BT: Tensor, block_size: int) -> Tensor:
-    """Frames that lie in a block: those with a start among the last `block_size` frames, their own included."""
+    """Return the frames in a block: a block starts at the frame itself or at one of the `block_size` - 1 before it."""
     started_BT = F.pad(starts_BT.long().cumsum(1), (block_size, 0))
     return started_BT[:, block_size:] > started_BT[:, :-block_size]
 

@@ -1,4 +1,4 @@
-"""The LightningModule: one optimiser step and one validation of NEST."""
+"""NEST for Lightning: training steps, validation, and checkpoints with NeMo's names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nestcli.config import resolved, seed_of
-from nestcli.model.conformer import ConformerEncoder, EncoderConfig
-from nestcli.model.limits import check_memory
+from nestcli.model.config import EncoderConfig, NestConfig
+from nestcli.model.conformer import ConformerEncoder
+from nestcli.model.count import check_memory
 from nestcli.model.nemo_encoder import NemoEncoder
-from nestcli.model.nest import NestConfig, NestModel, NestOutput
+from nestcli.model.nest import NestModel, NestOutput
 from nestcli.model.optim import build_optimizer, build_schedule
 
 CONFIG_KEY = "nest_config"
@@ -24,7 +25,7 @@ _TRAIN, _VALIDATION = 0, 1
 
 
 class Batch(Protocol):
-    """What a loader hands over: waveforms (B, N) and their lengths (B,) in samples."""
+    """A batch from the loader: waveforms (B, N) and their lengths (B,) in samples."""
 
     audio: Tensor
     audio_len: Tensor
@@ -34,11 +35,11 @@ class Batch(Protocol):
 
 
 class NestModule(LightningModule):
-    """NEST for Lightning. In checkpoints the weights have NeMo's names, without a prefix of ours.
+    """NEST as a LightningModule.
 
-    Dither, masks and dropout of a batch are drawn from a generator seeded by (seed, phase, number of the batch), so
-    that a resumed run continues with the same numbers, validation is the same at every call, and neither depends on
-    the number of processes that share the batches.
+    A generator seeded by (seed, phase, number of the batch) draws the dither, masks and dropout of a batch. So a
+    resumed run repeats the draws, every validation uses the same ones, and neither depends on how many processes
+    share the batches.
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -52,15 +53,15 @@ class NestModule(LightningModule):
         if str(config.trainer.precision) == "bf16-true":
             self.model.use_half(torch.bfloat16)
         self._validation = torch.zeros(4, dtype=torch.float64)
-        self.step_loss = torch.zeros(())  # of the newest batch of training
+        self.step_loss = torch.zeros(())  # of the latest training batch
 
     def configure_model(self) -> None:
-        """Share the weights out over the processes, where the strategy is FSDP2."""
-        if self._device_mesh is not None:
+        """Shard the weights over the processes if the strategy is FSDP2."""
+        if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard
 
-            mesh = self._device_mesh["data_parallel"]
-            for part in self.model.parts_in_fp32():  # the weights that are sharded together are of one type
+            mesh = self.device_mesh["data_parallel"]
+            for part in self.model.parts_in_fp32():  # weights that are sharded together must have one type
                 fully_shard(part, mesh=mesh)
             for layer in self.model.encoder.layers:
                 fully_shard(layer, mesh=mesh)
@@ -77,7 +78,7 @@ class NestModule(LightningModule):
         output = self(batch)
         self.log("train_loss", output.loss.detach())
         self.log("masked_accuracy", _share(output.correct, output.selected))
-        # Numbers would be sent to the device, and the step would wait for it.
+        # Tensors: Lightning would copy numbers to the device, and the step would wait for the copy.
         self.log("learning_rate", torch.tensor(self.learning_rate))
         self.log("global_step", torch.tensor(float(self.trainer.global_step)))
         self.step_loss = output.loss.detach()
@@ -85,7 +86,7 @@ class NestModule(LightningModule):
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the coming optimiser step."""
+        """The learning rate of the next optimiser step."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         return float(optimizer.param_groups[0]["lr"])
@@ -96,12 +97,12 @@ class NestModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        """As Lightning does it, but the gradients' memory is free for the next forward pass."""
+        """Take Lightning's step, then free the gradients' memory for the next forward pass."""
         super().optimizer_step(*arguments, **options)
         for parameter in self.parameters():
             parameter.grad = None
 
-    # ---- validation: the mean over all selected tokens; batches without one do not count ----
+    # ---- validation: the mean over all selected tokens ----
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(4, dtype=torch.float64, device=self.device)
@@ -115,7 +116,7 @@ class NestModule(LightningModule):
     def _count(self, output: NestOutput, batch: Batch) -> None:
         if not batch.counts:
             return
-        if self.model.loss.config.nemo_exact:  # NeMo's mean over batches, whatever their size, NaN and all
+        if self.model.loss.config.nemo_exact:  # NeMo's mean over batches of any size, NaN included
             row: list[Tensor | float] = [output.loss, output.correct / output.selected, 1.0, 1.0]
         else:
             row = [output.loss * output.selected, output.correct, output.selected, output.selected]
@@ -125,13 +126,13 @@ class NestModule(LightningModule):
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         loss, correct, loss_weight, weight = total.tolist() if isinstance(total, Tensor) else total
         if loss_weight > 0:
-            self.log("val_loss", loss / loss_weight, sync_dist=True)  # the same on every rank already
+            self.log("val_loss", loss / loss_weight, sync_dist=True)  # already the same on every rank
             self.log("val_masked_accuracy", correct / weight, sync_dist=True)
         else:
             self.log("val_loss", float("nan"), sync_dist=True)
 
     def _seed_draws(self, phase: int, own_batch: int) -> None:
-        batch = own_batch * self.trainer.world_size + self.global_rank  # among those of all processes
+        batch = own_batch * self.trainer.world_size + self.global_rank  # counted over all processes
         mixed = torch.Generator().manual_seed(self.seed)
         key = torch.randint(2**31, (1,), generator=mixed).item()
         torch.manual_seed((int(key) << 31) ^ (batch << 12) ^ phase)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
@@ -11,62 +10,15 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from nestcli.bounds import within
 from nestcli.config import section
-from nestcli.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The `model.optim` block; `lr` is Noam annealing's factor."""
-
-    name: str
-    lr: float
-    betas: tuple[float, ...]
-    weight_decay: float
-
-    def __post_init__(self) -> None:
-        if self.name.lower() != "adamw":
-            raise ValueError(f"name: {self.name!r} is not supported, only adamw is.")
-        if len(self.betas) != 2:
-            raise ValueError(f"betas: {list(self.betas)} must be two numbers.")
-        within(self, 0, 1e6, "lr", above=True)
-        within(self, 0, 1, "betas", below=True)
-        within(self, 0, 1e3, "weight_decay")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """The `model.optim.sched` block."""
-
-    name: str
-    d_model: int
-    min_lr: float
-    warmup_steps: int | None = None
-    warmup_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.name != "NoamAnnealing":
-            raise ValueError(f"name: {self.name!r} is not supported, only NoamAnnealing is.")
-        within(self, 1, 1 << 16, "d_model")
-        within(self, 0, 1e3, "min_lr")
-        within(self, 0, 10**12, "warmup_steps")
-        within(self, 0, 1, "warmup_ratio")
-
-    def warmup(self, max_steps: int) -> int:
-        """Steps of the warm-up: `warmup_steps`, or `warmup_ratio` of all steps; 0 without either."""
-        if self.warmup_ratio is not None:
-            if max_steps < 1:
-                raise ConfigError("model.optim.sched.warmup_ratio needs trainer.max_steps. Set warmup_steps instead.")
-            return int(self.warmup_ratio * max_steps)
-        return self.warmup_steps or 0
+from nestcli.model.config import OptimizerConfig, ScheduleConfig
 
 
 class NoamAnnealing(LRScheduler):
-    """lr(s) = factor * d_model^-0.5 * min(s^-0.5, s * warmup^-1.5), at least `min_lr` after the warm-up.
+    """Noam annealing: lr(s) = factor * d_model^-0.5 * min(s^-0.5, s * warmup^-1.5).
 
-    Steps 0 and 1 have the same rate. Source: Attention Is All You Need (arXiv:1706.03762 section 5.3); NeMo
-    `NoamAnnealing`.
+    The rate is at least `min_lr` after the warm-up. Steps 0 and 1 have the same rate.
+    Source: Attention Is All You Need (arXiv:1706.03762 section 5.3); NeMo `NoamAnnealing`.
     """
 
     def __init__(self, optimizer: Optimizer, *, d_model: int, warmup_steps: int, min_lr: float) -> None:
@@ -82,16 +34,16 @@ class NoamAnnealing(LRScheduler):
 
 
 def build_optimizer(model: nn.Module, config: DictConfig) -> AdamW:
-    """AdamW over every parameter in one group, as in NeMo: decay on biases and norms too, frozen ones listed."""
+    """Build AdamW with every parameter in one group, as in NeMo: biases, norms and frozen parameters included."""
     optim = section(OptimizerConfig, config, "model.optim")
     parameters = list(model.parameters())
     clips_scaled = bool(config.trainer.gradient_clip_val) and "mixed" in str(config.trainer.precision)
-    fused = not clips_scaled  # Lightning refuses both together
+    fused = not clips_scaled  # Lightning refuses fused AdamW with clipping in 16-mixed
     beta1, beta2 = optim.betas
     return AdamW(parameters, lr=optim.lr, betas=(beta1, beta2), weight_decay=optim.weight_decay, fused=fused)
 
 
 def build_schedule(optimizer: Optimizer, config: DictConfig, max_steps: int) -> NoamAnnealing:
-    """Noam annealing over optimiser steps."""
+    """Build Noam annealing, stepped once per optimiser step."""
     sched = section(ScheduleConfig, config, "model.optim.sched")
     return NoamAnnealing(optimizer, d_model=sched.d_model, warmup_steps=sched.warmup(max_steps), min_lr=sched.min_lr)

@@ -1,4 +1,4 @@
-"""The part of NEST that outlives pretraining: waveforms to the features of any layer of the encoder.
+"""The encoder for use after pretraining: waveforms in, features of any layer out.
 
 Axes: B batch, N samples, L chosen layers, S frames, M model width.
 """
@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nestcli.model.conformer import ConformerEncoder, EncoderConfig
-from nestcli.model.features import LogMelPreprocessor, PreprocessorConfig
+from nestcli.model.config import EncoderConfig, PreprocessorConfig
+from nestcli.model.conformer import ConformerEncoder
+from nestcli.model.features import LogMelPreprocessor
 
-# The output of a layer, counted from 0, or from -1 backwards; `input` is what goes into layer 0.
+# The output of a layer, counted from 0, or backwards from -1; `input` is the input of layer 0.
 Layer: TypeAlias = int | Literal["input"]
 Layers: TypeAlias = Sequence[Layer] | Literal["all", "last"]
 
@@ -22,7 +23,7 @@ Layers: TypeAlias = Sequence[Layer] | Literal["all", "last"]
 class Encoded(NamedTuple):
     """Features (B, S, M), or (B, L, S, M) of chosen layers, and the number of valid frames of each item (B,).
 
-    Frames beyond an item's length are padding and mean nothing.
+    Frames beyond an item's length are padding: ignore them.
     """
 
     features: Tensor
@@ -30,10 +31,10 @@ class Encoded(NamedTuple):
 
 
 class SpeechEncoder(nn.Module):
-    """Log-mel preprocessor and FastConformer encoder; the weights have the names that they have in NEST and NeMo.
+    """Log-mel preprocessor and FastConformer encoder, with the names of weights that NEST and NeMo use.
 
-    `load_encoder` makes one out of a checkpoint. An ordinary module: put it into another one to fine-tune it. In
-    training mode the preprocessor dithers and the encoder drops out, as in pretraining; `eval()` for features.
+    `load_encoder` makes one from a checkpoint. It is an ordinary module: put it into another one to fine-tune it. Call
+    `eval()` to extract features; in training mode it applies dither and dropout, as in pretraining.
     """
 
     def __init__(self, preprocessor: PreprocessorConfig, encoder: EncoderConfig) -> None:
@@ -43,17 +44,17 @@ class SpeechEncoder(nn.Module):
 
     @property
     def sample_rate(self) -> int:
-        """Of the audio that it takes, in Hz."""
+        """Sample rate of the audio to pass in, in Hz."""
         return self.preprocessor.config.sample_rate
 
     @property
     def frame_seconds(self) -> float:
-        """From one frame to the next."""
+        """Seconds from one frame to the next."""
         return self.preprocessor.config.window_stride * self.encoder.config.subsampling_factor
 
     @property
     def width(self) -> int:
-        """M: numbers in a frame of a layer."""
+        """M, the width of every layer's frames."""
         return self.encoder.config.d_model
 
     @property
@@ -61,7 +62,7 @@ class SpeechEncoder(nn.Module):
         return len(self.encoder.layers)
 
     def chosen(self, layers: Layers) -> list[int]:
-        """Places of layers in the list of `input` and all layers. Raises ValueError for one that there is not."""
+        """Return the places of layers in [input, layer 0, layer 1, ...]. Raises ValueError if a layer is missing."""
         if layers == "all":
             return list(range(1, self.n_layers + 1))
         if layers == "last":
@@ -78,8 +79,8 @@ class SpeechEncoder(nn.Module):
     def forward(self, audio: Tensor, lengths: Tensor | None = None, *, layers: Layers | None = None) -> Encoded:
         """Encode waveforms (B, N), or one of (N,), of `lengths` (B,) samples (all of them, by default).
 
-        Features are (B, S, M) of the whole encoder, or (B, L, S, M) after the named layers. Raises ValueError for a
-        layer that there is not, and for audio that is shorter than a frame of 10 ms.
+        Features are (B, S, M) of the whole encoder, or (B, L, S, M) of the outputs of the named layers. Raises
+        ValueError if a layer does not exist or the audio is shorter than a feature frame (10 ms).
         """
         audio_BN = audio[None] if audio.dim() == 1 else audio
         if lengths is None:

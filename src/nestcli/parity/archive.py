@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nestcli.checkpoint.nemo import read_nemo, write_nemo
-from nestcli.model.nest import NestConfig, NestModel, NestOutput
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel, NestOutput
 from nestcli.parity.context import Context
 from nestcli.parity.report import Check, Section, close, equal, same_entries, worst
 from nestcli.parity.subject import with_nemo_behaviour

@@ -23,9 +23,10 @@ from torch import Tensor
 from nestcli.config import load_config
 from nestcli.data.manifest import read_manifests
 from nestcli.data.noise_pool import NoisePool
-from nestcli.model.masking import MaskingConfig, overlapping_blocks
-from nestcli.model.nest import NestConfig, NestModel
-from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
+from nestcli.model.config import MaskingConfig, NestConfig, QuantizerConfig
+from nestcli.model.masking import overlapping_blocks
+from nestcli.model.nest import NestModel
+from nestcli.model.quantizer import RandomProjectionQuantizer
 from nestcli.parity.context import Context
 from nestcli.parity.mixing import mixed_by_us
 from nestcli.parity.nemo import NemoRaisedError, NotRecordedError

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestcli.model.config import MaskingConfig, NestConfig, QuantizerConfig
 from nestcli.model.features import LogMelPreprocessor
-from nestcli.model.masking import MaskingConfig, RandomBlockMasking
-from nestcli.model.nest import NestConfig
-from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer
+from nestcli.model.masking import RandomBlockMasking
+from nestcli.model.quantizer import RandomProjectionQuantizer
 from nestcli.parity.context import Context
 from nestcli.parity.report import Check, Section, close, equal, same_elements, worst
 from nestcli.parity.subject import Subject

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestcli.model.conformer import ConformerEncoder, EncoderConfig
+from nestcli.model.config import EncoderConfig
+from nestcli.model.conformer import ConformerEncoder
 from nestcli.model.loss import fitted
 from nestcli.model.nest import NestModel
 from nestcli.parity.context import Context

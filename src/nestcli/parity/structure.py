@@ -12,7 +12,8 @@ import torch
 from omegaconf import DictConfig
 
 from nestcli.config import BASE, PRESETS, leaves, load_config, raw_config, resolved
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 from nestcli.parity.context import Context
 from nestcli.parity.nemo import FACTS, NotRecordedError
 from nestcli.parity.report import Check, Section, close, equal, same_entries, worst

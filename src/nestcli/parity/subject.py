@@ -20,8 +20,9 @@ from torch import Tensor
 from nestcli.audio.read import load_audio
 from nestcli.config import resolved
 from nestcli.errors import DataError
-from nestcli.model.limits import check_memory
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.count import check_memory
+from nestcli.model.nest import NestModel
 from nestcli.parity.worker import checksums
 
 SEED = 20

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nestcli.config import resolved
-from nestcli.model.nest import NestConfig, NestModel
+from nestcli.model.config import NestConfig
+from nestcli.model.nest import NestModel
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.parity.context import Context
 from nestcli.parity.network import stirred

@@ -19,13 +19,16 @@ from nestcli.data.dataset_config import DatasetConfig
 from nestcli.errors import ConfigError
 from nestcli.files import write_text
 from nestcli.keys import START_KEYS
-from nestcli.model.conformer import EncoderConfig
-from nestcli.model.decoder import DecoderConfig
-from nestcli.model.features import PreprocessorConfig
-from nestcli.model.loss import LossConfig
-from nestcli.model.masking import MaskingConfig
-from nestcli.model.optim import OptimizerConfig, ScheduleConfig
-from nestcli.model.quantizer import QuantizerConfig
+from nestcli.model.config import (
+    DecoderConfig,
+    EncoderConfig,
+    LossConfig,
+    MaskingConfig,
+    OptimizerConfig,
+    PreprocessorConfig,
+    QuantizerConfig,
+    ScheduleConfig,
+)
 from nestcli.training.settings import SafetyConfig, TrainerConfig
 
 _BLOCKS: dict[str, type[Any]] = {

@@ -16,10 +16,9 @@ from nestcli.data.dataset import MIN_SECONDS
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.errors import ConfigError
+from nestcli.model.config import NestConfig, OptimizerConfig, ScheduleConfig
 from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import disjoint_blocks, overlapping_blocks
-from nestcli.model.nest import NestConfig
-from nestcli.model.optim import OptimizerConfig, ScheduleConfig
 from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
 
 _TRIED, _AT_A_TIME = 4096, 64  # utterances for trial masks, until one has a masked token

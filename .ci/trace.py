@@ -89,9 +89,7 @@ def trace() -> tuple[Trace, Trace]:
 
     whole, batch_way = Trace(), Trace()
     with tempfile.TemporaryDirectory() as folder:
-        speech, noise = make_corpus(
-            Path(folder), speech=12, noise=3, seconds=(1.5, 3.0), noise_seconds=(4.0, 5.0)
-        )
+        speech, noise = make_corpus(Path(folder), speech=12, noise=3, seconds=(1.5, 3.0), noise_seconds=(4.0, 5.0))
         words = [
             "model.train_ds.num_workers=0",
             f"model.train_ds.manifest_filepath={speech}",

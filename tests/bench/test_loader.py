@@ -172,7 +172,7 @@ def frames_of(*codes: tuple[str, str]) -> Any:
          "noise: decode"),
         ([("/x/nestcli/data/noise_pool.py", "_white_noise"), ("/x/nestcli/data/dataset.py", "_batch")], "noise"),
         ([("/x/json/decoder.py", "decode"), ("/x/nestcli/data/manifest.py", "row")], "manifest entry"),
-        ([("/x/torch/functional.py", "split"), ("/x/nestcli/data/augmentation.py", "mix")], "mix"),
+        ([("/x/torch/functional.py", "split"), ("/x/nestcli/data/dataset.py", "_mixed")], "mix"),
         ([("/x/nestcli/data/dataset.py", "_batch")], "other"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -11,7 +11,7 @@ from nestcli.config import section
 from nestcli.data.batch_plan import BatchPlan
 from nestcli.data.corpus import Corpus, read_corpus
 from nestcli.data.dataset_config import DatasetConfig
-from nestcli.data.planning import plan_batches
+from nestcli.data.sampler import plan_batches
 from nestcli.errors import ConfigError, DataError
 
 KEY = "model.train_ds"

@@ -11,13 +11,12 @@ import torch
 from conftest import tiny_config, write_noise_wav
 from nestcli.data import datamodule
 from nestcli.data.batch import NoiseBatch, Skipped, collate
-from nestcli.data.batch_plan import BatchPlan, Limits
+from nestcli.data.batch_plan import BatchPlan, Limits, Order
 from nestcli.data.datamodule import NestDataModule
+from nestcli.data.dataset import SkipCounter
 from nestcli.data.manifest import read_manifests
 from nestcli.data.noise_pool import NoisePool
-from nestcli.data.order import Order
 from nestcli.data.sampler import OnePass, Position, ResumableSampler
-from nestcli.data.skipping import SkipCounter
 from nestcli.errors import ConfigError, DataError, NestError
 
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz.strategies import any_text, bounded
-from nestcli.data.batch_plan import BatchPlan, Limits, bucketed
-from nestcli.data.order import Mixing, Order
+from nestcli.data.batch_plan import BatchPlan, Limits, Mixing, Order, bucketed
 from nestcli.data.sampler import OnePass, Position, ResumableSampler
 from nestcli.model.masking import MaskingConfig, RandomBlockMasking
 from nestcli.model.quantizer import QuantizerConfig, RandomProjectionQuantizer

@@ -13,8 +13,8 @@ import pytest
 from conftest import write_noise_wav
 from nestcli.augment.noisy_copy import CopyOptions
 from nestcli.augment.run import AugmentOptions, augment
-from nestcli.data.augmentation import AugmentationConfig
 from nestcli.data.manifest import read_manifests
+from nestcli.data.mixing import AugmentationConfig
 from nestcli.errors import DataError
 from nestcli.evaluation.inputs import read_inputs
 from nestcli.prepare.inputs import collect

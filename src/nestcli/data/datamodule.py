@@ -14,16 +14,14 @@ from nestcli.config import section, seed_of
 from nestcli.data.batch import NoiseBatch
 from nestcli.data.batch_plan import BatchPlan
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
-from nestcli.data.dataset import MIN_SECONDS, NoisySpeech
+from nestcli.data.dataset import MIN_SECONDS, NoisySpeech, SkipCounter
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.loader.shared_buffers import Placed, SlabLoader, Slabs
 from nestcli.data.loader.signals import led_by_main_process
 from nestcli.data.loader.watched_workers import Watch, WatchedLoader
 from nestcli.data.noise_pool import NoisePool
-from nestcli.data.planning import plan_batches
 from nestcli.data.preflight import check_noise, check_speech, machine_notes
-from nestcli.data.sampler import OnePass, Place, Position, ResumableSampler
-from nestcli.data.skipping import SkipCounter
+from nestcli.data.sampler import OnePass, Place, Position, ResumableSampler, plan_batches
 from nestcli.errors import DataError, NestError
 from nestcli.jobs.cores import available_cores
 

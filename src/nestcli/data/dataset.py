@@ -1,6 +1,11 @@
 """One batch: speech and noise are read, cut and mixed.
 
 Every draw depends on (seed, epoch, item) alone, so a batch is the same in any process, and after a resume.
+
+With `nemo_exact` the draws and the result are those of NeMo's `SpeakerNoiseAugmentation` and
+`MultiSpeakerNoiseAugmentation` from the same seed. Without it an item that is not augmented stays clean and whole,
+segments never run out, noise mode falls back to speech where there is no noise, a mixture beyond full scale is turned
+down, and lengths of segments are drawn at once instead of sample by sample.
 """
 
 from __future__ import annotations
@@ -16,13 +21,22 @@ from torch.utils.data import Dataset
 
 from nestcli.audio.channel import Channel, parsed_channel
 from nestcli.config import section
-from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
-from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate, empty
+from nestcli.data.batch import Empty, NoiseBatch, Samples, Skipped, collate, empty
+from nestcli.data.batch_plan import Items
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.loader.shared_buffers import Placed, Slabs
 from nestcli.data.manifest import Manifest
+from nestcli.data.mixing import (
+    AugmentationConfig,
+    Given,
+    Mixture,
+    NoiseOf,
+    Pieces,
+    mix_in,
+    one_stretch_of,
+    scattered_segments,
+)
 from nestcli.data.noise_pool import NoisePool
-from nestcli.data.order import Items
 from nestcli.data.sampler import Place
 from nestcli.data.utterance_audio import read_audio
 from nestcli.errors import ConfigError, DataError, NestError
@@ -31,7 +45,7 @@ from nestcli.targets import TARGETS
 
 MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
 _REPLACEMENTS = 20  # lines tried in place of a batch of which nothing can be read
-_MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
+_JUDGED_FROM = 100  # utterances; below, one rotten file is a large share
 _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
 
 
@@ -153,3 +167,115 @@ def _mixer(config: DictConfig, key: str) -> tuple[Callable[..., NoiseBatch] | No
     if "_target_" not in block:
         raise ConfigError(f"{key}.batch_augmentor._target_ is missing: name the augmentation, e.g. {_DEFAULT_MIXER}.")
     return _MIXERS[TARGETS[block["_target_"]]], section(AugmentationConfig, config, f"{key}.batch_augmentor")
+
+
+# ---- mixing noise and foreign speech into a batch ----
+
+
+def mix_speakers_and_noise(
+    batch: NoiseBatch,
+    config: AugmentationConfig,
+    rng: random.Random,
+    noise_of: NoiseOf | None = None,
+    record: list[Mixture | None] | None = None,
+    empty: Empty = empty,
+) -> NoiseBatch:
+    """Mix segments of noise, or of several other speakers of the batch, into each item with probability `prob`.
+
+    Noise is that of the batch, or what `noise_of` gives; then the result has none of its own. `record` takes what was
+    done to every item, `empty` makes the array of the noisy audio. The ratio in dB holds over the whole item, not over
+    the mixed part alone. Source: arXiv:2408.13106 section 2.4; NeMo `MultiSpeakerNoiseAugmentation`.
+    """
+    return _mixed(batch, config, rng, noise_of, record, empty, scattered_segments)
+
+
+def mix_one_speaker_or_noise(
+    batch: NoiseBatch,
+    config: AugmentationConfig,
+    rng: random.Random,
+    noise_of: NoiseOf | None = None,
+    record: list[Mixture | None] | None = None,
+    empty: Empty = empty,
+) -> NoiseBatch:
+    """Mix one stretch of noise, or of one other speaker, into each item with probability `prob`.
+
+    As `mix_speakers_and_noise`, but the ratio in dB is that of the item to the whole noise. Source: NeMo
+    `SpeakerNoiseAugmentation`.
+    """
+    return _mixed(batch, config, rng, noise_of, record, empty, one_stretch_of)
+
+
+def _mixed(
+    batch: NoiseBatch,
+    config: AugmentationConfig,
+    rng: random.Random,
+    noise_of: NoiseOf | None,
+    record: list[Mixture | None] | None,
+    empty: Empty,
+    choose: Callable[[int, Given], Pieces | None],
+) -> NoiseBatch:
+    raw = batch.noise.numpy()
+    raw_lengths = batch.noise_len.tolist()
+    audio = batch.audio.numpy()
+    given = Given(
+        [row[:length] for row, length in zip(audio, batch.audio_len.tolist(), strict=True)],
+        audio.shape[1],
+        noise_of or (lambda item, count: raw[item, : min(count, raw_lengths[item])]),
+        config,
+        rng,
+    )
+    # an item that is left alone keeps its raw noise in NeMo, and the noise's length
+    noise: Samples | None = None
+    if noise_of is None:
+        noise = raw.copy() if config.nemo_exact else np.zeros_like(audio)
+    noisy = empty(audio.shape)
+    noisy[:] = audio
+    noise_len = batch.noise_len.clone() if config.nemo_exact else batch.audio_len
+    for item in range(len(noisy)):
+        pieces = None if rng.random() > config.prob else choose(item, given)
+        done = None
+        if pieces is not None:
+            done = mix_in(item, given, pieces, noise, noisy)
+            if config.nemo_exact:
+                noise_len[item] = len(given.speech[item])
+        elif config.nemo_exact and noise is not None:
+            noisy[item] += noise[item]
+        if record is not None:
+            record.append(done)
+    return replace(
+        batch,
+        noise=torch.empty(len(noisy), 0) if noise is None else torch.from_numpy(noise),
+        noise_len=noise_len,
+        noisy_audio=torch.from_numpy(noisy),
+        noisy_audio_len=noise_len,
+    )
+
+
+_MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
+
+
+# ---- utterances that cannot be read while training goes on ----
+
+
+class SkipCounter:
+    """Counts what was left out. `tell` hears of every line once."""
+
+    def __init__(self, max_share: float, tell: Callable[[str], None]) -> None:
+        self.max_share, self.tell = max_share, tell
+        self.skipped = self.read = 0
+        self._told: set[str] = set()
+
+    def add(self, n_read: int, skipped: tuple[Skipped, ...]) -> None:
+        """Count a batch. Raises DataError when more than `max_share` of what was asked for cannot be read."""
+        self.read += n_read
+        self.skipped += len(skipped)
+        for each in skipped:
+            if each.line not in self._told:
+                self._told.add(each.line)
+                self.tell(f"left out: {each.why}")
+        asked = self.read + self.skipped
+        if asked >= _JUDGED_FROM and self.skipped > self.max_share * asked:
+            raise DataError(
+                f"{self.skipped} of {asked} utterances could not be read, more than the share of {self.max_share:g} "
+                f"that model.train_ds.max_failed_share allows. The last: {skipped[-1].why}"
+            )

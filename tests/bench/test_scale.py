@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_config
 from nestcli.bench.context import Context, Options
 from nestcli.bench.scale import scale_section, write_long_manifest
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 
 
 def test_a_long_manifest_is_sound(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from nestcli.data.batch import NoiseBatch, Skipped, collate
 from nestcli.data.batch_plan import BatchPlan, Limits, Order
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.dataset import SkipCounter
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.noise_pool import NoisePool
 from nestcli.data.sampler import OnePass, Position, ResumableSampler
 from nestcli.errors import ConfigError, DataError, NestError

@@ -20,9 +20,8 @@ from nestcli.checkpoint.nemo_config import plain_yaml
 from nestcli.checkpoint.weights import load_weights
 from nestcli.config import load_config
 from nestcli.data.corpus import _parts_of_input
-from nestcli.data.manifest import read_manifests
-from nestcli.data.manifest_scan import scan
-from nestcli.data.tarred import _shar_row, expand
+from nestcli.data.manifest_scan import expand, read_manifests, scan
+from nestcli.data.tarred import _shar_row
 from nestcli.errors import CheckpointError, ConfigError, DataError
 from nestcli.prepare.kaldi import read_kaldi
 from nestcli.untrusted import check_references

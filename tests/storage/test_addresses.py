@@ -20,7 +20,7 @@ import soundfile as sf
 
 from conftest import tiny_config, write_noise_wav
 from nestcli.data.datamodule import NestDataModule
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError, MissingDependencyError, NestError
 from nestcli.storage import addresses, fetch
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import write_noise_wav
 from nestcli.augment.noisy_copy import CopyOptions
 from nestcli.augment.run import AugmentOptions, augment
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.errors import DataError
 from nestcli.evaluation.inputs import read_inputs

@@ -18,7 +18,8 @@ import soundfile as sf
 from nestcli.audio.channel import KEY as CHANNEL
 from nestcli.audio.load import Samples
 from nestcli.audio.read import reason_of
-from nestcli.data.manifest import Entry, Manifest, read_manifests
+from nestcli.data.manifest import Entry, Manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into
 from nestcli.data.noise_pool import Clip, NoisePool
 from nestcli.data.utterance_audio import read_audio

@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from nestcli.audio.channel import KEY as CHANNEL
 from nestcli.config import require, section
 from nestcli.data.dataset_config import DatasetConfig
-from nestcli.data.manifest import Manifest, joined, read_manifests
-from nestcli.data.tarred import expand, read_shar, read_tarred
+from nestcli.data.manifest import Manifest, joined
+from nestcli.data.manifest_scan import expand, read_manifests
+from nestcli.data.tarred import read_shar, read_tarred
 from nestcli.errors import ConfigError, DataError
 from nestcli.files import user_path
 from nestcli.untrusted import check_plain, read_yaml, short

@@ -7,9 +7,13 @@ the audio is, where it starts and in which shard), and reads the rest of a line 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from json.decoder import JSONDecoder
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +21,64 @@ import numpy.typing as npt
 
 from nestcli.audio.channel import KEY as CHANNEL
 from nestcli.audio.channel import Channel, parsed_channel
-from nestcli.data.manifest_scan import Scan, Source, parse, scan
+from nestcli.data.lhotse_cuts import cut_to_row, looks_like_cut
 from nestcli.errors import DataError, NestError
 from nestcli.files import user_path, write_text
 from nestcli.storage import addresses
+from nestcli.storage.file_kinds import why_no_json
 
+MAX_LINE = 1 << 20  # bytes
+MAX_SECONDS = 1e6
+_OTHER_NAMES = ("audio_filename", "audio_file")  # of the path, which NeMo 3.0.0 reads too, in this order
+_MOST_OPEN = 256  # manifests that a process keeps open; a system allows 1,024 files, and a corpus may have more
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_open: set[int] = set()  # descriptors of manifests
+
+Row = dict[str, Any]
+ToRow = Callable[[Row], Row]
 _KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL, "speaker", "text", "lang", "reason", "detail")
+
+
+class Source:
+    """The bytes of a manifest: a file, read in place, or the unpacked lines of a .gz, held in memory.
+
+    Lines of a .gz cannot be read in place. What is kept of them is a NeMo row each, some 200 bytes, rather
+    than a temporary file: nothing to clean up, no question where there is room, and forked workers share it.
+    """
+
+    def __init__(self, path: str, to_row: ToRow) -> None:
+        self.path = path
+        self.to_row = to_row
+        local = addresses.local_copy(path, keep=True) if addresses.is_remote(path) else path
+        self.absolute = str(Path(local).absolute())  # workers may stand in another folder
+        self.folder = path.rpartition("/")[0] if addresses.is_remote(path) else str(Path(self.absolute).parent)
+        self.unpacked: npt.NDArray[np.uint8] | None = None
+        self._descriptor: int | None = None
+
+    def read(self, position: int, size: int) -> bytes:
+        if self.unpacked is not None:
+            return self.unpacked[position : position + size].tobytes()
+        if self._descriptor is not None:
+            return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
+        descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
+        if len(_open) < _MOST_OPEN:
+            self._descriptor = descriptor
+            _open.add(descriptor)
+            weakref.finalize(self, _close, descriptor)
+            return os.pread(descriptor, size, position)
+        try:
+            return os.pread(descriptor, size, position)
+        finally:
+            os.close(descriptor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+
+def _close(descriptor: int) -> None:
+    _open.discard(descriptor)
+    os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,32 +170,6 @@ class Manifest:
 _COLUMNS = ("durations", "offsets", "source_of", "positions", "sizes", "lines", "shard_of")
 
 
-def read_manifests(paths: str | Sequence[str], *, require_duration: bool = True) -> Manifest:
-    """Open NeMo manifests and Lhotse cuts, plain or .gz; a string may name several, joined by commas.
-
-    Every line is checked. Raises DataError naming file and line.
-    """
-    names = split_paths(paths) if isinstance(paths, str) else [os.fspath(path) for path in paths]
-    if not names:
-        raise DataError("no manifest is given; name a file of JSON lines, as `nest prepare-data` writes")
-    return joined([of_scan(scan(user_path(name), require_duration=require_duration)) for name in names])
-
-
-def of_scan(found: Scan) -> Manifest:
-    """The manifest of one scan; its lines' shards are not known yet."""
-    count = len(found.lines)
-    return Manifest(
-        durations=np.frombuffer(found.durations),
-        offsets=np.frombuffer(found.offsets),
-        sources=(found.source,),
-        source_of=np.zeros(count, np.int32),
-        positions=np.frombuffer(found.positions, np.int64),
-        sizes=np.frombuffer(found.sizes, np.int32),
-        lines=np.frombuffer(found.lines, np.int32),
-        shard_of=np.full(count, -1, np.int32),
-    )
-
-
 def joined(manifests: Sequence[Manifest]) -> Manifest:
     """Manifests one after the other, as one."""
     if len(manifests) == 1:
@@ -173,14 +203,6 @@ def write_manifest(
     write_text(path, (_dump(row) + "\n" for row in rows), error, remedy)
 
 
-def split_paths(paths: str) -> list[str]:
-    """The names in a string that may join several by commas."""
-    # its name may have a comma
-    if os.path.isfile(user_path(paths)):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
-        return [paths]
-    return [name.strip() for name in paths.split(",") if name.strip()]
-
-
 def _dump(row: Mapping[str, Any]) -> str:
     order = [*(key for key in _KEY_ORDER if key in row), *sorted(row.keys() - set(_KEY_ORDER))]
     ordered = {key: row[key] for key in order}
@@ -205,3 +227,91 @@ def _resolve(path: str, folder: str) -> str:
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
+
+
+# ---- one line ----
+
+
+def to_row(record: Row) -> Row:
+    """What a line says, as a row of a NeMo manifest; raises ValueError for what is no utterance."""
+    if "audio_filepath" in record:
+        if record.get("audio_filename", record["audio_filepath"]) != record["audio_filepath"]:
+            raise ValueError(
+                '"audio_filepath" and "audio_filename" name different files, and NeMo reads the latter; keep one'
+            )
+        return record
+    for name in _OTHER_NAMES:
+        if name in record:
+            return {"audio_filepath": record.pop(name), **record}
+    if looks_like_cut(record):
+        return cut_to_row(record)
+    if "sources" in record:
+        raise ValueError("this is a Lhotse recording; write cuts, as CutSet.from_manifests makes them")
+    raise ValueError(
+        'there is no "audio_filepath" (nor "audio_filename", "audio_file"); every line must name its audio'
+    )
+
+
+class _TwiceError(ValueError):
+    """A key stands twice in an object: which one counts would depend on who reads it."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(f"{_short(next(key for key in keys if keys.count(key) > 1))} stands twice in one object")
+    return row
+
+
+JSON = JSONDecoder(object_pairs_hook=_once)
+
+
+def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
+    """The row, duration and offset of one line; raises ValueError saying what is wrong and what to do."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"the line is longer than {MAX_LINE >> 20} MiB; is this a manifest?")
+    try:
+        record = JSON.decode(str(line.removeprefix(_BYTE_ORDER_MARK), "utf-8"))
+    except _TwiceError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(why_no_json(line, error)) from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{_short(record)} is no JSON object; a manifest has one {{...}} a line")
+    row = to_row(record)
+    return row, *check_row(row)
+
+
+def check_row(row: Row) -> tuple[float, float]:
+    """The duration and the offset of a row in seconds; raises ValueError for values that no utterance has."""
+    check_path(row["audio_filepath"])
+    parsed_channel(row.get(CHANNEL))
+    return _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)
+
+
+def check_path(path: object) -> None:
+    if not isinstance(path, str) or not path:
+        raise ValueError(f'"audio_filepath" is {_short(path)}; it must name one file')
+    if path.startswith("file:"):
+        path = user_path(path)
+    if "\0" in path:
+        raise ValueError(f'"audio_filepath" is {_short(path)}, with a zero byte, as no file has in its name')
+    if path.startswith(("pipe:", "|")) or path.endswith("|"):
+        raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
+    if "://" in path:
+        addresses.check_remote(path)
+
+
+def _seconds(row: Row, key: str, default: float) -> float:
+    value = row.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f'"{key}" is {_short(value)}; it must be a number of seconds from 0 to {MAX_SECONDS:g}')
+    return float(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -7,85 +7,35 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
-import weakref
 import zlib
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from json.decoder import JSONDecoder
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.channel import parsed_channel
-from nestcli.data.lhotse_cuts import cut_to_row, looks_like_cut
+from nestcli.data.manifest import JSON, MAX_LINE, MAX_SECONDS, Manifest, Row, Source, ToRow, joined, parse, to_row
 from nestcli.errors import DataError
 from nestcli.files import user_path
 from nestcli.jobs.cores import available_cores
 from nestcli.jobs.pool import Died, local_pool
 from nestcli.storage import addresses
-from nestcli.storage.file_kinds import HEAD, no_manifest, why_no_json
+from nestcli.storage.file_kinds import HEAD, no_manifest
 
-MAX_LINE = 1 << 20  # bytes
-MAX_SECONDS = 1e6
-_OTHER_NAMES = ("audio_filename", "audio_file")  # of the path, which NeMo 3.0.0 reads too, in this order
 NO_SHARD = -1
-_RANGE = 1 << 25  # bytes of a manifest that one process scans at a time: some 200,000 lines
+_PIECE = 1 << 25  # bytes of a manifest that one process scans at a time: some 200,000 lines
 _MAX_UNPACKED = 1 << 32  # bytes kept of one .gz
 _MAX_EXPANSION = 100  # of gzip; lines of manifests and cuts shrink to a tenth, or a thirtieth
 _ALWAYS_UNPACKED = 1 << 24  # bytes
-_MOST_OPEN = 256  # manifests that a process keeps open; a system allows 1,024 files, and a corpus may have more
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-_open: set[int] = set()  # descriptors of manifests
-
-Row = dict[str, Any]
-ToRow = Callable[[Row], Row]
-
-
-class Source:
-    """The bytes of a manifest: a file, read in place, or the unpacked lines of a .gz, held in memory.
-
-    Lines of a .gz cannot be read in place. What is kept of them is a NeMo row each, some 200 bytes, rather
-    than a temporary file: nothing to clean up, no question where there is room, and forked workers share it.
-    """
-
-    def __init__(self, path: str, to_row: ToRow) -> None:
-        self.path = path
-        self.to_row = to_row
-        local = addresses.local_copy(path, keep=True) if addresses.is_remote(path) else path
-        self.absolute = str(Path(local).absolute())  # workers may stand in another folder
-        self.folder = path.rpartition("/")[0] if addresses.is_remote(path) else str(Path(self.absolute).parent)
-        self.unpacked: npt.NDArray[np.uint8] | None = None
-        self._descriptor: int | None = None
-
-    def read(self, position: int, size: int) -> bytes:
-        if self.unpacked is not None:
-            return self.unpacked[position : position + size].tobytes()
-        if self._descriptor is not None:
-            return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
-        descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
-        if len(_open) < _MOST_OPEN:
-            self._descriptor = descriptor
-            _open.add(descriptor)
-            weakref.finalize(self, _close, descriptor)
-            return os.pread(descriptor, size, position)
-        try:
-            return os.pread(descriptor, size, position)
-        finally:
-            os.close(descriptor)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
-
-
-def _close(descriptor: int) -> None:
-    _open.discard(descriptor)
-    os.close(descriptor)
+# `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; it takes the other brackets too.
+_RANGE = re.compile(r"(?:_OP_|[{(\[<])([0-9]+)\.\.([0-9]+)(?:_CL_|[})\]>])")
+_MOST_SHARDS = 1_000_000
+_MOST_RANGES, _MOST_DIGITS = 8, 18  # in a path, of a number in a range
 
 
 class Scan:
@@ -110,24 +60,75 @@ class Scan:
         self.shards.append(shard)
 
 
-def to_row(record: Row) -> Row:
-    """What a line says, as a row of a NeMo manifest; raises ValueError for what is no utterance."""
-    if "audio_filepath" in record:
-        if record.get("audio_filename", record["audio_filepath"]) != record["audio_filepath"]:
-            raise ValueError(
-                '"audio_filepath" and "audio_filename" name different files, and NeMo reads the latter; keep one'
-            )
-        return record
-    for name in _OTHER_NAMES:
-        if name in record:
-            return {"audio_filepath": record.pop(name), **record}
-    if looks_like_cut(record):
-        return cut_to_row(record)
-    if "sources" in record:
-        raise ValueError("this is a Lhotse recording; write cuts, as CutSet.from_manifests makes them")
-    raise ValueError(
-        'there is no "audio_filepath" (nor "audio_filename", "audio_file"); every line must name its audio'
+def read_manifests(paths: str | Sequence[str], *, require_duration: bool = True) -> Manifest:
+    """Open NeMo manifests and Lhotse cuts, plain or .gz; a string may name several, joined by commas.
+
+    Every line is checked. Raises DataError naming file and line.
+    """
+    names = split_paths(paths) if isinstance(paths, str) else [os.fspath(path) for path in paths]
+    if not names:
+        raise DataError("no manifest is given; name a file of JSON lines, as `nest prepare-data` writes")
+    return joined([of_scan(scan(user_path(name), require_duration=require_duration)) for name in names])
+
+
+def of_scan(found: Scan) -> Manifest:
+    """The manifest of one scan; its lines' shards are not known yet."""
+    count = len(found.lines)
+    return Manifest(
+        durations=np.frombuffer(found.durations),
+        offsets=np.frombuffer(found.offsets),
+        sources=(found.source,),
+        source_of=np.zeros(count, np.int32),
+        positions=np.frombuffer(found.positions, np.int64),
+        sizes=np.frombuffer(found.sizes, np.int32),
+        lines=np.frombuffer(found.lines, np.int32),
+        shard_of=np.full(count, -1, np.int32),
     )
+
+
+def split_paths(paths: str) -> list[str]:
+    """The names in a string that may join several by commas."""
+    # its name may have a comma
+    if os.path.isfile(user_path(paths)):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
+        return [paths]
+    return [name.strip() for name in paths.split(",") if name.strip()]
+
+
+def expand(paths: str | Sequence[str]) -> list[str]:
+    """The files that paths with ranges stand for: `audio__OP_0..2_CL_.tar` are three. Raises DataError."""
+    names = split_paths(paths) if isinstance(paths, str) else [str(path) for path in paths]
+    expanded: list[str] = []
+    for each in names:
+        expanded += _expanded(each)
+        if len(expanded) > max(_MOST_SHARDS, len(names)):
+            raise DataError(f"{names[0][:200]}, ...: the ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
+    return expanded
+
+
+def _expanded(path: str) -> list[str]:
+    elsewhere = addresses.is_remote(path)
+    path = user_path(path)
+    found = _RANGE.search(path)
+    if found is None or (not elsewhere and os.path.exists(path)):  # noqa: PTH110  (pathlib raises for long names)
+        return [path if elsewhere else str(Path(path))]
+    _check_ranges(path)
+    first, last = found.groups()
+    width = len(first) if first.startswith("0") else 0
+    numbers = range(int(first), int(last) + 1)
+    before, after = path[: found.start()], path[found.end() :]
+    return [name for number in numbers for name in _expanded(f"{before}{number:0{width}}{after}")]
+
+
+def _check_ranges(path: str) -> None:
+    """Refuse ranges that name nothing, or more than anyone has, before any name is made."""
+    ranges, total = _RANGE.findall(path), 1
+    for first, last in ranges:
+        if max(len(first), len(last)) > _MOST_DIGITS or int(first) > int(last):
+            written = f"{first[:20]}..{last[:20]}"
+            raise DataError(f"{path[:200]}: the range {written} names no files; write it as _OP_0..7_CL_")
+        total *= int(last) - int(first) + 1
+    if total > _MOST_SHARDS or len(ranges) > _MOST_RANGES:
+        raise DataError(f"{path[:200]}: its ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
 
 
 def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) -> Scan:
@@ -169,21 +170,6 @@ def _no_manifest(source: Source, line: int, *, packed: bool | None = None) -> st
     return no_manifest(source.path, head, packed=packed) if line == 1 + head[:blank].count(b"\n") else ""
 
 
-class _TwiceError(ValueError):
-    """A key stands twice in an object: which one counts would depend on who reads it."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _TwiceError(f"{_short(next(key for key in keys if keys.count(key) > 1))} stands twice in one object")
-    return row
-
-
-_JSON = JSONDecoder(object_pairs_hook=_once)
-
-
 class _BadLineError(Exception):
     def __init__(self, line: int, why: str) -> None:
         super().__init__(line, why)
@@ -194,7 +180,7 @@ class _BadLineError(Exception):
 
 
 def _scan_ranges(found: Scan, require_duration: bool) -> None:
-    bounds = _line_starts(found.source.absolute, _RANGE)
+    bounds = _line_starts(found.source.absolute, _PIECE)
     tasks = [_Range(found.source, require_duration, *pair) for pair in itertools.pairwise(bounds)]
     workers = min(len(tasks), available_cores())
     if workers < 2:
@@ -271,7 +257,7 @@ def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed:
 
     Most lines are plain and pass in a few µs; any other goes through `parse`, which has the messages.
     """
-    json_value: Callable[[str, int], tuple[Any, int]] = _JSON.scan_once  # type: ignore[attr-defined]
+    json_value: Callable[[str, int], tuple[Any, int]] = JSON.scan_once  # type: ignore[attr-defined]
     position, number = file.tell(), 0
     while position < end and (line := file.readline(MAX_LINE + 1)):
         number += 1
@@ -338,51 +324,6 @@ def _keep(row: Row, found: Scan) -> tuple[int, int]:
     return start, len(kept)
 
 
-def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
-    """The row, duration and offset of one line; raises ValueError saying what is wrong and what to do."""
-    if len(line) > MAX_LINE:
-        raise ValueError(f"the line is longer than {MAX_LINE >> 20} MiB; is this a manifest?")
-    try:
-        record = _JSON.decode(str(line.removeprefix(_BYTE_ORDER_MARK), "utf-8"))
-    except _TwiceError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ValueError(why_no_json(line, error)) from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{_short(record)} is no JSON object; a manifest has one {{...}} a line")
-    row = to_row(record)
-    return row, *check_row(row)
-
-
-def check_row(row: Row) -> tuple[float, float]:
-    """The duration and the offset of a row in seconds; raises ValueError for values that no utterance has."""
-    check_path(row["audio_filepath"])
-    parsed_channel(row.get(CHANNEL))
-    return _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)
-
-
-def check_path(path: object) -> None:
-    if not isinstance(path, str) or not path:
-        raise ValueError(f'"audio_filepath" is {_short(path)}; it must name one file')
-    if path.startswith("file:"):
-        path = user_path(path)
-    if "\0" in path:
-        raise ValueError(f'"audio_filepath" is {_short(path)}, with a zero byte, as no file has in its name')
-    if path.startswith(("pipe:", "|")) or path.endswith("|"):
-        raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
-    if "://" in path:
-        addresses.check_remote(path)
-
-
-def _seconds(row: Row, key: str, default: float) -> float:
-    value = row.get(key)
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f'"{key}" is {_short(value)}; it must be a number of seconds from 0 to {MAX_SECONDS:g}')
-    return float(value)
-
-
 def _check_file(path: str) -> None:
     try:
         mode = Path(path).stat().st_mode
@@ -400,8 +341,3 @@ def _prepared(path: str) -> str:
     folder = path if os.path.isdir(path) else os.path.dirname(path)  # noqa: PTH112, PTH120  (pathlib raises for some)
     there = os.path.join(folder, "train_manifest.json")  # noqa: PTH118
     return f". Did you mean {there}?" if os.path.isfile(there) else ""  # noqa: PTH113
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -5,7 +5,6 @@ A shard is opened when its first utterance is read, not before: opening a corpus
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,56 +14,15 @@ import numpy as np
 
 from nestcli.audio.channel import KEY as CHANNEL
 from nestcli.data.lhotse_cuts import source_of, supervision
-from nestcli.data.manifest import Manifest, joined, of_scan, split_paths
-from nestcli.data.manifest_scan import NO_SHARD, scan
+from nestcli.data.manifest import Manifest, joined
+from nestcli.data.manifest_scan import NO_SHARD, expand, of_scan, scan
 from nestcli.errors import DataError
 from nestcli.files import user_path
 from nestcli.storage import addresses
 from nestcli.storage.tar_members import open_shard
 
-# `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; it takes the other brackets too.
-_RANGE = re.compile(r"(?:_OP_|[{(\[<])([0-9]+)\.\.([0-9]+)(?:_CL_|[})\]>])")
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
-_MOST_SHARDS = 1_000_000
-_MOST_RANGES, _MOST_DIGITS = 8, 18  # in a path, of a number in a range
 _CUTS, _AUDIO = "cuts", "recording"  # the fields of a Shar that are read
-
-
-def expand(paths: str | Sequence[str]) -> list[str]:
-    """The files that paths with ranges stand for: `audio__OP_0..2_CL_.tar` are three. Raises DataError."""
-    names = split_paths(paths) if isinstance(paths, str) else [str(path) for path in paths]
-    expanded: list[str] = []
-    for each in names:
-        expanded += _expanded(each)
-        if len(expanded) > max(_MOST_SHARDS, len(names)):
-            raise DataError(f"{names[0][:200]}, ...: the ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
-    return expanded
-
-
-def _expanded(path: str) -> list[str]:
-    elsewhere = addresses.is_remote(path)
-    path = user_path(path)
-    found = _RANGE.search(path)
-    if found is None or (not elsewhere and os.path.exists(path)):  # noqa: PTH110  (pathlib raises for long names)
-        return [path if elsewhere else str(Path(path))]
-    _check_ranges(path)
-    first, last = found.groups()
-    width = len(first) if first.startswith("0") else 0
-    numbers = range(int(first), int(last) + 1)
-    before, after = path[: found.start()], path[found.end() :]
-    return [name for number in numbers for name in _expanded(f"{before}{number:0{width}}{after}")]
-
-
-def _check_ranges(path: str) -> None:
-    """Refuse ranges that name nothing, or more than anyone has, before any name is made."""
-    ranges, total = _RANGE.findall(path), 1
-    for first, last in ranges:
-        if max(len(first), len(last)) > _MOST_DIGITS or int(first) > int(last):
-            written = f"{first[:20]}..{last[:20]}"
-            raise DataError(f"{path[:200]}: the range {written} names no files; write it as _OP_0..7_CL_")
-        total *= int(last) - int(first) + 1
-    if total > _MOST_SHARDS or len(ranges) > _MOST_RANGES:
-        raise DataError(f"{path[:200]}: its ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
 
 
 def read_tarred(manifest_paths: str | Sequence[str], tar_paths: str | Sequence[str]) -> Manifest:

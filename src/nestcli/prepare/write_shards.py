@@ -22,7 +22,8 @@ from nestcli.audio.channel import KEY as CHANNEL
 from nestcli.audio.channel import kept_channel, parsed_channel
 from nestcli.audio.load import Samples
 from nestcli.audio.read import load_audio, reason_of
-from nestcli.data.manifest import read_manifests, write_manifest
+from nestcli.data.manifest import write_manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 from nestcli.jobs.journal import REMEDY, Journal, file_version

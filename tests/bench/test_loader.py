@@ -166,9 +166,9 @@ def frames_of(*codes: tuple[str, str]) -> Any:
 @pytest.mark.parametrize(
     ("codes", "stage"),
     [
-        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/read.py", "load_audio")], "decode"),
+        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/load.py", "load_audio")], "decode"),
         ([("/x/soundfile.py", "_open"), ("/x/nestcli/audio/load.py", "decoder")], "open"),
-        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/read.py", "f"), ("/x/nestcli/data/noise_pool.py", "draw")],
+        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/load.py", "f"), ("/x/nestcli/data/noise_pool.py", "draw")],
          "noise: decode"),
         ([("/x/nestcli/data/noise_pool.py", "_white_noise"), ("/x/nestcli/data/dataset.py", "_batch")], "noise"),
         ([("/x/json/decoder.py", "decode"), ("/x/nestcli/data/manifest.py", "row")], "manifest entry"),

@@ -13,7 +13,7 @@ import pytest
 import soundfile as sf
 
 from nestcli.audio.inspect import inspect_audio
-from nestcli.audio.read import load_audio
+from nestcli.audio.load import load_audio
 from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError
 from nestcli.files import file_name

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import soundfile as sf
 
-from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.load import Samples
-from nestcli.audio.read import reason_of
+from nestcli.audio.load import KEY as CHANNEL
+from nestcli.audio.load import Samples, reason_of
 from nestcli.data.manifest import Entry, Manifest
 from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into

@@ -62,7 +62,7 @@ def stage_of(frame: FrameType | None) -> str:
 
 
 def _stage_of_code(file: str, function: str) -> str:
-    if file.endswith(("/soundfile.py", "audio/read.py", "audio/load.py")):
+    if file.endswith(("/soundfile.py", "audio/load.py")):
         if "resample" in function:
             return "resample"
         decodes = function in ("read", "_array_io", "_cdata_io", "_create_empty_array", "_check_frames")

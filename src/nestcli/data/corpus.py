@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.audio.channel import KEY as CHANNEL
+from nestcli.audio.load import KEY as CHANNEL
 from nestcli.config import require, section
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.manifest import Manifest, joined

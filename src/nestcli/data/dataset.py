@@ -19,7 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
-from nestcli.audio.channel import Channel, parsed_channel
+from nestcli.audio.load import Channel, parsed_channel
 from nestcli.config import section
 from nestcli.data.batch import Empty, NoiseBatch, Samples, Skipped, collate, empty
 from nestcli.data.batch_plan import Items

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nestcli.audio.channel import Channel, parsed_channel
+from nestcli.audio.load import Channel, parsed_channel
 from nestcli.bounds import within
 
 TECHNIQUES = ("temperature", "random", "round-robin")

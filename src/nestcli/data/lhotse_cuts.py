@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nestcli.audio.channel import KEY as CHANNEL
+from nestcli.audio.load import KEY as CHANNEL
 
 _HARMLESS = {"Resample"}  # the loader resamples anyway; other transforms would change what is heard
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.channel import Channel, parsed_channel
+from nestcli.audio.load import KEY as CHANNEL
+from nestcli.audio.load import Channel, parsed_channel
 from nestcli.data.lhotse_cuts import cut_to_row, looks_like_cut
 from nestcli.errors import DataError, NestError
 from nestcli.files import user_path, write_text

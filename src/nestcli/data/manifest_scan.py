@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from nestcli.audio.channel import KEY as CHANNEL
+from nestcli.audio.load import KEY as CHANNEL
 from nestcli.data.manifest import JSON, MAX_LINE, MAX_SECONDS, Manifest, Row, Source, ToRow, joined, parse, to_row
 from nestcli.errors import DataError
 from nestcli.files import user_path

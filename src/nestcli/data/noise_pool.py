@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nestcli.audio.load import Samples
-from nestcli.audio.read import reason_of
+from nestcli.audio.load import Samples, reason_of
 from nestcli.data.manifest import Entry, Manifest
 from nestcli.data.mixing import is_audible
 from nestcli.data.utterance_audio import Skipped, duration_of, read_audio

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nestcli.audio.channel import KEY as CHANNEL
+from nestcli.audio.load import KEY as CHANNEL
 from nestcli.data.lhotse_cuts import source_of, supervision
 from nestcli.data.manifest import Manifest, joined
 from nestcli.data.manifest_scan import NO_SHARD, expand, of_scan, scan

@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-from nestcli.audio.channel import Channel, kept_channel
-from nestcli.audio.load import Samples, stated_slack
-from nestcli.audio.read import AudioError, audio_duration, load_audio
+from nestcli.audio.load import AudioError, Channel, Samples, audio_duration, kept_channel, load_audio, stated_slack
 from nestcli.data.manifest import Entry
 from nestcli.data.tarred import file_id, without_sub
 from nestcli.errors import DataError

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nestcli.audio.read import audio_duration
+from nestcli.audio.load import audio_duration
 from nestcli.data.manifest import Manifest, write_manifest
 from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.utterance_audio import duration_of

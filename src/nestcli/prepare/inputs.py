@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestcli.audio.channel import Channel
+from nestcli.audio.load import Channel
 from nestcli.data.lhotse_cuts import recording_to_row
 from nestcli.data.manifest import Manifest, check_row, to_row
 from nestcli.data.manifest_scan import of_scan, scan

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.channel import kept_channel
+from nestcli.audio.load import KEY as CHANNEL
+from nestcli.audio.load import kept_channel
 from nestcli.data.manifest import write_manifest
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import file_name, refuse_links, write_text

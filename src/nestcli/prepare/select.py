@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from nestcli.audio.channel import kept_channel
 from nestcli.audio.inspect import AudioReport
-from nestcli.audio.load import stated_slack
+from nestcli.audio.load import kept_channel, stated_slack
 from nestcli.prepare.check import File
 from nestcli.prepare.inputs import Item
 

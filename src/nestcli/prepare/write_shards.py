@@ -18,10 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import soundfile as sf
 
-from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.channel import kept_channel, parsed_channel
-from nestcli.audio.load import Samples
-from nestcli.audio.read import load_audio, reason_of
+from nestcli.audio.load import KEY as CHANNEL
+from nestcli.audio.load import Samples, kept_channel, load_audio, parsed_channel, reason_of
 from nestcli.data.manifest import write_manifest
 from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError, RunFailedError

@@ -82,14 +82,16 @@ def functions_in(path: str) -> dict[int, tuple[str, int]]:
 
 def trace() -> tuple[Trace, Trace]:
     """The way from the configuration to the loss, and its last part: from a place of the plan to the loss."""
-    from nestcli.bench.corpus import make_corpus
+    from nestcli.bench.corpus import make_bench_corpus
     from nestcli.config import load_config
     from nestcli.data.datamodule import NestDataModule
     from nestcli.model.module import NestModule
 
     whole, batch_way = Trace(), Trace()
     with tempfile.TemporaryDirectory() as folder:
-        speech, noise = make_corpus(Path(folder), speech=12, noise=3, seconds=(1.5, 3.0), noise_seconds=(4.0, 5.0))
+        speech, noise = make_bench_corpus(
+            Path(folder), speech=12, noise=3, seconds=(1.5, 3.0), noise_seconds=(4.0, 5.0)
+        )
         words = [
             "model.train_ds.num_workers=0",
             f"model.train_ds.manifest_filepath={speech}",

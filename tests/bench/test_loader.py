@@ -11,8 +11,8 @@ import soundfile as sf
 
 from conftest import tiny_config, write_noise_wav
 from nestcli.bench import side, stages
-from nestcli.bench.context import Context, Options, plain
-from nestcli.bench.corpus import make_corpus
+from nestcli.bench.context import BenchContext, Options, plain
+from nestcli.bench.corpus import make_bench_corpus
 from nestcli.bench.floor import chosen_reads, read_and_mix
 from nestcli.bench.loader import loader_section, nemo_block
 from nestcli.bench.material import read_material
@@ -23,8 +23,8 @@ from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import DataError, MissingDependencyError, NestError
 
 
-def context_of(config: Any, folder: Path, **options: Any) -> Context:
-    return Context(config, Options(**options), folder, lambda doing: None)
+def context_of(config: Any, folder: Path, **options: Any) -> BenchContext:
+    return BenchContext(config, Options(**options), folder, lambda doing: None)
 
 
 def test_a_round_counts_only_what_is_delivered_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_no_manifest_no_matter(tmp_path: Path) -> None:
 
 
 def test_the_corpus_is_what_it_says(tmp_path: Path) -> None:
-    speech, _ = make_corpus(tmp_path, speech=3, noise=1, seconds=(1.0, 2.0), noise_seconds=(1.0, 1.0))
+    speech, _ = make_bench_corpus(tmp_path, speech=3, noise=1, seconds=(1.0, 2.0), noise_seconds=(1.0, 1.0))
     for line in speech.read_text().splitlines():
         row = json.loads(line)
         samples, rate = sf.read(row["audio_filepath"])

@@ -36,17 +36,17 @@ def some_durations(count=500, seed=0):
 @pytest.mark.parametrize("together", [1, 2, 3])
 @pytest.mark.parametrize("shuffle", [None, "lines"])
 def test_an_epoch_holds_every_item_once(together, shuffle):
-    made = plan(np.ones(50), shuffle=shuffle, together=together)
+    made = plan(np.ones(50), shuffle=shuffle, batches_per_step=together)
     assert sorted(item for batch in all_batches(made, 3) for item in batch) == list(range(50))
 
 
 def test_plain_batches_follow_in_the_order_of_their_items():
-    made = plan(np.ones(10), shuffle=None, together=4)
+    made = plan(np.ones(10), shuffle=None, batches_per_step=4)
     assert all_batches(made) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_dropping_the_last_batch_keeps_whole_ones_only():
-    made = plan(np.ones(50), drop_last=True, together=2)
+    made = plan(np.ones(50), drop_last=True, batches_per_step=2)
     assert [len(batch) for batch in all_batches(made)] == [4] * 12
 
 
@@ -123,7 +123,7 @@ def bucket_plan(durations, n_buckets=8, **options):
 @pytest.mark.parametrize("together", [1, 2, 3, 200])
 def test_buckets_hold_every_item_once_within_the_limit(together):
     durations = some_durations()
-    made = bucket_plan(durations, together=together)
+    made = bucket_plan(durations, batches_per_step=together)
     for before in (0, 1, 7):
         batches = [made.batches(2, before)[number].tolist() for number in range(len(made.batches(2, before)))]
         assert sorted(item for batch in batches for item in batch) == list(range(500))
@@ -132,7 +132,7 @@ def test_buckets_hold_every_item_once_within_the_limit(together):
 
 def test_the_batches_of_almost_every_step_are_of_one_bucket():
     durations = some_durations(2000)
-    made = bucket_plan(durations, together=4)
+    made = bucket_plan(durations, batches_per_step=4)
     buckets = []
     for epoch in range(3):  # a step may begin in one epoch and end in the next
         batches = made.batches(epoch, len(buckets))
@@ -208,9 +208,9 @@ def test_the_fingerprint_changes_with_the_batches(change):
 
 
 def test_the_fingerprint_changes_with_the_batches_of_a_step_only_where_there_are_buckets():
-    assert plan(np.ones(50), together=2).fingerprint == plan(np.ones(50)).fingerprint
+    assert plan(np.ones(50), batches_per_step=2).fingerprint == plan(np.ones(50)).fingerprint
     durations = some_durations()
-    assert bucket_plan(durations, together=2).fingerprint != bucket_plan(durations).fingerprint
+    assert bucket_plan(durations, batches_per_step=2).fingerprint != bucket_plan(durations).fingerprint
 
 
 # ---- the order of an epoch: every line once, near to its shards, and data sets in their shares

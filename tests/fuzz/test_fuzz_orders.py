@@ -54,7 +54,7 @@ def plan_of(
         limits,
         bucketed(durations, bins, upper_inclusive=True),
         sequence="shuffled buckets" if buckets > 1 else "filled",
-        together=together,
+        batches_per_step=together,
     )
 
 

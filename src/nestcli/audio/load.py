@@ -27,8 +27,8 @@ from nestcli.storage.file_kinds import HEAD
 
 Samples = npt.NDArray[np.float32]
 Channel = int | Literal["average"]  # "average": of all channels
-KEY = "channel_selector"
-MOST = 1 << 16  # no file has a channel of a higher number
+CHANNEL_KEY = "channel_selector"
+_MOST_CHANNELS = 1 << 16  # no file has a channel of a higher number
 
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
@@ -68,7 +68,7 @@ class BadAudioError(Exception):
         self.reason, self.detail = reason, detail
 
 
-def words(error: sf.LibsndfileError) -> str:
+def decoder_message(error: sf.LibsndfileError) -> str:
     text: str = error.error_string
     return text.removeprefix("Error : ").rstrip(".")
 
@@ -99,7 +99,7 @@ def load_audio(
     except BadAudioError as bad:
         raise _data_error(path, bad.detail, bad.reason) from None
     except sf.LibsndfileError as error:
-        raise _data_error(path, words(error)) from None
+        raise _data_error(path, decoder_message(error)) from None
     return samples if file_rate == sample_rate else _resample(samples, file_rate, sample_rate)
 
 
@@ -119,7 +119,7 @@ def stream_audio(
     except BadAudioError as bad:
         raise _data_error(path, bad.detail, bad.reason) from None
     except sf.LibsndfileError as error:
-        raise _data_error(path, words(error)) from None
+        raise _data_error(path, decoder_message(error)) from None
 
 
 def resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Samples]:
@@ -214,7 +214,7 @@ def decoder(path: str) -> Iterator[Sound]:
         except sf.LibsndfileError as error:
             if error.code != _UNRECOGNISED:
                 raise BadAudioError(
-                    "unreadable", unreadable(path, os.pread(descriptor, HEAD, 0), words(error))
+                    "unreadable", unreadable(path, os.pread(descriptor, HEAD, 0), decoder_message(error))
                 ) from None
         else:
             with sound:
@@ -294,8 +294,8 @@ def _read(sound: Sound, start: int, count: int) -> Samples:
 def decoding_failure(sound: Sound, error: sf.LibsndfileError) -> tuple[str, str]:
     """Tell a file that ends too early from one that is broken in the middle, by where the decoder stopped."""
     if isinstance(sound.name, int) and os.lseek(sound.name, 0, os.SEEK_CUR) >= os.fstat(sound.name).st_size:
-        return "truncated", f"the file ends in the middle of its audio ({words(error)}); {RECOVER}"
-    return "unreadable", f"the audio is damaged ({words(error)}); {RECOVER}"
+        return "truncated", f"the file ends in the middle of its audio ({decoder_message(error)}); {RECOVER}"
+    return "unreadable", f"the audio is damaged ({decoder_message(error)}); {RECOVER}"
 
 
 def check_length(sound: Sound, frames: int) -> None:
@@ -383,12 +383,12 @@ def parsed_channel(value: Any) -> Channel | None:
         return None
     if value == "average":
         return "average"
-    if type(value) is int and 0 <= value < MOST:
+    if type(value) is int and 0 <= value < _MOST_CHANNELS:
         return value
     text = repr(value)
     shown = text if len(text) <= 60 else text[:57] + "..."
     several = "; several channels are not one signal" if isinstance(value, list | tuple) else ""
-    raise ValueError(f'"{KEY}" is {shown}; it must be the number of one channel, from 0, or "average"{several}')
+    raise ValueError(f'"{CHANNEL_KEY}" is {shown}; it must be the number of one channel, from 0, or "average"{several}')
 
 
 def kept_channel(own: Channel | None, default: Channel | None) -> int | None:

@@ -6,14 +6,15 @@ Axes: B batch, N samples, zero-padded to the longest item.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nestcli.data.utterance_audio import Skipped as Skipped  # (for those who know it from here)
+from nestcli.audio.load import Samples
+from nestcli.data.utterance_audio import Skipped
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,12 @@ class NoiseBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> NoiseBatch:
         """The batch on a device. What lies in page-locked memory is copied while other work goes on."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking or tensor.is_pinned()))
-
-    def pin_memory(self) -> NoiseBatch:
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, move: Callable[[Tensor], Tensor]) -> NoiseBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return NoiseBatch(**{**values, **moved})
-
-
-Samples = npt.NDArray[np.float32]
+        tensors: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking or value.is_pinned())
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 Empty = Callable[[tuple[int, ...]], Samples]  # makes an array of any content

@@ -158,12 +158,12 @@ class _Formed:
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Batches out of buckets: only items of one bucket come together, and `together` batches on end are of the same.
+    """The batches of every epoch: a batch holds items of one bucket, and so do all batches of a step.
 
-    `durations` are in seconds, one a line; `bucket_of` a line's bucket. `sequence` is how steps follow: as they fill
-    up, at random, bucket after bucket, or so with the buckets shuffled. A step is `together` batches, all that the
-    processes of a run use for one step of the optimiser. With `drop_last`, smaller last batches of plain data are left
-    out.
+    `durations` are in seconds, one per line; `bucket_of` is the bucket of each line. A step is the `batches_per_step`
+    batches that all processes of a run use for one step of the optimizer. `sequence` orders the steps: "filled" as
+    they fill up, "random", "buckets" bucket after bucket, "shuffled buckets" the same with the buckets shuffled.
+    `drop_last` drops a smaller last batch where there is only one bucket.
     """
 
     order: Order
@@ -172,7 +172,7 @@ class BatchPlan:
     bucket_of: npt.NDArray[np.int16]
     drop_last: bool = False
     sequence: StepOrder = "filled"
-    together: int = 1
+    batches_per_step: int = 1
     _epochs: dict[tuple[int, int], Batches] = field(default_factory=dict, repr=False)
 
     def batches(self, epoch: int, before: int = 0) -> Batches:
@@ -180,7 +180,7 @@ class BatchPlan:
 
         `before` is how many batches the run used before the epoch: its first ones complete the step that those began.
         """
-        key = (epoch, -before % self._together)
+        key = (epoch, -before % self._bucket_run)
         if key not in self._epochs:
             made = self._batches(*key)
             self._epochs.clear()
@@ -194,7 +194,7 @@ class BatchPlan:
         digest = blake2b(digest_size=16)
         for column in (self.durations, self.bucket_of, order.part_of, order.shard_of):
             digest.update(column.tobytes())
-        settings = (self.limits, self.drop_last, self.sequence, self._together)
+        settings = (self.limits, self.drop_last, self.sequence, self._bucket_run)
         digest.update(repr((settings, order.shuffle, order.window, order.seed, order.mixing)).encode())
         return digest.hexdigest()
 
@@ -222,15 +222,16 @@ class BatchPlan:
     # ---- forming ----
 
     @property
-    def _together(self) -> int:
-        return self.together if len(self.limits) > 1 else 1  # where there is one bucket, all are of the same
+    def _bucket_run(self) -> int:
+        """How many consecutive batches must share a bucket; with a single bucket they always do."""
+        return self.batches_per_step if len(self.limits) > 1 else 1
 
     def _batches(self, epoch: int, lead: int) -> Batches:
         formed = self._formed(epoch)
         steps, rest = self._steps(formed.buckets)
         steps = steps[self._in_sequence(steps, formed, epoch)].reshape(-1)
         if len(rest) < lead:  # a step is taken apart to complete one of the last epoch
-            whole = max(0, len(steps) - self._together)
+            whole = max(0, len(steps) - self._bucket_run)
             steps, rest = steps[:whole], np.append(rest, steps[whole:])
         return Batches(formed.items, formed.starts, np.concatenate([rest[:lead], steps, rest[lead:]]))
 
@@ -252,12 +253,12 @@ class BatchPlan:
         return _Formed(items[: starts[-1]], places, np.array(starts), np.array(bucket_of_batch, np.int64))
 
     def _steps(self, bucket_of_batch: Integers) -> tuple[Integers, Integers]:
-        """(steps, together) numbers of batches, each step of one bucket, and those that are left over."""
+        """(steps, batches_per_step) numbers of batches, each step of one bucket, and those that are left over."""
         batches = np.arange(len(bucket_of_batch))
         counts = np.bincount(bucket_of_batch, minlength=len(self.limits))
         place_in_bucket = batches - (np.cumsum(counts) - counts)[bucket_of_batch]
-        whole = place_in_bucket < (counts // self._together * self._together)[bucket_of_batch]
-        return batches[whole].reshape(-1, self._together), batches[~whole]
+        whole = place_in_bucket < (counts // self._bucket_run * self._bucket_run)[bucket_of_batch]
+        return batches[whole].reshape(-1, self._bucket_run), batches[~whole]
 
     def _in_sequence(self, steps: Integers, formed: _Formed, epoch: int) -> Integers:
         """The order of the steps."""

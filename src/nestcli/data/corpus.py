@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.audio.load import KEY as CHANNEL
+from nestcli.audio.load import CHANNEL_KEY
 from nestcli.config import require, section
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.manifest import Manifest, joined
@@ -220,8 +220,8 @@ def _parts_of_entry(
             "lhotse_shar": "shar_path", "group": "input_cfg"}  # fmt: skip
     if kind not in keys:
         raise ConfigError(f"input_cfg: the type {kind!r} is not one of {', '.join(keys)}.")
-    if CHANNEL in entry:
-        raise ConfigError(f"input_cfg: {CHANNEL} is no key of an entry. Set it beside input_cfg, or in the lines.")
+    if CHANNEL_KEY in entry:
+        raise ConfigError(f"input_cfg: {CHANNEL_KEY} is no key of an entry. Set it beside input_cfg, or in the lines.")
     if keys[kind] not in entry or (kind == "nemo_tarred" and "manifest_filepath" not in entry):
         raise ConfigError(f"input_cfg: an entry of type {kind} lacks {keys[kind]}: {entry}.")
     if kind == "group":

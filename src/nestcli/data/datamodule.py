@@ -48,6 +48,7 @@ class NestDataModule(LightningDataModule):
         self.sample_rate = int(config.model.sample_rate)
         self.skipped = SkipCounter(self._settings("model.train_ds").max_failed_share, tell)
         self._val_skipped = SkipCounter(1.0, tell)
+        self._plans: dict[tuple[str, int], BatchPlan] = {}
         self._sampler: ResumableSampler | None = None
         self._restored: Position | None = None
         self._restored_at = 0  # batches that each process counts there
@@ -79,8 +80,8 @@ class NestDataModule(LightningDataModule):
             data = self._data(self.val, self.val_noise, "model.validation_ds")
             self._counted(data[Place(0, batches[0])], self._val_skipped)
 
-    def check_ready(self, processes: int = 1) -> None:
-        """Look for the files, and at what the machine has for `processes` of the run. Raises DataError."""
+    def check_ready(self, ranks: int = 1, nodes: int = 1) -> None:
+        """Look for the files, and for the cores and memory that the run's `ranks` processes need. Raises DataError."""
         for key, corpus, noise in (
             ("model.train_ds", self.train, self.train_noise),
             ("model.validation_ds", self.val, self.val_noise),
@@ -92,8 +93,9 @@ class NestDataModule(LightningDataModule):
             if noise is not None and (told := check_noise(noise.manifest, key, settings.max_failed_share)):
                 self.tell(told)
             if corpus is self.train:
-                n_bytes = _slab_bytes(self._plan(corpus, key), settings) * (_PREFETCHED + 1) * _workers(settings)
-                for told in machine_notes(key, settings.num_workers, n_bytes, processes):
+                plan = self._plan(corpus, key, ranks * self._accumulate())
+                n_bytes = _slab_bytes(plan, settings) * (_PREFETCHED + 1) * _workers(settings)
+                for told in machine_notes(key, settings.num_workers, n_bytes, ranks // nodes):
                     self.tell(told)
 
     # ---- Lightning's hooks ----
@@ -201,8 +203,13 @@ class NestDataModule(LightningDataModule):
     def _settings(self, key: str) -> DatasetConfig:
         return section(DatasetConfig, self.config, key)
 
-    def _plan(self, corpus: Corpus, key: str, together: int = 1) -> BatchPlan:
-        return plan_batches(corpus, self._settings(key), key, seed=self.seed, together=together)
+    def _plan(self, corpus: Corpus, key: str, batches_per_step: int = 1) -> BatchPlan:
+        """The plan of a corpus, made once for each number of batches a step."""
+        if (key, batches_per_step) not in self._plans:
+            settings = self._settings(key)
+            made = plan_batches(corpus, settings, key, seed=self.seed, batches_per_step=batches_per_step)
+            self._plans[key, batches_per_step] = made
+        return self._plans[key, batches_per_step]
 
     def _data(self, corpus: Corpus, noise: NoisePool | None, key: str) -> NoisySpeech:
         return NoisySpeech(corpus.speech, noise, self.seed, self.config, key)

@@ -19,9 +19,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
-from nestcli.audio.load import Channel, parsed_channel
+from nestcli.audio.load import Channel, Samples, parsed_channel
 from nestcli.config import section
-from nestcli.data.batch import Empty, NoiseBatch, Samples, Skipped, collate, empty
+from nestcli.data.batch import Empty, NoiseBatch, collate, empty
 from nestcli.data.batch_plan import Items
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.loader.shared_buffers import Placed, Slabs
@@ -38,7 +38,7 @@ from nestcli.data.mixing import (
 )
 from nestcli.data.noise_pool import NoisePool
 from nestcli.data.sampler import Place
-from nestcli.data.utterance_audio import read_audio
+from nestcli.data.utterance_audio import Skipped, read_audio
 from nestcli.errors import ConfigError, DataError, NestError
 from nestcli.jobs.activity import Noted
 from nestcli.targets import TARGETS

@@ -125,8 +125,3 @@ class DatasetConfig:
         named = self.num_buckets or self.bucket_duration_bins or self.bucket_batch_size
         wanted = bool(named) if self.use_bucketing is None else self.use_bucketing
         return self.use_lhotse and wanted
-
-
-PATH_KEYS = (
-    "manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "input_cfg", "noise_manifest",
-)  # fmt: skip

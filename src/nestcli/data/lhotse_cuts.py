@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nestcli.audio.load import KEY as CHANNEL
+from nestcli.audio.load import CHANNEL_KEY
 
 _HARMLESS = {"Resample"}  # the loader resamples anyway; other transforms would change what is heard
 
@@ -27,7 +27,7 @@ def cut_to_row(cut: dict[str, Any]) -> dict[str, Any]:
     path, channel = _audio_file(recording, cut.get("channel"))
     row = {
         "audio_filepath": path,
-        CHANNEL: channel,
+        CHANNEL_KEY: channel,
         "duration": cut.get("duration"),
         "offset": cut.get("start", 0.0),
         **supervision(cut.get("supervisions")),

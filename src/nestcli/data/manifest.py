@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.audio.load import KEY as CHANNEL
-from nestcli.audio.load import Channel, parsed_channel
+from nestcli.audio.load import CHANNEL_KEY, Channel, parsed_channel
 from nestcli.data.lhotse_cuts import cut_to_row, looks_like_cut
 from nestcli.errors import DataError, NestError
 from nestcli.files import user_path, write_text
@@ -37,7 +36,7 @@ _open: set[int] = set()  # descriptors of manifests
 
 Row = dict[str, Any]
 ToRow = Callable[[Row], Row]
-_KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL, "speaker", "text", "lang", "reason", "detail")
+_KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL_KEY, "speaker", "text", "lang", "reason", "detail")
 
 
 class Source:
@@ -163,7 +162,7 @@ class Manifest:
             line=int(self.lines[index]),
             manifest=source.path,
             shard=self.shards[shard] if shard >= 0 else None,
-            channel=parsed_channel(row.get(CHANNEL)),
+            channel=parsed_channel(row.get(CHANNEL_KEY)),
         )
 
 
@@ -286,7 +285,7 @@ def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
 def check_row(row: Row) -> tuple[float, float]:
     """The duration and the offset of a row in seconds; raises ValueError for values that no utterance has."""
     check_path(row["audio_filepath"])
-    parsed_channel(row.get(CHANNEL))
+    parsed_channel(row.get(CHANNEL_KEY))
     return _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)
 
 

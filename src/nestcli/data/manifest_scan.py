@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from nestcli.audio.load import KEY as CHANNEL
+from nestcli.audio.load import CHANNEL_KEY
 from nestcli.data.manifest import JSON, MAX_LINE, MAX_SECONDS, Manifest, Row, Source, ToRow, joined, parse, to_row
 from nestcli.errors import DataError
 from nestcli.files import user_path
@@ -278,7 +278,7 @@ def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed:
                     and path
                     and "audio_filename" not in row
                     and not (":" in path or "|" in path or "\0" in path)
-                    and CHANNEL not in row
+                    and CHANNEL_KEY not in row
                 ):
                     found.add(number, start, size, duration, offset, _shard(row))
                     continue

@@ -125,8 +125,10 @@ class OnePass(Sampler[Place]):
 # ---- the plan that a configuration asks for ----
 
 
-def plan_batches(corpus: Corpus, settings: DatasetConfig, key: str, *, seed: int, together: int = 1) -> BatchPlan:
-    """The batches of every epoch; `together` of them are a step. Raises ConfigError and DataError."""
+def plan_batches(
+    corpus: Corpus, settings: DatasetConfig, key: str, *, seed: int, batches_per_step: int = 1
+) -> BatchPlan:
+    """The batches of every epoch; `batches_per_step` of them are a step. Raises ConfigError and DataError."""
     limits, bucket_of = _buckets(corpus, settings, key)
     order = _order(corpus, settings, key, seed)
     sequence: StepOrder
@@ -143,7 +145,7 @@ def plan_batches(corpus: Corpus, settings: DatasetConfig, key: str, *, seed: int
         bucket_of=bucket_of,
         drop_last=settings.drop_last,
         sequence=sequence,
-        together=together,
+        batches_per_step=batches_per_step,
     )
 
 

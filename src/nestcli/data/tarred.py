@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nestcli.audio.load import KEY as CHANNEL
+from nestcli.audio.load import CHANNEL_KEY
 from nestcli.data.lhotse_cuts import source_of, supervision
 from nestcli.data.manifest import Manifest, joined
 from nestcli.data.manifest_scan import NO_SHARD, expand, of_scan, scan
@@ -140,7 +140,7 @@ def _shar_row(cut: dict[str, Any]) -> dict[str, Any]:
     if cut.get("type", "MonoCut") != "MonoCut":
         raise ValueError(f"a {str(cut['type'])[:60]} cannot be read; save MonoCuts")
     row = {
-        CHANNEL: source_of(recording, cut.get("channel"))[1],
+        CHANNEL_KEY: source_of(recording, cut.get("channel"))[1],
         "duration": cut.get("duration"),
         "offset": cut.get("start", 0.0),
         **supervision(cut.get("supervisions")),

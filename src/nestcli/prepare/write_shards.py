@@ -18,8 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import soundfile as sf
 
-from nestcli.audio.load import KEY as CHANNEL
-from nestcli.audio.load import Samples, kept_channel, load_audio, parsed_channel, reason_of
+from nestcli.audio.load import CHANNEL_KEY, Samples, kept_channel, load_audio, parsed_channel, reason_of
 from nestcli.data.manifest import write_manifest
 from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError, RunFailedError
@@ -191,7 +190,7 @@ def _pack_tar(task: _Packing) -> _Packed:
             info = tarfile.TarInfo(f"{line:07d}-{_plain(Path(row['audio_filepath']).stem)}.{ending}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-            kept = {key: value for key, value in row.items() if key not in ("offset", CHANNEL)}
+            kept = {key: value for key, value in row.items() if key not in ("offset", CHANNEL_KEY)}
             packed.rows.append({**kept, "audio_filepath": info.name, "duration": duration, "shard_id": task.number})
     return packed
 
@@ -234,7 +233,7 @@ def _samples(row: dict[str, Any], task: _Packing) -> Samples:
 
 
 def _channel(row: dict[str, Any]) -> int | None:
-    return kept_channel(parsed_channel(row.get(CHANNEL)), None)
+    return kept_channel(parsed_channel(row.get(CHANNEL_KEY)), None)
 
 
 def _flac(samples: Samples, rate: int) -> bytes:
@@ -301,4 +300,4 @@ def _cut(line: int, row: dict[str, Any], samples: Samples, rate: int) -> Any:
     return cut
 
 
-_OWN_KEYS = ("audio_filepath", "duration", "offset", CHANNEL, "text", "lang", "speaker")
+_OWN_KEYS = ("audio_filepath", "duration", "offset", CHANNEL_KEY, "text", "lang", "speaker")

@@ -1,14 +1,14 @@
-"""The reading order for newcomers: every file and function of src/ that one training batch passes.
+"""Trace one training batch through src/: the reading order for newcomers.
 
-`python .ci/trace.py` prints it as Markdown; with `--write` it replaces the part of CONTRIBUTING.md between the two
-marks. The batch is a real one: a small corpus is made in a temporary folder, the demo preset reads it without loader
-processes, and `sys.setprofile` notes the calls. Optimizer, callbacks and backward pass are left out.
+`python .ci/trace.py` prints every file and function that the batch passes as Markdown tables; `--write` puts them into
+CONTRIBUTING.md, between two marks. The batch is real: the script writes a small corpus into a temporary folder, the
+demo preset reads it without loader processes, and `sys.setprofile` notes the calls. Optimizer, callbacks and the
+backward pass are left out.
 """
 
 from __future__ import annotations
 
 import ast
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "nestcli"
@@ -24,6 +23,7 @@ PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- reading order: written by `make trace` -->", "<!-- reading order: end -->"
 
 Place = tuple[str, str]  # a file below src/nestcli, and a function in it
+TAKES: Place = ("data/sampler.py", "ResumableSampler.__iter__")  # yields the places of the plan
 
 
 @dataclass
@@ -39,24 +39,29 @@ class Trace:
             found.setdefault(file, []).append(function)
         return found
 
-    def total(self) -> int:
-        """Lines of all functions."""
-        return sum(self.lines.values())
 
-    def record(self, work: Callable[[], Any]) -> Any:
-        """Call a function and note what it enters."""
+def record(work: Callable[[], None], before: Trace, after: Trace) -> None:
+    """Call a function and note what it enters: `before` it takes a place of the plan, and `after` that."""
+    current = before
 
-        def note(frame: FrameType, event: str, _argument: object) -> None:
-            if event == "call" and (path := frame.f_code.co_filename).startswith(str(SOURCE)):
-                found = functions_in(path).get(frame.f_code.co_firstlineno)
-                if found is not None:
-                    self.lines.setdefault((Path(path).relative_to(SOURCE).as_posix(), found[0]), found[1])
+    def note(frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal current
+        path = frame.f_code.co_filename
+        if event not in ("call", "return") or not path.startswith(str(SOURCE)):
+            return
+        if (found := functions_in(path).get(frame.f_code.co_firstlineno)) is None:
+            return
+        place = (Path(path).relative_to(SOURCE).as_posix(), found[0])
+        if place == TAKES and event == "return":
+            current = after
+        elif event == "call" and not (place == TAKES and current is after):  # the end of a generator is a call too
+            current.lines.setdefault(place, found[1])
 
-        sys.setprofile(note)
-        try:
-            return work()
-        finally:
-            sys.setprofile(None)
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
 
 
 @cache
@@ -87,7 +92,13 @@ def trace() -> tuple[Trace, Trace]:
     from nestcli.data.datamodule import NestDataModule
     from nestcli.model.module import NestModule
 
-    whole, batch_way = Trace(), Trace()
+    def work() -> None:
+        config = load_config("demo", words)
+        data, module = NestDataModule(config), NestModule(config)
+        batch = data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0).to(module.device)
+        assert module(batch).loss.isfinite()
+
+    before, after = Trace(), Trace()
     with tempfile.TemporaryDirectory() as folder:
         speech, noise = make_bench_corpus(
             Path(folder), speech=12, noise=3, seconds=(1.5, 3.0), noise_seconds=(4.0, 5.0)
@@ -98,31 +109,20 @@ def trace() -> tuple[Trace, Trace]:
             f"model.train_ds.noise_manifest={noise}",
             "model.validation_ds.manifest_filepath=null",
         ]
-        config = whole.record(lambda: load_config("demo", words))
-        data = whole.record(lambda: NestDataModule(config))
-        module = whole.record(lambda: NestModule(config))
-        loader = whole.record(data.train_dataloader)
-
-        def to_loss() -> None:
-            batch = data.on_before_batch_transfer(next(iter(loader)), 0).to(module.device)
-            assert module(batch).loss.isfinite()
-
-        batch_way.record(to_loss)
-    for place, count in batch_way.lines.items():
-        whole.lines.setdefault(place, count)
-    return whole, batch_way
+        record(work, before, after)
+    return Trace({**before.lines, **after.lines}), after
 
 
-def page(whole: Trace, batch_way: Trace) -> str:
-    """Both ways as Markdown."""
-    before = Trace({place: count for place, count in whole.lines.items() if place not in batch_way.lines})
+def page(whole: Trace, after: Trace) -> str:
+    """Return both ways as Markdown."""
+    before = Trace({place: count for place, count in whole.lines.items() if place not in after.lines})
     return "\n".join(
         [
-            f"From a place of the plan to the loss: {_sizes(batch_way)}.",
+            f"From a place of the plan to the loss: {_sizes(after)}.",
             "",
-            *_table(batch_way),
+            *_table(after),
             "",
-            f"From the configuration to the loss: {_sizes(whole)}. These come before the first batch:",
+            f"From the configuration to the loss: {_sizes(whole)}. Entered before the first batch:",
             "",
             *_table(before),
         ]
@@ -130,7 +130,7 @@ def page(whole: Trace, batch_way: Trace) -> str:
 
 
 def _sizes(way: Trace) -> str:
-    return f"{len(way.files())} files, {way.total():,} lines of functions"
+    return f"{len(way.files())} files, {sum(way.lines.values()):,} lines of functions"
 
 
 def _table(way: Trace) -> Iterator[str]:
@@ -138,11 +138,6 @@ def _table(way: Trace) -> Iterator[str]:
     yield "| --- | --- |"
     for file, functions in way.files().items():
         yield f"| `{file}` | {', '.join(f'`{each}` ({way.lines[file, each]})' for each in functions)} |"
-
-
-def without_numbers(text: str) -> str:
-    """The page without its line counts, which any edit changes."""
-    return re.sub(r"\(\d+\)|[\d,]+ lines", "", text)
 
 
 def written(text: str) -> str:

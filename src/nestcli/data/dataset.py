@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -172,48 +173,21 @@ def _mixer(config: DictConfig, key: str) -> tuple[Callable[..., NoiseBatch] | No
 # ---- mixing noise and foreign speech into a batch ----
 
 
-def mix_speakers_and_noise(
-    batch: NoiseBatch,
-    config: AugmentationConfig,
-    rng: random.Random,
-    noise_of: NoiseOf | None = None,
-    record: list[Mixture | None] | None = None,
-    empty: Empty = empty,
-) -> NoiseBatch:
-    """Mix segments of noise, or of several other speakers of the batch, into each item with probability `prob`.
-
-    Noise is that of the batch, or what `noise_of` gives; then the result has none of its own. `record` takes what was
-    done to every item, `empty` makes the array of the noisy audio. The ratio in dB holds over the whole item, not over
-    the mixed part alone. Source: arXiv:2408.13106 section 2.4; NeMo `MultiSpeakerNoiseAugmentation`.
-    """
-    return _mixed(batch, config, rng, noise_of, record, empty, scattered_segments)
-
-
-def mix_one_speaker_or_noise(
-    batch: NoiseBatch,
-    config: AugmentationConfig,
-    rng: random.Random,
-    noise_of: NoiseOf | None = None,
-    record: list[Mixture | None] | None = None,
-    empty: Empty = empty,
-) -> NoiseBatch:
-    """Mix one stretch of noise, or of one other speaker, into each item with probability `prob`.
-
-    As `mix_speakers_and_noise`, but the ratio in dB is that of the item to the whole noise. Source: NeMo
-    `SpeakerNoiseAugmentation`.
-    """
-    return _mixed(batch, config, rng, noise_of, record, empty, one_stretch_of)
-
-
 def _mixed(
     batch: NoiseBatch,
     config: AugmentationConfig,
     rng: random.Random,
-    noise_of: NoiseOf | None,
-    record: list[Mixture | None] | None,
-    empty: Empty,
+    noise_of: NoiseOf | None = None,
+    record: list[Mixture | None] | None = None,
+    empty: Empty = empty,
+    *,
     choose: Callable[[int, Given], Pieces | None],
 ) -> NoiseBatch:
+    """Mix what `choose` picks into each item with probability `prob`.
+
+    The noise is that of the batch, or comes from `noise_of`; then the result has none of its own. `record` receives
+    what was done to each item, `empty` allocates the noisy audio.
+    """
     raw = batch.noise.numpy()
     raw_lengths = batch.noise_len.tolist()
     audio = batch.audio.numpy()
@@ -250,6 +224,14 @@ def _mixed(
         noisy_audio_len=noise_len,
     )
 
+
+# Segments of noise, or of several other speakers of the batch. The ratio in dB is that of the item to the segments,
+# over the whole item. Source: arXiv:2408.13106 section 2.4; NeMo `MultiSpeakerNoiseAugmentation`.
+mix_speakers_and_noise = partial(_mixed, choose=scattered_segments)
+
+# One stretch of noise, or of one other speaker. The ratio is that of the item to the whole noise. Source: NeMo
+# `SpeakerNoiseAugmentation`.
+mix_one_speaker_or_noise = partial(_mixed, choose=one_stretch_of)
 
 _MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
 

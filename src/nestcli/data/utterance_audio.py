@@ -84,11 +84,12 @@ def duration_of(entry: Entry) -> float:
 @contextmanager
 def _local(entry: Entry) -> Iterator[str]:
     """The path of a file on this machine with an entry's audio."""
-    if entry.shard is None and not addresses.is_remote(entry.audio_filepath):
-        yield entry.audio_filepath
-        return
-    with _as_file(_content(entry)) as path:
+    path = entry.audio_filepath
+    if entry.shard is None and not ("://" in path and addresses.is_remote(path)):
         yield path
+        return
+    with _as_file(_content(entry)) as copy:
+        yield copy
 
 
 def _content(entry: Entry) -> bytes:

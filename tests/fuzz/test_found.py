@@ -43,7 +43,7 @@ def test_parts_of_a_cut_that_are_no_lists(tmp_path: Path, change: dict[str, Any]
 def test_sources_of_a_shar_that_are_none(tmp_path: Path, sources: Any) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(one_line({"id": "c", "duration": 1, "recording": {"sources": sources}}))
-    with pytest.raises(DataError, match=r"c\.jsonl, line 1: this is no cut of a Shar"):
+    with pytest.raises(DataError, match=r"c\.jsonl, line 1: this is not a cut of a Shar"):
         scan(str(path), to_row=_shar_row)
 
 

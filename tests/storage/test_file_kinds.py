@@ -132,7 +132,7 @@ def test_a_manifest_may_have_any_name(tmp_path: Path, name: str) -> None:
 def test_a_gz_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.json.gz"
     for content, said in (
-        (TEXT.encode(), "is no gzip file.*Rename it"),
+        (TEXT.encode(), "is not a gzip file.*Rename it"),
         (json.dumps(ROWS).encode(), "is a JSON array"),
     ):
         path.write_bytes(content)

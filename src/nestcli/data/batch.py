@@ -1,4 +1,4 @@
-"""What the loader hands to the model, and the gathering of items into it.
+"""The batch that the loader hands to the model, and the function that pads items into one.
 
 Axes: B batch, N samples, zero-padded to the longest item.
 """
@@ -19,10 +19,10 @@ from nestcli.data.utterance_audio import Skipped
 
 @dataclass(frozen=True)
 class NoiseBatch:
-    """Clean speech, what is to be mixed into it, and the mixture. Source: NeMo `AudioNoiseBatch`.
+    """Clean speech, the noise or speech mixed into it, and the mixture. Source: NeMo `AudioNoiseBatch`.
 
-    `sample_ids` are lines of the data set; `counts` is False for a batch that only keeps the ranks in step;
-    `skipped` is what should be in it and could not be read.
+    `sample_ids` are line numbers of the manifest. `counts` is False for a batch that only keeps the ranks in step.
+    `skipped` lists the lines that belong to the batch but could not be read.
     """
 
     audio: Tensor  # (B, N) float32
@@ -36,7 +36,7 @@ class NoiseBatch:
     skipped: tuple[Skipped, ...] = ()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> NoiseBatch:
-        """The batch on a device. What lies in page-locked memory is copied while other work goes on."""
+        """Copy the batch to a device. Copies from page-locked memory overlap with other work."""
         tensors: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking or value.is_pinned())
             for name, value in vars(self).items()
@@ -45,7 +45,7 @@ class NoiseBatch:
         return replace(self, **tensors)
 
 
-Empty = Callable[[tuple[int, ...]], Samples]  # makes an array of any content
+Empty = Callable[[tuple[int, ...]], Samples]  # allocates an array; its content is undefined
 
 
 def empty(shape: tuple[int, ...]) -> Samples:
@@ -55,7 +55,7 @@ def empty(shape: tuple[int, ...]) -> Samples:
 def collate(
     audios: Sequence[Samples], noises: Sequence[Samples] | None, sample_ids: Sequence[int], empty: Empty = empty
 ) -> NoiseBatch:
-    """Zero-pad items to the longest; noise is cut or padded to the same width. Nothing is mixed yet."""
+    """Zero-pad items to the longest one, and cut or pad the noise to the same width. Does not mix anything."""
     longest = max(len(audio) for audio in audios)
     audio = torch.from_numpy(_stacked(audios, longest, empty))
     audio_len = torch.tensor([len(item) for item in audios])

@@ -1,10 +1,10 @@
-"""Which items form which batch, and how batches follow: computed for a whole epoch, known before it is read.
+"""The plan of batches: which items form a batch, and the order of the batches, for a whole epoch at once.
 
-The plan knows nothing of processes: the loader deals the batches out, one after the other.
+Everything follows from (seed, epoch), so a run can start at any place of any epoch. The plan knows nothing about
+processes: the loader deals the batches out one by one.
 
-Everything is computed from (seed, epoch) for the whole epoch, so any place of any epoch can be gone to at once. An
-item is a line of the corpus; one that comes again in the same epoch, because a small data set is drawn from often, is
-counted on: `item % n_lines` is its line, `item // n_lines` how often it came before.
+An item is a line of the corpus. A small data set may be drawn from several times in an epoch; its repeated items get
+new numbers: `item % n_lines` is the line, `item // n_lines` is how often the line was drawn before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ StepOrder = Literal["filled", "random", "buckets", "shuffled buckets"]
 
 @dataclass(frozen=True)
 class Mixing:
-    """How data sets take turns: with `shares` at random, or, without, each once in every round.
+    """The turns of the data sets: at random with these `shares`, or, if None, one after the other.
 
     `length` is the number of items in an epoch. Source: NeMo `ConcatDataset`.
     """
@@ -38,7 +38,7 @@ class Mixing:
     seed: int = 0
 
     def parts(self, n_parts: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The data set of every place in an epoch."""
+        """Return the data set of each place in an epoch."""
         if self.shares is None:
             return np.arange(self.length) % n_parts
         rng = np.random.default_rng((seed, epoch, 1 + self.seed))
@@ -46,17 +46,17 @@ class Mixing:
 
 
 def temperature_shares(sizes: Sequence[int], temperature: float) -> tuple[float, ...]:
-    """Shares in proportion to size^(1/temperature): 1 keeps the sizes, a high one draws from all alike."""
+    """Return shares proportional to size^(1/temperature): 1 keeps the sizes, a high one draws from all alike."""
     weights = np.power(np.array(sizes) / np.sum(sizes), 1 / temperature)
     return tuple((weights / weights.sum()).tolist())
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The items of each epoch.
+    """The items of each epoch, in their order.
 
-    `part_of` and `shard_of` tell the data set and the tar of every line, -1 for a loose file. Lines of shards are
-    shuffled by shards, and then by at most `window` places, so that few shards are read at a time.
+    `part_of` and `shard_of` are the data set and the tar of each line, -1 for a loose file. Lines in shards are
+    shuffled shard by shard, and then by at most `window` places, so that few shards are read at the same time.
     """
 
     part_of: npt.NDArray[np.int16]
@@ -67,7 +67,7 @@ class Order:
     mixing: Mixing | None = None
 
     def items(self, epoch: int) -> Items:
-        """The items of an epoch in their order."""
+        """Return the items of an epoch in their order."""
         if self.mixing is None:
             return self._shuffled(np.arange(len(self.part_of)), (self.seed, epoch))
         n_parts = int(self.part_of.max()) + 1
@@ -79,7 +79,7 @@ class Order:
         return items
 
     def _passes(self, part: int, count: int, epoch: int) -> Items:
-        """`count` items of one data set, in as many passes through it as that takes."""
+        """Return `count` items of one data set, in as many passes through it as needed."""
         lines = np.flatnonzero(self.part_of == part)
         n_passes = -(-count // len(lines))
         passes = [
@@ -95,16 +95,16 @@ class Order:
         if self.shuffle == "lines":
             return rng.permutation(lines)
         shards = self.shard_of[lines]
-        place_of_shard = rng.permutation(int(shards.max()) + 2)  # the last is for loose files
+        place_of_shard = rng.permutation(int(shards.max()) + 2)  # the last place is for loose files
         near = lines[np.argsort(place_of_shard[shards], kind="stable")]
         return near[np.argsort(np.arange(len(near)) + rng.uniform(0, self.window, len(near)), kind="stable")]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a batch is full: at `size` items, or when another would make its padded length exceed `duration` s.
+    """The size of a batch: at most `size` items, and at most `duration` s with its padding.
 
-    Long items count for more where `quadratic` is set: d + d²/quadratic. Source: Lhotse `TimeConstraint`.
+    With `quadratic`, long items weigh more: d + d²/quadratic. Source: Lhotse `TimeConstraint`.
     """
 
     size: int | None
@@ -112,7 +112,7 @@ class Limits:
     quadratic: float | None = None
 
     def ends(self, durations: Seconds, *, drop_last: bool = False) -> list[int]:
-        """Where batches end in a sequence of items; `drop_last` leaves out a last one that could hold more."""
+        """Return the ends of the batches in a sequence of items; `drop_last` drops a last one that is not full."""
         size = self.size or len(durations)
         if self.duration is None:
             ends = list(range(size, len(durations) + 1, size)) if size else []
@@ -135,7 +135,7 @@ class Batches:
 
     items: Items
     starts: Integers
-    chosen: Integers  # number of each batch among those that were formed
+    chosen: Integers  # number of each batch among all that were formed
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -147,8 +147,8 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Formed:
-    """All batches of an epoch, bucket after bucket: their items, the items' places in the epoch's order, where each
-    batch starts (and the end), and its bucket."""
+    """All batches of an epoch, bucket after bucket: their items, the places of the items in the epoch's order, the
+    start of each batch (and the end of the last), and the bucket of each batch."""
 
     items: Items
     places: Integers
@@ -176,9 +176,10 @@ class BatchPlan:
     _epochs: dict[tuple[int, int], Batches] = field(default_factory=dict, repr=False)
 
     def batches(self, epoch: int, before: int = 0) -> Batches:
-        """The batches of an epoch; the last one asked for is kept.
+        """Return the batches of an epoch; the newest epoch is kept.
 
-        `before` is how many batches the run used before the epoch: its first ones complete the step that those began.
+        `before` is the number of batches that the run used before the epoch: the first ones complete an unfinished
+        step.
         """
         key = (epoch, -before % self._bucket_run)
         if key not in self._epochs:
@@ -189,7 +190,7 @@ class BatchPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with anything that changes the batches: the data, their order and sizes, steps in buckets."""
+        """A digest that changes with anything that changes the batches: data, order, sizes, steps in buckets."""
         order = self.order
         digest = blake2b(digest_size=16)
         for column in (self.durations, self.bucket_of, order.part_of, order.shard_of):
@@ -199,7 +200,7 @@ class BatchPlan:
         return digest.hexdigest()
 
     def padding_waste(self, epoch: int = 0) -> float:
-        """The share of padding in the audio of an epoch's batches."""
+        """Return the share of padding in the audio of an epoch's batches."""
         formed = self._formed(epoch)
         sizes = np.diff(formed.starts)
         if not len(sizes):
@@ -209,7 +210,7 @@ class BatchPlan:
         return 1 - float(lengths.sum() / (longest * sizes).sum())
 
     def largest_batch(self) -> float:
-        """An upper bound of the seconds of a batch, padding included."""
+        """Return an upper bound for the seconds of a batch, padding included."""
         bounds = []
         for bucket, limits in enumerate(self.limits):
             own = self.durations if len(self.limits) == 1 else self.durations[self.bucket_of == bucket]
@@ -223,14 +224,14 @@ class BatchPlan:
 
     @property
     def _bucket_run(self) -> int:
-        """How many consecutive batches must share a bucket; with a single bucket they always do."""
+        """The number of consecutive batches that must share a bucket; with a single bucket they always do."""
         return self.batches_per_step if len(self.limits) > 1 else 1
 
     def _batches(self, epoch: int, lead: int) -> Batches:
         formed = self._formed(epoch)
         steps, rest = self._steps(formed.buckets)
         steps = steps[self._in_sequence(steps, formed, epoch)].reshape(-1)
-        if len(rest) < lead:  # a step is taken apart to complete one of the last epoch
+        if len(rest) < lead:  # split a step to complete the unfinished one of the last epoch
             whole = max(0, len(steps) - self._bucket_run)
             steps, rest = steps[:whole], np.append(rest, steps[whole:])
         return Batches(formed.items, formed.starts, np.concatenate([rest[:lead], steps, rest[lead:]]))
@@ -253,7 +254,7 @@ class BatchPlan:
         return _Formed(items[: starts[-1]], places, np.array(starts), np.array(bucket_of_batch, np.int64))
 
     def _steps(self, bucket_of_batch: Integers) -> tuple[Integers, Integers]:
-        """(steps, batches_per_step) numbers of batches, each step of one bucket, and those that are left over."""
+        """Return batch numbers as (steps, batches_per_step), with one bucket per step, and the batches left over."""
         batches = np.arange(len(bucket_of_batch))
         counts = np.bincount(bucket_of_batch, minlength=len(self.limits))
         place_in_bucket = batches - (np.cumsum(counts) - counts)[bucket_of_batch]
@@ -261,7 +262,7 @@ class BatchPlan:
         return batches[whole].reshape(-1, self._bucket_run), batches[~whole]
 
     def _in_sequence(self, steps: Integers, formed: _Formed, epoch: int) -> Integers:
-        """The order of the steps."""
+        """Return the order of the steps."""
         rng = np.random.default_rng((self.order.seed, epoch, 7))
         first = steps[:, 0]
         if self.sequence == "random":
@@ -274,9 +275,9 @@ class BatchPlan:
 
 
 def duration_bins(durations: Seconds, n_buckets: int) -> list[float]:
-    """The inner bounds of `n_buckets` buckets that hold about the same number of seconds each.
+    """Return the inner bounds of `n_buckets` buckets that hold about the same number of seconds each.
 
-    Source: Lhotse `estimate_duration_buckets`. There may be fewer where many items are of the same length.
+    There may be fewer buckets if many items have the same length. Source: Lhotse `estimate_duration_buckets`.
     """
     lengths = np.sort(durations)
     share = lengths.sum() / n_buckets
@@ -293,5 +294,5 @@ def duration_bins(durations: Seconds, n_buckets: int) -> list[float]:
 def bucketed(
     durations: Seconds, bins: tuple[float, ...] | list[float], *, upper_inclusive: bool
 ) -> npt.NDArray[np.int16]:
-    """The bucket of every duration between the bounds; len(bins) for those beyond the last."""
+    """Return the bucket of each duration; len(bins) for durations beyond the last bound."""
     return np.searchsorted(np.array(bins), durations, side="left" if upper_inclusive else "right").astype(np.int16)

@@ -1,11 +1,11 @@
-"""One batch: speech and noise are read, cut and mixed.
+"""The data set: reads the speech and noise of one batch, cuts them and mixes them. A reader's first file.
 
-Every draw depends on (seed, epoch, item) alone, so a batch is the same in any process, and after a resume.
+Every draw depends only on (seed, epoch, item), so a batch is the same in any process, and after a resume.
 
-With `nemo_exact` the draws and the result are those of NeMo's `SpeakerNoiseAugmentation` and
-`MultiSpeakerNoiseAugmentation` from the same seed. Without it an item that is not augmented stays clean and whole,
-segments never run out, noise mode falls back to speech where there is no noise, a mixture beyond full scale is turned
-down, and lengths of segments are drawn at once instead of sample by sample.
+With `nemo_exact`, draws and result equal those of NeMo's `SpeakerNoiseAugmentation` and `MultiSpeakerNoiseAugmentation`
+from the same seed. Without it, an item that is not augmented stays clean and complete, segments never run out, noise
+mode falls back to speech if there is no noise, mixtures beyond full scale are scaled down, and the lengths of segments
+are drawn in one step instead of sample by sample.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from nestcli.errors import ConfigError, DataError, NestError
 from nestcli.jobs.activity import Noted
 from nestcli.targets import TARGETS
 
-MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
-_REPLACEMENTS = 20  # lines tried in place of a batch of which nothing can be read
-_JUDGED_FROM = 100  # utterances; below, one rotten file is a large share
+MIN_SECONDS = 1.0  # a shorter clip is repeated up to this length, as in NeMo
+_REPLACEMENTS = 20  # lines tried in place of a batch without any readable item
+_JUDGED_FROM = 100  # utterances; with fewer, one corrupt file is a large share
 _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
 
 
 class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
     """Batches by place: clean speech, noise and their mixture.
 
-    Audio that cannot be read is left out of its batch and named there. An error that a user can mend is returned, not
+    Audio that cannot be read is left out of its batch and named in it. An error that the user can fix is returned, not
     raised: a loader process would bury it in its own traceback.
     """
 
@@ -86,19 +86,19 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         batch = self._noisy(place.epoch, items, audios)
         if self.noise is not None:
             skipped += self.noise.take_skipped()
-        unneeded = torch.empty(0)  # the model looks at audio and noisy audio; a third less has to be sent
+        unneeded = torch.empty(0)  # the model uses only audio and noisy audio; this saves a third of what is sent
         return replace(batch, noise=unneeded, counts=counts, skipped=tuple(skipped))
 
     def _noisy(self, epoch: int, items: list[int], audios: list[Samples]) -> NoiseBatch:
         lines = [item % len(self.speech) for item in items]
         if self.mix is None or self.augmentation is None:
             batch = collate(audios, self._noises(epoch, items, audios), lines)
-            return replace(batch, noisy_audio=batch.audio + batch.noise)  # as it was read: NeMo's way
+            return replace(batch, noisy_audio=batch.audio + batch.noise)  # without mixing, as in NeMo
         generator = self._generator("mix", epoch, items[0])
         if self.augmentation.nemo_exact:
             return self.mix(collate(audios, self._noises(epoch, items, audios), lines), self.augmentation, generator)
 
-        def noise_of(place: int, count: int) -> Samples:  # the same draws, but only of what is mixed in
+        def noise_of(place: int, count: int) -> Samples:  # the same draws, but reads only what is mixed in
             return self._noise(epoch, items[place], len(audios[place]), count)
 
         make = empty if self.slabs is None else self.slabs.array
@@ -108,7 +108,7 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         return [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]
 
     def _speech_of(self, wanted: Items) -> tuple[list[int], list[Samples], list[Skipped]]:
-        """The items that can be read, their audio, and what is wrong with the others."""
+        """Return the readable items, their audio, and the faults of the others."""
         items, audios, skipped = [], [], []
         for item in wanted.tolist():
             try:
@@ -119,7 +119,7 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         return items, audios, skipped
 
     def _replacement(self, item: int, skipped: list[Skipped]) -> tuple[list[int], list[Samples]]:
-        """The next line that can be read, to compute something on where nothing was left of a batch."""
+        """Return the next readable line, to compute something on if no item of a batch is readable."""
         for step in range(1, _REPLACEMENTS + 1):
             line = (item + step) % len(self.speech)
             try:
@@ -139,7 +139,7 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         return np.resize(audio, shortest) if len(audio) < shortest else audio
 
     def _named_channel(self, line: int, field: str) -> Channel | None:
-        """The channel in the field that channel_selector names. Raises DataError for a line without one."""
+        """Return the channel from the field that channel_selector names. Raises DataError for a line without it."""
         value = self.speech.row(line).get(field)
         try:
             if value is None:
@@ -170,7 +170,7 @@ def _mixer(config: DictConfig, key: str) -> tuple[Callable[..., NoiseBatch] | No
     return _MIXERS[TARGETS[block["_target_"]]], section(AugmentationConfig, config, f"{key}.batch_augmentor")
 
 
-# ---- mixing noise and foreign speech into a batch ----
+# ---- mixing noise and other speech into a batch ----
 
 
 def _mixed(
@@ -198,7 +198,7 @@ def _mixed(
         config,
         rng,
     )
-    # an item that is left alone keeps its raw noise in NeMo, and the noise's length
+    # in NeMo, an item without augmentation keeps its raw noise and the length of that
     noise: Samples | None = None
     if noise_of is None:
         noise = raw.copy() if config.nemo_exact else np.zeros_like(audio)
@@ -236,11 +236,11 @@ mix_one_speaker_or_noise = partial(_mixed, choose=one_stretch_of)
 _MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
 
 
-# ---- utterances that cannot be read while training goes on ----
+# ---- utterances that cannot be read during training ----
 
 
 class SkipCounter:
-    """Counts what was left out. `tell` hears of every line once."""
+    """Counts the utterances that were left out. `tell` hears about each line once."""
 
     def __init__(self, max_share: float, tell: Callable[[str], None]) -> None:
         self.max_share, self.tell = max_share, tell
@@ -248,7 +248,7 @@ class SkipCounter:
         self._told: set[str] = set()
 
     def add(self, n_read: int, skipped: tuple[Skipped, ...]) -> None:
-        """Count a batch. Raises DataError when more than `max_share` of what was asked for cannot be read."""
+        """Count a batch. Raises DataError if more than `max_share` of all utterances could not be read."""
         self.read += n_read
         self.skipped += len(skipped)
         for each in skipped:

@@ -1,7 +1,7 @@
-"""Manifests: lists of utterances in NeMo's JSON lines or Lhotse's cuts.
+"""Manifests: lists of utterances in NeMo's JSON lines or Lhotse's cuts, read line by line.
 
-A manifest of millions of lines stays on the disk. `Manifest` holds 40 bytes a line (where it stands, how long
-the audio is, where it starts and in which shard), and reads the rest of a line when it is asked for an entry.
+A manifest of millions of lines stays on disk. `Manifest` holds 40 bytes per line (its position, the duration and
+offset of the audio, its shard) and reads the rest of a line on request. `manifest_scan` opens manifests.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from nestcli.storage.file_kinds import why_no_json
 
 MAX_LINE = 1 << 20  # bytes
 MAX_SECONDS = 1e6
-_OTHER_NAMES = ("audio_filename", "audio_file")  # of the path, which NeMo 3.0.0 reads too, in this order
-_MOST_OPEN = 256  # manifests that a process keeps open; a system allows 1,024 files, and a corpus may have more
+_OTHER_NAMES = ("audio_filename", "audio_file")  # other keys for the path, which NeMo 3.0.0 reads in this order
+_MOST_OPEN = 256  # manifests that a process keeps open: systems allow 1,024 files, and a corpus may have more
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-_open: set[int] = set()  # descriptors of manifests
+_open: set[int] = set()  # descriptors of open manifests
 
 Row = dict[str, Any]
 ToRow = Callable[[Row], Row]
@@ -42,15 +42,15 @@ _KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL_KEY, "speaker", "t
 class Source:
     """The bytes of a manifest: a file, read in place, or the unpacked lines of a .gz, held in memory.
 
-    Lines of a .gz cannot be read in place. What is kept of them is a NeMo row each, some 200 bytes, rather
-    than a temporary file: nothing to clean up, no question where there is room, and forked workers share it.
+    The lines of a .gz cannot be read in place. They stay in memory as NeMo rows of about 200 bytes: unlike a temporary
+    file, they need no cleanup and no disk space, and forked workers share them.
     """
 
     def __init__(self, path: str, to_row: ToRow) -> None:
         self.path = path
         self.to_row = to_row
         local = addresses.local_copy(path, keep=True) if addresses.is_remote(path) else path
-        self.absolute = str(Path(local).absolute())  # workers may stand in another folder
+        self.absolute = str(Path(local).absolute())  # workers may have another current folder
         self.folder = path.rpartition("/")[0] if addresses.is_remote(path) else str(Path(self.absolute).parent)
         self.unpacked: npt.NDArray[np.uint8] | None = None
         self._descriptor: int | None = None
@@ -59,7 +59,9 @@ class Source:
         if self.unpacked is not None:
             return self.unpacked[position : position + size].tobytes()
         if self._descriptor is not None:
-            return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
+            return os.pread(
+                self._descriptor, size, position
+            )  # positioned read: forks and threads share no file position
         descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
         if len(_open) < _MOST_OPEN:
             self._descriptor = descriptor
@@ -82,9 +84,9 @@ def _close(descriptor: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One utterance: `duration` s of a file from `offset` s on, and the line (from 1) that says so.
+    """One utterance: `duration` s of a file, starting at `offset` s, and its line in the manifest (from 1).
 
-    Where `shard` is given, the file is a member of that tar. `channel` is the one that the line chooses, if it does.
+    With `shard`, the file is a member of that tar. `channel` is the choice of the line, if it makes one.
     """
 
     audio_filepath: str
@@ -100,7 +102,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The audio, for messages."""
+        """Return the name of the audio for messages."""
         return self.audio_filepath if self.shard is None else f"{self.shard}: {self.audio_filepath}"
 
 
@@ -127,14 +129,14 @@ class Manifest:
         return len(self.durations)
 
     def select(self, indices: npt.ArrayLike) -> Manifest:
-        """The lines at `indices` (or where a mask is true), in that order."""
+        """Return the lines at `indices` (or where a mask is true), in that order."""
         chosen = np.asarray(indices)
-        if not chosen.size:  # numpy makes an empty list one of floats
+        if not chosen.size:  # numpy turns an empty list into floats
             chosen = chosen.astype(np.intp)
         return replace(self, **{name: getattr(self, name)[chosen] for name in _COLUMNS})
 
     def row(self, index: int) -> dict[str, Any]:
-        """Everything that a line says, its path as it stands there; raises DataError if the file changed."""
+        """Read a line as a NeMo row, with its path as written there. Raises DataError if the file has changed."""
         source = self.sources[self.source_of[index]]
         try:
             return parse(source.read(int(self.positions[index]), int(self.sizes[index])), source.to_row)[0]
@@ -144,11 +146,11 @@ class Manifest:
             ) from None
 
     def where(self, index: int) -> str:
-        """The place of a line, for messages."""
+        """Return the file and line number for messages."""
         return f"{self.sources[self.source_of[index]].path}, line {self.lines[index]}"
 
     def entry(self, index: int) -> Entry:
-        """Read one line; a relative path is looked for beside its manifest first, or in the line's shard."""
+        """Read one line. A relative path is relative to the manifest's folder if it exists there, or to the shard."""
         source, row, shard = self.sources[self.source_of[index]], self.row(index), int(self.shard_of[index])
         speaker, text, lang = (_text(row.get(key)) for key in ("speaker", "text", "lang"))
         path = row["audio_filepath"]
@@ -170,13 +172,13 @@ _COLUMNS = ("durations", "offsets", "source_of", "positions", "sizes", "lines", 
 
 
 def joined(manifests: Sequence[Manifest]) -> Manifest:
-    """Manifests one after the other, as one."""
+    """Join manifests into one."""
     if len(manifests) == 1:
         return manifests[0]
     columns = {name: np.concatenate([getattr(each, name) for each in manifests]) for name in _COLUMNS}
     sources: list[Source] = []
     shards: list[str] = []
-    first_of: dict[int, int] = {}  # by identity: manifests of one data set share one tuple of all its tars
+    first_of: dict[int, int] = {}  # by identity: the manifests of a data set share one tuple with all its tars
     start = 0
     for each in manifests:
         part = slice(start, start := start + len(each))
@@ -195,9 +197,9 @@ def write_manifest(
     error: type[NestError] = DataError,
     remedy: str = "",
 ) -> None:
-    """Write rows as JSON lines: a file of that name is either complete or not there at all.
+    """Write rows as JSON lines; the file appears only when it is complete.
 
-    What the disk refuses becomes `error`, with `remedy` as its last words.
+    Write errors are raised as `error`, with `remedy` at the end of the message.
     """
     write_text(path, (_dump(row) + "\n" for row in rows), error, remedy)
 
@@ -232,7 +234,7 @@ def _text(value: object) -> str | None:
 
 
 def to_row(record: Row) -> Row:
-    """What a line says, as a row of a NeMo manifest; raises ValueError for what is no utterance."""
+    """Convert the object of a line to a row of a NeMo manifest. Raises ValueError if it is not an utterance."""
     if "audio_filepath" in record:
         if record.get("audio_filename", record["audio_filepath"]) != record["audio_filepath"]:
             raise ValueError(
@@ -252,7 +254,7 @@ def to_row(record: Row) -> Row:
 
 
 class _TwiceError(ValueError):
-    """A key stands twice in an object: which one counts would depend on who reads it."""
+    """A key that appears twice in an object: readers disagree on which one counts."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> Row:
@@ -267,7 +269,7 @@ JSON = JSONDecoder(object_pairs_hook=_once)
 
 
 def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
-    """The row, duration and offset of one line; raises ValueError saying what is wrong and what to do."""
+    """Parse one line; return its row, duration and offset. Raises ValueError with the fault and the remedy."""
     if len(line) > MAX_LINE:
         raise ValueError(f"the line is longer than {MAX_LINE >> 20} MiB; is this a manifest?")
     try:
@@ -277,13 +279,13 @@ def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
     except (ValueError, RecursionError) as error:
         raise ValueError(why_no_json(line, error)) from None
     if not isinstance(record, dict):
-        raise ValueError(f"{_short(record)} is no JSON object; a manifest has one {{...}} a line")
+        raise ValueError(f"{_short(record)} is not a JSON object; a manifest has one {{...}} per line")
     row = to_row(record)
     return row, *check_row(row)
 
 
 def check_row(row: Row) -> tuple[float, float]:
-    """The duration and the offset of a row in seconds; raises ValueError for values that no utterance has."""
+    """Check a row; return its duration and offset in seconds. Raises ValueError for impossible values."""
     check_path(row["audio_filepath"])
     parsed_channel(row.get(CHANNEL_KEY))
     return _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)

@@ -1,4 +1,4 @@
-"""The scan of one manifest: every line is checked once, and what is kept of it are a few numbers."""
+"""Opening manifests: paths and ranges are expanded, every line is checked once, and a few numbers per line are kept."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from nestcli.storage import addresses
 from nestcli.storage.file_kinds import HEAD, no_manifest
 
 NO_SHARD = -1
-_PIECE = 1 << 25  # bytes of a manifest that one process scans at a time: some 200,000 lines
+_PIECE = 1 << 25  # bytes of a manifest that one process scans at a time: about 200,000 lines
 _MAX_UNPACKED = 1 << 32  # bytes kept of one .gz
-_MAX_EXPANSION = 100  # of gzip; lines of manifests and cuts shrink to a tenth, or a thirtieth
+_MAX_EXPANSION = 100  # by gunzip; lines of manifests and cuts grow by a factor of 10 to 30
 _ALWAYS_UNPACKED = 1 << 24  # bytes
-# `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; it takes the other brackets too.
+# `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; NeMo also accepts the other brackets.
 _RANGE = re.compile(r"(?:_OP_|[{(\[<])([0-9]+)\.\.([0-9]+)(?:_CL_|[})\]>])")
 _MOST_SHARDS = 1_000_000
-_MOST_RANGES, _MOST_DIGITS = 8, 18  # in a path, of a number in a range
+_MOST_RANGES, _MOST_DIGITS = 8, 18  # ranges in a path, digits in a number
 
 
 class Scan:
-    """The columns of one manifest while they grow: a line's place in the file, its times, its shard."""
+    """The growing columns of one manifest: each line's position in the file, its times, its shard."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -61,9 +61,9 @@ class Scan:
 
 
 def read_manifests(paths: str | Sequence[str], *, require_duration: bool = True) -> Manifest:
-    """Open NeMo manifests and Lhotse cuts, plain or .gz; a string may name several, joined by commas.
+    """Open NeMo manifests and Lhotse cuts, plain or .gz; a string may name several, separated by commas.
 
-    Every line is checked. Raises DataError naming file and line.
+    Checks every line. Raises DataError naming file and line.
     """
     names = split_paths(paths) if isinstance(paths, str) else [os.fspath(path) for path in paths]
     if not names:
@@ -72,7 +72,7 @@ def read_manifests(paths: str | Sequence[str], *, require_duration: bool = True)
 
 
 def of_scan(found: Scan) -> Manifest:
-    """The manifest of one scan; its lines' shards are not known yet."""
+    """Convert a scan to a manifest, without shards."""
     count = len(found.lines)
     return Manifest(
         durations=np.frombuffer(found.durations),
@@ -87,15 +87,14 @@ def of_scan(found: Scan) -> Manifest:
 
 
 def split_paths(paths: str) -> list[str]:
-    """The names in a string that may join several by commas."""
-    # its name may have a comma
+    """Split a string of names at its commas, unless a file of the whole name exists."""
     if os.path.isfile(user_path(paths)):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
         return [paths]
     return [name.strip() for name in paths.split(",") if name.strip()]
 
 
 def expand(paths: str | Sequence[str]) -> list[str]:
-    """The files that paths with ranges stand for: `audio__OP_0..2_CL_.tar` are three. Raises DataError."""
+    """Expand the ranges in paths: `audio__OP_0..2_CL_.tar` names three files. Raises DataError."""
     names = split_paths(paths) if isinstance(paths, str) else [str(path) for path in paths]
     expanded: list[str] = []
     for each in names:
@@ -120,7 +119,7 @@ def _expanded(path: str) -> list[str]:
 
 
 def _check_ranges(path: str) -> None:
-    """Refuse ranges that name nothing, or more than anyone has, before any name is made."""
+    """Refuse ranges that name no files, or impossibly many, before the names are made."""
     ranges, total = _RANGE.findall(path), 1
     for first, last in ranges:
         if max(len(first), len(last)) > _MOST_DIGITS or int(first) > int(last):
@@ -148,7 +147,7 @@ def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) ->
         raise DataError(_no_manifest(found.source, bad.line) or f"{path}, line {bad.line}: {bad.why}") from None
     except gzip.BadGzipFile:
         what = _no_manifest(found.source, 1, packed=False)
-        raise DataError(what or f"{path} is no gzip file, though its name ends with .gz. Rename it.") from None
+        raise DataError(what or f"{path} is not a gzip file, though its name ends with .gz. Rename it.") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}. Write it again.") from None
     if not found.lines:
@@ -159,7 +158,7 @@ def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) ->
 
 
 def _no_manifest(source: Source, line: int, *, packed: bool | None = None) -> str:
-    """What the file is in place of a manifest, if its first line is the bad one; empty otherwise."""
+    """Return what kind of file it is instead of a manifest, if its first line is the bad one; else an empty text."""
     packed = source.path.endswith(".gz") if packed is None else packed
     try:
         with gzip.open(source.absolute, "rb") if packed else Path(source.absolute).open("rb") as file:
@@ -176,7 +175,7 @@ class _BadLineError(Exception):
         self.line, self.why = line, why
 
 
-# --- ranges of a large file, each scanned in a process of its own
+# --- ranges of a large file, each scanned in its own process
 
 
 def _scan_ranges(found: Scan, require_duration: bool) -> None:
@@ -193,7 +192,7 @@ def _scan_ranges(found: Scan, require_duration: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """The bytes from `start` to `end` of a manifest; both are starts of lines."""
+    """The bytes from `start` to `end` of a manifest; both are at the start of a line."""
 
     source: Source
     require_duration: bool
@@ -203,14 +202,14 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a range held: the columns of a Scan, and the number of all its lines, empty ones among them."""
+    """The content of a range: the columns of a Scan, and the number of its lines, including empty ones."""
 
     columns: tuple[array[Any], ...]
     n_lines: int
 
 
 def _line_starts(path: str, step: int) -> list[int]:
-    """Places in a file, about `step` bytes apart, at which lines start: the first is 0, the last is its end."""
+    """Return starts of lines, about `step` bytes apart: the first is 0, the last is the end of the file."""
     size = Path(path).stat().st_size
     bounds = [0]
     with Path(path).open("rb") as file:
@@ -218,7 +217,7 @@ def _line_starts(path: str, step: int) -> list[int]:
             file.seek(wanted)
             rest = file.readline(MAX_LINE + 1)
             bounds.append(min(file.tell(), size))
-            if len(rest) > MAX_LINE:  # who scans up to here says so; a file of terabytes may be nothing but this line
+            if len(rest) > MAX_LINE:  # the scan of this range reports it; a file of terabytes may be a single line
                 break
     return bounds if bounds[-1] == size else [*bounds, size]
 
@@ -253,9 +252,9 @@ def _gather(found: Scan, parts: Iterable[_Part | _BadLineError | Died]) -> None:
 
 
 def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed: bool, end: float = math.inf) -> int:
-    """Read lines from where the file stands to `end`; how many there were.
+    """Read lines from the current position of the file to `end`; return their number.
 
-    Most lines are plain and pass in a few µs; any other goes through `parse`, which has the messages.
+    Most lines are plain and take a few µs; any other goes through `parse`, which has the messages.
     """
     json_value: Callable[[str, int], tuple[Any, int]] = JSON.scan_once  # type: ignore[attr-defined]
     position, number = file.tell(), 0
@@ -299,13 +298,13 @@ def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed:
 
 
 def _shard(row: Row) -> int:
-    """The `shard_id` of a row of tarred data; NO_SHARD where it says nothing usable."""
+    """Return the `shard_id` of a row of tarred data; NO_SHARD if it has no valid one."""
     shard = row.get("shard_id", NO_SHARD)
     return shard if type(shard) is int and 0 <= shard < 1 << 31 else NO_SHARD
 
 
 def _check_expansion(path: str, file: Path) -> None:
-    """Refuse a .gz that grows as no manifest does, before its lines are looked at, which takes far longer."""
+    """Refuse a .gz that unpacks to far more than a manifest would, before the much slower check of its lines."""
     limit, size = max(_ALWAYS_UNPACKED, _MAX_EXPANSION * file.stat().st_size), 0
     with gzip.open(file, "rb") as packed:
         while piece := packed.read(1 << 20):
@@ -315,7 +314,7 @@ def _check_expansion(path: str, file: Path) -> None:
 
 
 def _keep(row: Row, found: Scan) -> tuple[int, int]:
-    """Append a row to what is held in memory of a .gz; its place there."""
+    """Append a row to the unpacked lines of a .gz; return its position and size there."""
     kept = json.dumps(row, ensure_ascii=True).encode()
     start = len(found.unpacked)
     if start + len(kept) > _MAX_UNPACKED:
@@ -337,7 +336,7 @@ def _check_file(path: str) -> None:
 
 
 def _prepared(path: str) -> str:
-    """What `nest prepare-data` has written where a manifest was looked for."""
+    """Return a hint at the manifest that `nest prepare-data` has written near a wrong path; empty if none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)  # noqa: PTH112, PTH120  (pathlib raises for some)
     there = os.path.join(folder, "train_manifest.json")  # noqa: PTH118
     return f". Did you mean {there}?" if os.path.isfile(there) else ""  # noqa: PTH113

@@ -1,6 +1,6 @@
-"""Which batches a process takes, and in what order: places in epochs, counted over a whole run.
+"""The sampler: the batches that each process takes, in order, and the plan that a configuration asks for.
 
-The batches of a run are one sequence; of `ranks` processes each takes every `ranks`-th.
+The batches of a run form one sequence over all epochs. Each of `ranks` processes takes every `ranks`-th batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nestcli.data.dataset_config import DatasetConfig
 from nestcli.errors import ConfigError, DataError
 
 N_BUCKETS = 30  # Lhotse's and NeMo's
-_SHUFFLE_WINDOW = {False: 2048, True: 10_000}  # NeMo's for tars, Lhotse's
+_SHUFFLE_WINDOW = {False: 2048, True: 10_000}  # NeMo's for tars, and Lhotse's
 _SEQUENCES: dict[str, StepOrder] = {
     "fixed_order": "buckets",
     "synced_randomized": "shuffled buckets",
@@ -38,7 +38,7 @@ _SEQUENCES: dict[str, StepOrder] = {
 
 @dataclass(frozen=True)
 class Place:
-    """One batch of a run: its items in an epoch. A batch that does not count keeps processes in step."""
+    """One batch of a run: its items in an epoch. A batch that does not count only keeps the processes in step."""
 
     epoch: int
     items: Items
@@ -47,7 +47,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands in its data: `consumed` batches of all processes, the next is `number` of `epoch`."""
+    """The position of a run in its data: `consumed` batches by all processes; the next is `number` of `epoch`."""
 
     consumed: int
     epoch: int
@@ -55,13 +55,13 @@ class Position:
 
 
 class ResumableSampler(Sampler[Place]):
-    """Places of a whole run, from where training stands: those of one of `ranks` processes, which are `length`.
+    """The `length` places of one of `ranks` processes over a whole run, from the current position on.
 
-    `used` is how many of these are behind; by default, its share of the position's.
+    `used` returns how many of them are already used; by default, the process's share of the position.
 
-    The run is one long sequence over all its epochs, because counts that start anew with each epoch are what
-    Lightning loses when it resumes. So there is no last batch of an epoch that some process would have to go without.
-    `at` tells where a number of consumed batches leads to, for the checkpoint.
+    The run is one long sequence over all its epochs, because Lightning loses counts that restart with each epoch when
+    it resumes. It also means that no process misses the last batch of an epoch. `at` returns the position after a
+    number of consumed batches, for the checkpoint.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ResumableSampler(Sampler[Place]):
         used: Callable[[], int] | None = None,
     ) -> None:
         self.plan, self.length, self.start, self.ranks, self.rank, self.used = plan, length, start, ranks, rank, used
-        self._began: list[Position] = []  # where each epoch began that training has not left behind
+        self._began: list[Position] = []  # the starts of the epochs that training has not finished
 
     def __len__(self) -> int:
         return self.length
@@ -99,7 +99,7 @@ class ResumableSampler(Sampler[Place]):
             self._began.append(Position(consumed, epoch, 0))
 
     def at(self, consumed: int) -> Position:
-        """The position after `consumed` batches of the run, which is at or behind the one that was drawn last."""
+        """Return the position after `consumed` batches of the run; they must have been drawn already."""
         while len(self._began) > 1 and self._began[1].consumed <= consumed:
             del self._began[0]
         began = self._began[0] if self._began else self.start()
@@ -107,7 +107,7 @@ class ResumableSampler(Sampler[Place]):
 
 
 class OnePass(Sampler[Place]):
-    """One process's share of the batches of one epoch; what is missing for the last round does not count."""
+    """One process's share of the batches of one epoch; batches that fill up the last round do not count."""
 
     def __init__(self, plan: BatchPlan, *, ranks: int = 1, rank: int = 0) -> None:
         self.plan, self.ranks, self.rank = plan, ranks, rank
@@ -128,7 +128,10 @@ class OnePass(Sampler[Place]):
 def plan_batches(
     corpus: Corpus, settings: DatasetConfig, key: str, *, seed: int, batches_per_step: int = 1
 ) -> BatchPlan:
-    """The batches of every epoch; `batches_per_step` of them are a step. Raises ConfigError and DataError."""
+    """Return the plan that a data set's settings ask for: plain, in NeMo's buckets, or dynamic as in Lhotse.
+
+    A step takes `batches_per_step` batches. Raises ConfigError and DataError.
+    """
     limits, bucket_of = _buckets(corpus, settings, key)
     order = _order(corpus, settings, key, seed)
     sequence: StepOrder
@@ -164,7 +167,7 @@ def _order(corpus: Corpus, settings: DatasetConfig, key: str, seed: int) -> Orde
 
 
 def _mixing(corpus: Corpus, settings: DatasetConfig, key: str) -> Mixing | None:
-    """How data sets take turns; None where all lines of all data sets come once in an epoch."""
+    """Return the turns of the data sets; None if all lines of all data sets come once in an epoch."""
     n_parts = corpus.n_parts
     if n_parts == 1 or (corpus.weights is None and not settings.is_concat):
         return None
@@ -181,7 +184,7 @@ def _mixing(corpus: Corpus, settings: DatasetConfig, key: str) -> Mixing | None:
 
 
 def _shares(sizes: list[int], settings: DatasetConfig, key: str) -> tuple[float, ...] | None:
-    """The chance of each data set; None for turns. Source: NeMo `ConcatDataset`."""
+    """Return the probability of each data set; None for turns. Source: NeMo `ConcatDataset`."""
     if settings.concat_sampling_technique == "round-robin":
         return None
     if settings.concat_sampling_technique == "temperature":
@@ -195,7 +198,7 @@ def _shares(sizes: list[int], settings: DatasetConfig, key: str) -> tuple[float,
 
 
 def _buckets(corpus: Corpus, settings: DatasetConfig, key: str) -> tuple[tuple[Limits, ...], npt.NDArray[np.int16]]:
-    """What limits the batches of every bucket, and the bucket of every line."""
+    """Return the limits of each bucket's batches, and the bucket of each line."""
     durations = corpus.speech.durations
     one = np.zeros(len(durations), np.int16)
     if corpus.in_buckets:
@@ -216,7 +219,7 @@ def _buckets(corpus: Corpus, settings: DatasetConfig, key: str) -> tuple[tuple[L
 
 
 def _nemo_limits(n_buckets: int, settings: DatasetConfig, key: str) -> tuple[Limits, ...]:
-    """Batch sizes of NeMo's buckets, the shortest first: one for all, one each, or n, n-1, … times a number."""
+    """Return the batch sizes of NeMo's buckets, shortest first: one for all, one each, or n, n-1, … times a number."""
     sizes = settings.bucketing_batch_size
     if sizes is None:
         return (Limits(settings.batch_size),) * n_buckets

@@ -132,8 +132,8 @@ def test_byte_order_mark_blank_lines_and_a_missing_last_newline_are_fine(path):
     ("bad", "said"),
     [
         ("no json", "not JSON"),
-        ("[1]", "no JSON object"),
-        ("3", "no JSON object"),
+        ("[1]", "not a JSON object"),
+        ("3", "not a JSON object"),
         ('{"duration": 1}', "audio_filepath"),
         ('{"audio_filepath": "", "duration": 1}', "audio_filepath"),
         ('{"audio_filepath": ["a", "b"], "duration": 1}', "one file"),

@@ -35,7 +35,7 @@ CUT: dict[str, Any] = {"start": 0, "duration": 1, "recording": {"sources": [{"ty
 def test_parts_of_a_cut_that_are_no_lists(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(one_line({**CUT, **change}))
-    with pytest.raises(DataError, match=r"c\.jsonl, line 1: .* no list"):
+    with pytest.raises(DataError, match=r"c\.jsonl, line 1: .* must be a list"):
         read_manifests(str(path))
 
 

@@ -40,8 +40,11 @@ class Trace:
         return found
 
 
-def record(work: Callable[[], None], before: Trace, after: Trace) -> None:
-    """Call a function and note what it enters: `before` it takes a place of the plan, and `after` that."""
+def record(work: Callable[[], object], before: Trace, after: Trace) -> None:
+    """Call a function and note what it enters: `before` it takes a place of the plan, and `after` that.
+
+    The function returns the iterators that it has begun: closing one would count as a call.
+    """
     current = before
 
     def note(frame: FrameType, event: str, _argument: object) -> None:
@@ -54,14 +57,15 @@ def record(work: Callable[[], None], before: Trace, after: Trace) -> None:
         place = (Path(path).relative_to(SOURCE).as_posix(), found[0])
         if place == TAKES and event == "return":
             current = after
-        elif event == "call" and not (place == TAKES and current is after):  # the end of a generator is a call too
+        elif event == "call":
             current.lines.setdefault(place, found[1])
 
     sys.setprofile(note)
     try:
-        work()
+        begun = work()
     finally:
         sys.setprofile(None)
+    del begun
 
 
 @cache
@@ -92,11 +96,13 @@ def trace() -> tuple[Trace, Trace]:
     from nestcli.data.datamodule import NestDataModule
     from nestcli.model.module import NestModule
 
-    def work() -> None:
+    def work() -> object:
         config = load_config("demo", words)
         data, module = NestDataModule(config), NestModule(config)
-        batch = data.on_before_batch_transfer(next(iter(data.train_dataloader())), 0).to(module.device)
+        batches = iter(data.train_dataloader())
+        batch = data.on_before_batch_transfer(next(batches), 0).to(module.device)
         assert module(batch).loss.isfinite()
+        return batches
 
     before, after = Trace(), Trace()
     with tempfile.TemporaryDirectory() as folder:

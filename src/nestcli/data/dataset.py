@@ -1,4 +1,4 @@
-"""The data set: reads the speech and noise of one batch, cuts them and mixes them. A reader's first file.
+"""The data set: reads the speech and noise of one batch, cuts them and mixes them. Open this file first.
 
 Every draw depends only on (seed, epoch, item), so a batch is the same in any process, and after a resume.
 

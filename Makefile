@@ -14,7 +14,7 @@ AUDIT_VENV := .venv-audit
 # spinning, which on a busy core takes far longer than the work.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-all test-slow test-ray check audit pins dist parity docs docs-cli format setup setup-nemo clean
+.PHONY: help demo test test-all test-slow test-ray trace check audit pins dist parity docs docs-cli format setup setup-nemo clean
 
 help:
 	@echo "make demo      set up, then run nest demo (results in nest_demo/)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all  the slow tests too"
 	@echo "make test-ray  set up Ray (70 MB), prepare data on a cluster of this machine's"
 	@echo "make check     format, lint, types, import directions, nothing unsafe"
+	@echo "make trace     write the reading order in CONTRIBUTING.md from one traced batch"
 	@echo "make audit     known vulnerabilities of the pinned packages (asks PyPI)"
 	@echo "make docs      set up MkDocs, build the site into build/docs; dead links are errors"
 	@echo "make docs-cli  write docs/cli.md, the commands' reference, from the code"
@@ -107,6 +108,9 @@ docs: setup
 
 docs-cli: setup
 	$(VENV)/bin/python -m nestcli.cli.reference > docs/cli.md
+
+trace: setup
+	$(VENV)/bin/python .ci/trace.py --write
 
 format: setup
 	$(VENV)/bin/ruff format .

@@ -12,7 +12,7 @@ from nestcli.augment.run import AugmentOptions, augment
 from nestcli.config import load_config
 from nestcli.data.corpus import read_corpus
 from nestcli.data.dataset import NoisySpeech
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.data.tarred import read_shar, read_tarred
 from nestcli.data.utterance_audio import read_audio

@@ -10,9 +10,8 @@ import pytest
 import soundfile as sf
 
 from nestcli.audio.inspect import inspect_audio
-from nestcli.audio.load import stated_slack
-from nestcli.audio.read import AudioError, load_audio, reason_of
-from nestcli.data.manifest import read_manifests
+from nestcli.audio.load import AudioError, load_audio, reason_of, stated_slack
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.utterance_audio import read_audio
 from nestcli.prepare.pipeline import PrepareOptions, prepare
 

@@ -13,9 +13,9 @@ import pytest
 import soundfile as sf
 import soxr
 
-from nestcli.audio import load, read
+from nestcli.audio import load
 from nestcli.audio.inspect import inspect_audio
-from nestcli.audio.read import load_audio
+from nestcli.audio.load import load_audio
 from nestcli.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "audio"
@@ -242,7 +242,7 @@ def test_a_flac_that_states_no_length_is_whole(write):
     path.write_bytes(content)
     report = inspect_audio(path)
     assert (report.reason, report.frames) == (None, 3 * RATE)
-    assert read.audio_duration(path) == (3.0, "", "")
+    assert load.audio_duration(path) == (3.0, "", "")
     assert len(load_audio(path, sample_rate=RATE)) == 3 * RATE
     assert inspect_audio(cut(path)).reason == "truncated"
 

@@ -15,7 +15,7 @@ import soundfile as sf
 import typer
 from typer.testing import CliRunner
 
-from nestcli.audio.read import load_audio
+from nestcli.audio.load import load_audio
 from nestcli.augment.noisy_copy import CopyOptions, write_copy
 from nestcli.augment.run import AugmentOptions, augment
 from nestcli.cli.augment import augment as command

@@ -7,24 +7,24 @@ from typing import Any
 import pytest
 
 from nestcli.bench import run
-from nestcli.bench.context import Context, Options
+from nestcli.bench.context import BenchContext, Options
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.config import load_config
 from nestcli.errors import ConfigError, RunFailedError
 
 
-def fine(context: Context) -> SectionReport:
+def fine(context: BenchContext) -> SectionReport:
     context.tell("measuring")
     (context.folder / "left behind").write_text("")
     folders.append(context.folder)
     return SectionReport("fine", "s", Spread.of([3.0, 1.0, 2.5]), None, None, 7)
 
 
-def full(context: Context) -> SectionReport:
+def full(context: BenchContext) -> SectionReport:
     raise RunFailedError("nothing fits")
 
 
-def wrong(context: Context) -> SectionReport:
+def wrong(context: BenchContext) -> SectionReport:
     raise ConfigError("no such key")
 
 

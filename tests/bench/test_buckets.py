@@ -22,7 +22,7 @@ from nestcli.bench.buckets import (
     padding_of_buckets,
     padding_of_plain,
 )
-from nestcli.bench.context import Context, Options
+from nestcli.bench.context import BenchContext, Options
 from nestcli.bench.fit import Trials, buckets_section
 from nestcli.bench.largest import Search, Trial
 from nestcli.bench.trial import is_out_of_memory
@@ -153,7 +153,7 @@ def test_the_search_stops_at_what_there_is() -> None:
 @pytest.mark.slow
 def test_the_section(corpus: dict[str, Path], tmp_path: Path) -> None:
     told: list[str] = []
-    context = Context(tiny_config(corpus), Options(buckets=2, memory=900 << 20), tmp_path, told.append)
+    context = BenchContext(tiny_config(corpus), Options(buckets=2, memory=900 << 20), tmp_path, told.append)
     section: Any = buckets_section(context).to_json()
     assert section["device"] == "cpu"
     assert 0 < section["peak_memory_bytes"]["ours"] <= section["memory_budget_bytes"]
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_found_and_nothing_is_lost(corpus: dict[str, Path])
 
 @pytest.mark.slow
 def test_too_little_memory_for_the_model(corpus: dict[str, Path], tmp_path: Path) -> None:
-    context = Context(tiny_config(corpus), Options(memory=40 << 20), tmp_path, lambda doing: None)
+    context = BenchContext(tiny_config(corpus), Options(memory=40 << 20), tmp_path, lambda doing: None)
     with pytest.raises(RunFailedError, match="MiB"):
         buckets_section(context)
 

@@ -11,8 +11,8 @@ import soundfile as sf
 
 from conftest import tiny_config, write_noise_wav
 from nestcli.bench import side, stages
-from nestcli.bench.context import Context, Options, plain
-from nestcli.bench.corpus import make_corpus
+from nestcli.bench.context import BenchContext, Options, plain
+from nestcli.bench.corpus import make_bench_corpus
 from nestcli.bench.floor import chosen_reads, read_and_mix
 from nestcli.bench.loader import loader_section, nemo_block
 from nestcli.bench.material import read_material
@@ -23,8 +23,8 @@ from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import DataError, MissingDependencyError, NestError
 
 
-def context_of(config: Any, folder: Path, **options: Any) -> Context:
-    return Context(config, Options(**options), folder, lambda doing: None)
+def context_of(config: Any, folder: Path, **options: Any) -> BenchContext:
+    return BenchContext(config, Options(**options), folder, lambda doing: None)
 
 
 def test_a_round_counts_only_what_is_delivered_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_no_manifest_no_matter(tmp_path: Path) -> None:
 
 
 def test_the_corpus_is_what_it_says(tmp_path: Path) -> None:
-    speech, _ = make_corpus(tmp_path, speech=3, noise=1, seconds=(1.0, 2.0), noise_seconds=(1.0, 1.0))
+    speech, _ = make_bench_corpus(tmp_path, speech=3, noise=1, seconds=(1.0, 2.0), noise_seconds=(1.0, 1.0))
     for line in speech.read_text().splitlines():
         row = json.loads(line)
         samples, rate = sf.read(row["audio_filepath"])
@@ -166,13 +166,13 @@ def frames_of(*codes: tuple[str, str]) -> Any:
 @pytest.mark.parametrize(
     ("codes", "stage"),
     [
-        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/read.py", "load_audio")], "decode"),
+        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/load.py", "load_audio")], "decode"),
         ([("/x/soundfile.py", "_open"), ("/x/nestcli/audio/load.py", "decoder")], "open"),
-        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/read.py", "f"), ("/x/nestcli/data/noise_pool.py", "draw")],
+        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/load.py", "f"), ("/x/nestcli/data/noise_pool.py", "draw")],
          "noise: decode"),
         ([("/x/nestcli/data/noise_pool.py", "_white_noise"), ("/x/nestcli/data/dataset.py", "_batch")], "noise"),
         ([("/x/json/decoder.py", "decode"), ("/x/nestcli/data/manifest.py", "row")], "manifest entry"),
-        ([("/x/torch/functional.py", "split"), ("/x/nestcli/data/augmentation.py", "mix")], "mix"),
+        ([("/x/torch/functional.py", "split"), ("/x/nestcli/data/dataset.py", "_mixed")], "mix"),
         ([("/x/nestcli/data/dataset.py", "_batch")], "other"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from conftest import tiny_config
-from nestcli.bench.context import Context, Options
+from nestcli.bench.context import BenchContext, Options
 from nestcli.bench.scale import scale_section, write_long_manifest
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 
 
 def test_a_long_manifest_is_sound(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_long_manifest_is_sound(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_section(corpus: dict[str, Path], tmp_path: Path) -> None:
     told: list[str] = []
-    context = Context(tiny_config(corpus), Options(rounds=1, lines=(2_000,)), tmp_path, told.append)
+    context = BenchContext(tiny_config(corpus), Options(rounds=1, lines=(2_000,)), tmp_path, told.append)
     section: Any = scale_section(context).to_json()
     assert [row["lines"] for row in section["rows"]] == [2_000]
     for row in [*section["rows"], section["resume"]]:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from conftest import tiny_config
 from nestcli.bench import precisions, training
-from nestcli.bench.context import Context, Options
+from nestcli.bench.context import BenchContext, Options
 from nestcli.bench.precisions import precisions_section
 from nestcli.bench.stepping import Stepper
 from nestcli.bench.training import quantizer_section, train_step_section
@@ -16,8 +16,8 @@ from nestcli.config import resolved
 from nestcli.errors import RunFailedError
 
 
-def context_of(corpus: dict[str, Path], folder: Path, *overrides: str, **options: object) -> Context:
-    return Context(tiny_config(corpus, *overrides), Options(rounds=1, **options), folder, lambda doing: None)
+def context_of(corpus: dict[str, Path], folder: Path, *overrides: str, **options: object) -> BenchContext:
+    return BenchContext(tiny_config(corpus, *overrides), Options(rounds=1, **options), folder, lambda doing: None)
 
 
 def stepper_of(corpus: dict[str, Path], folder: Path) -> Stepper:

@@ -16,7 +16,7 @@ from nestcli.cli.app import app
 from nestcli.cli.paths import PATHS
 from nestcli.config import load_config
 from nestcli.data.corpus import noise_manifest, read_corpus
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.training.initial_weights import weight_sources
 from nestcli.training.run_folder import experiment_folder
 

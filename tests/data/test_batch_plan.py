@@ -10,8 +10,7 @@ from lhotse.dataset.sampling.base import TimeConstraint
 from lhotse.dataset.sampling.dynamic_bucketing import estimate_duration_buckets
 from lhotse.testing.dummies import dummy_recording
 
-from nestcli.data.batch_plan import BatchPlan, Limits, bucketed, duration_bins
-from nestcli.data.order import Mixing, Order
+from nestcli.data.batch_plan import BatchPlan, Limits, Mixing, Order, bucketed, duration_bins, temperature_shares
 
 
 def plan(durations, limits=None, bucket_of=None, *, shuffle="lines", seed=1, mixing=None, shard_of=None, **options):
@@ -37,17 +36,17 @@ def some_durations(count=500, seed=0):
 @pytest.mark.parametrize("together", [1, 2, 3])
 @pytest.mark.parametrize("shuffle", [None, "lines"])
 def test_an_epoch_holds_every_item_once(together, shuffle):
-    made = plan(np.ones(50), shuffle=shuffle, together=together)
+    made = plan(np.ones(50), shuffle=shuffle, batches_per_step=together)
     assert sorted(item for batch in all_batches(made, 3) for item in batch) == list(range(50))
 
 
 def test_plain_batches_follow_in_the_order_of_their_items():
-    made = plan(np.ones(10), shuffle=None, together=4)
+    made = plan(np.ones(10), shuffle=None, batches_per_step=4)
     assert all_batches(made) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_dropping_the_last_batch_keeps_whole_ones_only():
-    made = plan(np.ones(50), drop_last=True, together=2)
+    made = plan(np.ones(50), drop_last=True, batches_per_step=2)
     assert [len(batch) for batch in all_batches(made)] == [4] * 12
 
 
@@ -124,7 +123,7 @@ def bucket_plan(durations, n_buckets=8, **options):
 @pytest.mark.parametrize("together", [1, 2, 3, 200])
 def test_buckets_hold_every_item_once_within_the_limit(together):
     durations = some_durations()
-    made = bucket_plan(durations, together=together)
+    made = bucket_plan(durations, batches_per_step=together)
     for before in (0, 1, 7):
         batches = [made.batches(2, before)[number].tolist() for number in range(len(made.batches(2, before)))]
         assert sorted(item for batch in batches for item in batch) == list(range(500))
@@ -133,7 +132,7 @@ def test_buckets_hold_every_item_once_within_the_limit(together):
 
 def test_the_batches_of_almost_every_step_are_of_one_bucket():
     durations = some_durations(2000)
-    made = bucket_plan(durations, together=4)
+    made = bucket_plan(durations, batches_per_step=4)
     buckets = []
     for epoch in range(3):  # a step may begin in one epoch and end in the next
         batches = made.batches(epoch, len(buckets))
@@ -209,6 +208,86 @@ def test_the_fingerprint_changes_with_the_batches(change):
 
 
 def test_the_fingerprint_changes_with_the_batches_of_a_step_only_where_there_are_buckets():
-    assert plan(np.ones(50), together=2).fingerprint == plan(np.ones(50)).fingerprint
+    assert plan(np.ones(50), batches_per_step=2).fingerprint == plan(np.ones(50)).fingerprint
     durations = some_durations()
-    assert bucket_plan(durations, together=2).fingerprint != bucket_plan(durations).fingerprint
+    assert bucket_plan(durations, batches_per_step=2).fingerprint != bucket_plan(durations).fingerprint
+
+
+# ---- the order of an epoch: every line once, near to its shards, and data sets in their shares
+
+
+def order(n=1000, *, parts=(), shards=(), shuffle="lines", window=50, seed=1, mixing=None) -> Order:
+    return Order(
+        part_of=np.array(parts or [0] * n, np.int16),
+        shard_of=np.array(shards or [-1] * n, np.int32),
+        shuffle=shuffle,
+        window=window,
+        seed=seed,
+        mixing=mixing,
+    )
+
+
+def test_a_shuffled_epoch_has_every_line_once_and_epochs_differ():
+    first, second = order().items(0), order().items(1)
+    assert sorted(first) == sorted(second) == list(range(1000))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, order().items(0))
+    assert not np.array_equal(first, order(seed=2).items(0))
+
+
+def test_without_shuffling_lines_come_as_they_stand():
+    assert np.array_equal(order(shuffle=None).items(3), np.arange(1000))
+
+
+def test_shards_are_read_a_few_at_a_time():
+    shards = [line // 100 for line in range(1000)]
+    items = order(shards=shards, shuffle="shards", window=50).items(0)
+    assert sorted(items) == list(range(1000))
+    read = np.array(shards)[items]
+    for start in range(0, 1000, 50):
+        assert len(set(read[start : start + 50].tolist())) <= 3
+    assert not np.array_equal(read, np.sort(read))
+    within = items[read == read[0]] % 100
+    assert not np.array_equal(within, np.sort(within))
+
+
+def test_loose_lines_among_shards_are_read_too():
+    shards = [-1] * 10 + [0] * 10
+    assert sorted(order(20, shards=shards, shuffle="shards").items(0)) == list(range(20))
+
+
+def test_shares_hold_and_a_small_data_set_comes_again():
+    parts = [0] * 900 + [1] * 100
+    mixing = Mixing((0.5, 0.5), 1000)
+    items = order(parts=parts, mixing=mixing).items(0)
+    lines = items % 1000
+    small = lines[lines >= 900]
+    assert 430 < len(small) < 570
+    passes = items[lines >= 900] // 1000
+    assert passes.max() == (len(small) - 1) // 100
+    for number in range(passes.max()):
+        assert sorted(lines[(lines >= 900) & (items // 1000 == number)]) == list(range(900, 1000))
+    assert len(np.unique(items)) == len(items)  # every repetition is an item of its own
+
+
+def test_round_robin_takes_turns():
+    items = order(6, parts=[0, 0, 0, 0, 1, 1], shuffle=None, mixing=Mixing(None, 6)).items(0)
+    assert (items % 6).tolist() == [0, 4, 1, 5, 2, 4]
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1.0, [0.9, 0.1]), (1e9, [0.5, 0.5])])
+def test_temperature(temperature, expected):
+    assert temperature_shares([900, 100], temperature) == pytest.approx(expected)
+
+
+def test_temperature_is_nemos_formula():
+    sizes = np.array([3.0, 5.0, 20.0])
+    weights = (sizes / sizes.sum()) ** (1 / 5)
+    assert temperature_shares([3, 5, 20], 5) == pytest.approx((weights / weights.sum()).tolist())
+
+
+def test_a_window_of_nothing_keeps_the_lines_of_a_shard_in_order():
+    shards = [line // 5 for line in range(20)]
+    items = order(20, shards=shards, shuffle="shards", window=0).items(0)
+    assert sorted(items) == list(range(20))
+    assert all((np.diff(five) == 1).all() for five in items.reshape(4, 5))

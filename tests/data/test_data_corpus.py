@@ -11,7 +11,7 @@ from nestcli.config import section
 from nestcli.data.batch_plan import BatchPlan
 from nestcli.data.corpus import Corpus, read_corpus
 from nestcli.data.dataset_config import DatasetConfig
-from nestcli.data.planning import plan_batches
+from nestcli.data.sampler import plan_batches
 from nestcli.errors import ConfigError, DataError
 
 KEY = "model.train_ds"
@@ -178,7 +178,7 @@ def test_weighted_lists_and_input_cfg(corpus, three, tmp_path):
     [
         ("[{type: txt, paths: a}]", "'txt' is not one of nemo"),
         ("[{type: nemo}]", "lacks manifest_filepath"),
-        ("[]", "no list of data sets"),
+        ("[]", "must be a list of data sets"),
         ("nowhere.yaml", "nowhere.yaml: cannot be read"),
         ("[{type: nemo, manifest_filepath: a, weight: 0}]", "must be above 0"),
     ],

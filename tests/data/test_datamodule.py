@@ -10,14 +10,14 @@ import torch
 
 from conftest import tiny_config, write_noise_wav
 from nestcli.data import datamodule
-from nestcli.data.batch import NoiseBatch, Skipped, collate
-from nestcli.data.batch_plan import BatchPlan, Limits
+from nestcli.data.batch import NoiseBatch, collate
+from nestcli.data.batch_plan import BatchPlan, Limits, Order
 from nestcli.data.datamodule import NestDataModule
-from nestcli.data.manifest import read_manifests
+from nestcli.data.dataset import SkipCounter
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.noise_pool import NoisePool
-from nestcli.data.order import Order
-from nestcli.data.sampler import OnePass, Position, ResumableSampler
-from nestcli.data.skipping import SkipCounter
+from nestcli.data.sampler import OnePass, Position, ResumableSampler, plan_batches
+from nestcli.data.utterance_audio import Skipped
 from nestcli.errors import ConfigError, DataError, NestError
 
 
@@ -304,3 +304,20 @@ def test_a_manifest_must_be_given() -> None:
 
     with pytest.raises(ConfigError, match=r"model\.train_ds\.manifest_filepath is not set"):
         NestDataModule(load_config("small"))
+
+
+def test_the_start_of_a_run_makes_the_training_plan_once(corpus, monkeypatch) -> None:
+    made = []
+
+    def counted(read, settings, key, **options):
+        made.append((key, options["batches_per_step"]))
+        return plan_batches(read, settings, key, **options)
+
+    monkeypatch.setattr(datamodule, "plan_batches", counted)
+    data = NestDataModule(tiny_config(corpus, "model.train_ds.num_workers=0", "trainer.accumulate_grad_batches=2"))
+    data.check_ready(ranks=1)
+    data.train_plan().batches(0)
+    next(iter(data.train_dataloader()))
+    data.load_state_dict(data.state_dict())
+    data.train_batch(0, 0)
+    assert made == [("model.train_ds", 2)]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from nestcli.data import manifest_scan as module
-from nestcli.data.manifest import read_manifests, write_manifest
+from nestcli.data.manifest import write_manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "audio"
@@ -87,7 +88,7 @@ def test_selections_and_pickles_read_the_same(path):
 def test_forked_processes_read_without_disturbing_each_other(path):
     code = f"""
 import os, sys
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 manifest = read_manifests({lines(path, *(row(f"/{i}.wav", i) for i in range(200)))!r})
 manifest.entry(0)
 children = []
@@ -131,8 +132,8 @@ def test_byte_order_mark_blank_lines_and_a_missing_last_newline_are_fine(path):
     ("bad", "said"),
     [
         ("no json", "not JSON"),
-        ("[1]", "no JSON object"),
-        ("3", "no JSON object"),
+        ("[1]", "not a JSON object"),
+        ("3", "not a JSON object"),
         ('{"duration": 1}', "audio_filepath"),
         ('{"audio_filepath": "", "duration": 1}', "audio_filepath"),
         ('{"audio_filepath": ["a", "b"], "duration": 1}', "one file"),

@@ -10,7 +10,7 @@ import pytest
 import soundfile as sf
 
 from conftest import GOLDEN
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.noise_pool import NoisePool
 from nestcli.errors import DataError
 

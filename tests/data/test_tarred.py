@@ -17,7 +17,8 @@ from conftest import tiny_config, write_noise_wav
 from nestcli.data import utterance_audio
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.manifest import Manifest
-from nestcli.data.tarred import expand, read_shar, read_tarred
+from nestcli.data.manifest_scan import expand
+from nestcli.data.tarred import read_shar, read_tarred
 from nestcli.data.utterance_audio import read_audio
 from nestcli.errors import DataError
 
@@ -123,7 +124,7 @@ def test_several_lines_of_one_member(tars, audio, tmp_path):
 
 def test_a_member_that_is_missing_is_named(tars, tmp_path):
     path = write_rows(tmp_path / "m.json", [{"audio_filepath": "9.wav", "duration": 1.5, "shard_id": 1}])
-    with pytest.raises(DataError, match=r"audio_1\.tar: 9\.wav: there is no such member"):
+    with pytest.raises(DataError, match=r"audio_1\.tar: 9\.wav: the shard has no such member"):
         samples(read_tarred(path, f"{tars}/audio__OP_0..1_CL_.tar"))
 
 

@@ -23,9 +23,9 @@ with atheris.instrument_imports(include=["nestcli", "tarfile", "pickletools"], e
     from nestcli.checkpoint.nemo_config import plain_yaml
     from nestcli.checkpoint.weights import check_zip
     from nestcli.config import _parse_value, _read_yaml
-    from nestcli.data.manifest import of_scan
-    from nestcli.data.manifest_scan import scan, to_row
-    from nestcli.data.tarred import _shar_row, expand
+    from nestcli.data.manifest import to_row
+    from nestcli.data.manifest_scan import expand, of_scan, scan
+    from nestcli.data.tarred import _shar_row
     from nestcli.errors import NestError
     from nestcli.prepare.inputs import _any_row
     from nestcli.prepare.kaldi import read_kaldi

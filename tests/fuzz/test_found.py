@@ -20,9 +20,8 @@ from nestcli.checkpoint.nemo_config import plain_yaml
 from nestcli.checkpoint.weights import load_weights
 from nestcli.config import load_config
 from nestcli.data.corpus import _parts_of_input
-from nestcli.data.manifest import read_manifests
-from nestcli.data.manifest_scan import scan
-from nestcli.data.tarred import _shar_row, expand
+from nestcli.data.manifest_scan import expand, read_manifests, scan
+from nestcli.data.tarred import _shar_row
 from nestcli.errors import CheckpointError, ConfigError, DataError
 from nestcli.prepare.kaldi import read_kaldi
 from nestcli.untrusted import check_references
@@ -36,7 +35,7 @@ CUT: dict[str, Any] = {"start": 0, "duration": 1, "recording": {"sources": [{"ty
 def test_parts_of_a_cut_that_are_no_lists(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(one_line({**CUT, **change}))
-    with pytest.raises(DataError, match=r"c\.jsonl, line 1: .* no list"):
+    with pytest.raises(DataError, match=r"c\.jsonl, line 1: .* must be a list"):
         read_manifests(str(path))
 
 
@@ -44,7 +43,7 @@ def test_parts_of_a_cut_that_are_no_lists(tmp_path: Path, change: dict[str, Any]
 def test_sources_of_a_shar_that_are_none(tmp_path: Path, sources: Any) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(one_line({"id": "c", "duration": 1, "recording": {"sources": sources}}))
-    with pytest.raises(DataError, match=r"c\.jsonl, line 1: this is no cut of a Shar"):
+    with pytest.raises(DataError, match=r"c\.jsonl, line 1: this is not a cut of a Shar"):
         scan(str(path), to_row=_shar_row)
 
 

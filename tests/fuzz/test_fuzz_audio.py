@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fuzz.strategies import bounded, damaged
 from nestcli.audio.inspect import inspect_audio
-from nestcli.audio.read import load_audio, resampled, stream_audio
+from nestcli.audio.load import load_audio, resampled, stream_audio
 from nestcli.errors import DataError
 
 FORMATS = [

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 
 from fuzz.strategies import altered, any_text, bounded, damaged, one_line, scalars
 from nestcli.data import manifest_scan as scan_module
-from nestcli.data import tarred as shards_module
-from nestcli.data.manifest import of_scan, read_manifests, write_manifest
-from nestcli.data.manifest_scan import MAX_SECONDS, scan, to_row
-from nestcli.data.tarred import _shar_row, expand
+from nestcli.data.manifest import MAX_SECONDS, to_row, write_manifest
+from nestcli.data.manifest_scan import expand, of_scan, read_manifests, scan
+from nestcli.data.tarred import _shar_row
 from nestcli.errors import DataError
 from nestcli.prepare.inputs import _any_row, collect
 from nestcli.prepare.kaldi import read_kaldi
@@ -115,7 +114,7 @@ def test_ranges_of_a_file_give_what_the_whole_gives(folder: Path, content: bytes
     path.write_bytes(content)
     whole = read_or_refused(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_module, "_RANGE", step)
+        patch.setattr(scan_module, "_PIECE", step)
         patch.setattr(scan_module, "available_cores", lambda: 1)
         assert read_or_refused(path) == whole
 
@@ -238,7 +237,7 @@ pieces = st.sampled_from(
 @bounded(120)
 def test_any_path_of_shards_is_expanded_or_refused(given_path: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards_module, "_MOST_SHARDS", 1000)
+        patch.setattr(scan_module, "_MOST_SHARDS", 1000)
         try:
             found = expand(given_path)
         except DataError as error:

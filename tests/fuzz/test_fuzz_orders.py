@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz.strategies import any_text, bounded
-from nestcli.data.batch_plan import BatchPlan, Limits, bucketed
-from nestcli.data.order import Mixing, Order
+from nestcli.data.batch_plan import BatchPlan, Limits, Mixing, Order, bucketed
 from nestcli.data.sampler import OnePass, Position, ResumableSampler
 from nestcli.model.config import MaskingConfig, QuantizerConfig
 from nestcli.model.masking import RandomBlockMasking
@@ -56,7 +55,7 @@ def plan_of(
         limits,
         bucketed(durations, bins, upper_inclusive=True),
         sequence="shuffled buckets" if buckets > 1 else "filled",
-        together=together,
+        batches_per_step=together,
     )
 
 

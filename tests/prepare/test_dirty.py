@@ -111,7 +111,7 @@ def test_a_thousand_files(tmp_path):
     ],
 )
 def test_a_broken_line_of_a_large_manifest_is_named_and_nothing_is_done(tmp_path, monkeypatch, tail, message):
-    monkeypatch.setattr(scan_module, "_RANGE", 1 << 18)
+    monkeypatch.setattr(scan_module, "_PIECE", 1 << 18)
     monkeypatch.setattr(scan_module, "available_cores", lambda: 1)
     line = b'{"audio_filepath": "/x/a.wav", "duration": 1.0, "text": "%s"}\n' % (b"a" * 900)
     path = tmp_path / "in.json"

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from nestcli.audio.read import load_audio
-from nestcli.data.manifest import read_manifests, write_manifest
+from nestcli.audio.load import load_audio
+from nestcli.data.manifest import write_manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError
 from nestcli.prepare.pipeline import PrepareOptions, first_rejection, prepare
 from nestcli.prepare.split import for_validation

@@ -13,8 +13,8 @@ import pytest
 import soundfile as sf
 
 from nestcli.audio.inspect import inspect_audio
-from nestcli.audio.read import load_audio
-from nestcli.data.manifest import read_manifests
+from nestcli.audio.load import load_audio
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError
 from nestcli.files import file_name
 from nestcli.jobs.journal import Journal, open_journal

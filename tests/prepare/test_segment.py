@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from nestcli.audio.read import load_audio, resampled, stream_audio
+from nestcli.audio.load import load_audio, resampled, stream_audio
 from nestcli.data.manifest import write_manifest
 from nestcli.errors import DataError, RunFailedError
 from nestcli.prepare.pipeline import PrepareOptions, prepare

@@ -20,7 +20,7 @@ import soundfile as sf
 
 from conftest import tiny_config, write_noise_wav
 from nestcli.data.datamodule import NestDataModule
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError, MissingDependencyError, NestError
 from nestcli.storage import addresses, fetch
 
@@ -159,7 +159,7 @@ def test_other_addresses_are_refused_without_showing_passwords(path, why):
     with pytest.raises(ValueError, match=why) as caught:
         addresses.check_remote(path)
     assert "password@" not in str(caught.value)
-    for call in (addresses.read_bytes, addresses.local_copy, addresses.exists):
+    for call in (addresses.read_bytes, addresses.local_copy):
         with pytest.raises(DataError, match=why):
             call(path)
 
@@ -222,7 +222,7 @@ def test_a_dropped_connection_is_no_missing_file(server):
     with pytest.raises(DataError, match="after 4 attempts: Server disconnected"):
         addresses.local_copy(f"{server.url}/a.wav")
     with pytest.raises(DataError, match="after 4 attempts"):
-        addresses.exists(f"{server.url}/a.wav")
+        fetch.describe(f"{server.url}/a.wav")
 
 
 def test_nobody_listens(server):
@@ -254,12 +254,13 @@ def test_what_is_not_there_or_not_allowed_is_said_at_once(server):
             assert len(server.requests) <= 2
 
 
-def test_exists(server):
+def test_an_object_is_described(server):
     server.files["/a.wav"] = b"x"
-    assert addresses.exists(f"{server.url}/a.wav")
-    assert not addresses.exists(f"{server.url}/b.wav")
+    assert fetch.describe(f"{server.url}/a.wav").size == 1
+    with pytest.raises(DataError, match="there is no such object"):
+        fetch.describe(f"{server.url}/b.wav")
     with pytest.raises(DataError, match="denied"):
-        addresses.exists(f"{server.url}/secret")
+        fetch.describe(f"{server.url}/secret")
 
 
 def test_signatures_are_not_shown(server):
@@ -512,12 +513,13 @@ def test_what_is_gone_from_s3_is_named(bucket):
             addresses.read_bytes(path)
         with pytest.raises(DataError, match=rf"{path}: there is no such object"):
             addresses.local_copy(path)
-        assert not addresses.exists(path)
+        with pytest.raises(DataError, match=rf"{path}: there is no such object"):
+            fetch.describe(path)
     bucket.put_object(Bucket="speech", Key="folder/a.wav", Body=b"x")
-    assert addresses.exists("s3://speech/folder/a.wav")
-    assert not addresses.exists("s3://speech/folder")
-    with pytest.raises(DataError, match="is a folder, not a file"):
-        addresses.local_copy("s3://speech/folder")
+    assert fetch.describe("s3://speech/folder/a.wav").size == 1
+    for call in (fetch.describe, addresses.local_copy):
+        with pytest.raises(DataError, match="is a folder, not a file"):
+            call("s3://speech/folder")
 
 
 def test_objects_of_any_size_come_from_s3_whole(bucket, monkeypatch):

@@ -16,7 +16,8 @@ import soundfile as sf
 from lhotse import CutSet, Recording
 
 from conftest import write_noise_wav
-from nestcli.data.manifest import Manifest, read_manifests
+from nestcli.data.manifest import Manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.tarred import read_shar, read_tarred
 from nestcli.data.utterance_audio import duration_of, read_audio
 from nestcli.errors import DataError

@@ -13,8 +13,8 @@ import pytest
 from conftest import write_noise_wav
 from nestcli.augment.noisy_copy import CopyOptions
 from nestcli.augment.run import AugmentOptions, augment
-from nestcli.data.augmentation import AugmentationConfig
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
+from nestcli.data.mixing import AugmentationConfig
 from nestcli.errors import DataError
 from nestcli.evaluation.inputs import read_inputs
 from nestcli.prepare.inputs import collect
@@ -132,7 +132,7 @@ def test_a_manifest_may_have_any_name(tmp_path: Path, name: str) -> None:
 def test_a_gz_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "m.json.gz"
     for content, said in (
-        (TEXT.encode(), "is no gzip file.*Rename it"),
+        (TEXT.encode(), "is not a gzip file.*Rename it"),
         (json.dumps(ROWS).encode(), "is a JSON array"),
     ):
         path.write_bytes(content)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from conftest import TINY_RUN, tiny_config
 from nestcli.cli.app import app
 from nestcli.data import preflight
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.preflight import available_memory, check_noise, check_speech, look_for_files, machine_notes
 from nestcli.errors import DataError, NestError
 from nestcli.training.run import Pretraining

@@ -561,7 +561,7 @@ def test_a_block_that_is_none(tmp_path: Path, key: str, value: Any) -> None:
 @pytest.mark.parametrize("key", ["manifest_filepath", "noise_manifest", "shar_path", "cuts_path"])
 def test_a_path_that_is_no_text(corpus: dict[str, Path], key: str, value: str) -> None:
     words = [f"model.train_ds.{key}={value}", f"model.train_ds.use_lhotse={str(key.endswith('path')).lower()}"]
-    with pytest.raises(ConfigError, match=rf"model\.train_ds\.{key}: .* is no path"):
+    with pytest.raises(ConfigError, match=rf"model\.train_ds\.{key}: .* must be a path"):
         Pretraining(tiny_config(corpus, *words), Recorder())
 
 

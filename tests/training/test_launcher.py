@@ -66,7 +66,7 @@ def test_one_two_and_one_process_are_one_run(
         train(corpus, whole, *words, *ONE, intervals[ONE], "trainer.max_steps=9")
     train(corpus, folder, *words, *ONE, intervals[ONE], "trainer.max_steps=3")
     output = done(command(corpus, folder, *words, *TWO, intervals[TWO], "trainer.max_steps=7", trace=tmp_path / "two"))
-    assert "The run goes on with 2 x 1 batches" in output
+    assert "The run continues with 2 x 1 batches" in output
     assert "A step still takes 2 batches, the same that it would have taken." in output
     train(corpus, folder, *words, *ONE, intervals[ONE], "trainer.max_steps=9", listener=listener)
     assert len(listener.notes) == 1

@@ -371,5 +371,5 @@ def test_a_run_on_changed_data_begins_an_epoch_and_says_so(corpus: dict[str, Pat
         "The configuration changes from step 5 on: model.train_ds.min_duration is 1.25, was 1.0. "
         "The previous one is kept as config-to-step-4.yaml.",
         "The training data or their batches are not those of the checkpoint: "
-        "the run goes on with epoch 2 from its beginning.",
+        "the run continues with epoch 2 from its beginning.",
     ]

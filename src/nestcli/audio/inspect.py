@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 
-from nestcli.audio.containers import length_fault
+from nestcli.audio.lengths import length_fault
 from nestcli.audio.load import STREAM_BLOCK, BadAudioError, Samples, Sound, blocks_of, decoder, decoding_failure
 
 _MOST_SCALE = 16.0  # 24 dB above full scale; float samples that were only turned up too far are below

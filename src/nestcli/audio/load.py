@@ -7,21 +7,28 @@ decides how much memory is taken; SoX, where it is installed, decodes what libsn
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import soundfile as sf
+import soxr
 
-from nestcli.audio.containers import READ_FORMATS, length_fault, states_length
+from nestcli.audio.lengths import READ_FORMATS, length_fault, states_length
 from nestcli.audio.sox import CONVERT, RECOVER, UnreadableError, decoded_by_sox, unreadable
+from nestcli.errors import DataError
 from nestcli.storage import allowed_folders
 from nestcli.storage.file_kinds import HEAD
 
 Samples = npt.NDArray[np.float32]
+Channel = int | Literal["average"]  # "average": of all channels
+CHANNEL_KEY = "channel_selector"
+_MOST_CHANNELS = 1 << 16  # no file has a channel of a higher number
 
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
@@ -61,9 +68,124 @@ class BadAudioError(Exception):
         self.reason, self.detail = reason, detail
 
 
-def words(error: sf.LibsndfileError) -> str:
+def decoder_message(error: sf.LibsndfileError) -> str:
     text: str = error.error_string
     return text.removeprefix("Error : ").rstrip(".")
+
+
+# --- for whoever wants samples
+
+
+def load_audio(
+    path: str | os.PathLike[str],
+    *,
+    sample_rate: int,
+    offset: float = 0.0,
+    duration: float | None = None,
+    channel: int | None = None,
+) -> Samples:
+    """Read a file, or `duration` s of it from `offset` s on, as mono float32 at `sample_rate` Hz.
+
+    Channels are averaged, unless one is named, from 0. Times are the file's own and truncated to its samples, as in
+    NeMo's AudioSegment; the result is shorter than `duration` where the file ends before. Raises AudioError if nothing
+    can be read, or if the end is reached and the file holds more audio than its header says, or less.
+    """
+    try:
+        with decoder(os.fspath(path)) as sound:
+            file_rate: int = sound.samplerate
+            count = None if duration is None else int(duration * file_rate)
+            sound.keep(channel)
+            samples = read_mono(sound, int(offset * file_rate), count)
+    except BadAudioError as bad:
+        raise _data_error(path, bad.detail, bad.reason) from None
+    except sf.LibsndfileError as error:
+        raise _data_error(path, decoder_message(error)) from None
+    return samples if file_rate == sample_rate else _resample(samples, file_rate, sample_rate)
+
+
+@contextmanager
+def stream_audio(
+    path: str | os.PathLike[str], *, offset: float = 0.0, duration: float | None = None, channel: int | None = None
+) -> Iterator[tuple[int, Iterator[Samples]]]:
+    """What `load_audio` reads, in blocks of bounded size at the file's own rate in Hz, which comes first."""
+    try:
+        with decoder(os.fspath(path)) as sound:
+            sound.keep(channel)
+            start = int(offset * sound.samplerate)
+            count = available(sound, start, None if duration is None else int(duration * sound.samplerate))
+            if start:
+                seek(sound, start)
+            yield sound.samplerate, blocks_of(sound, STREAM_BLOCK // sound.channels, count)
+    except BadAudioError as bad:
+        raise _data_error(path, bad.detail, bad.reason) from None
+    except sf.LibsndfileError as error:
+        raise _data_error(path, decoder_message(error)) from None
+
+
+def resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Samples]:
+    """Blocks at `rate` Hz as blocks at `target` Hz: to the bit what `load_audio` makes of them in one go."""
+    if rate == target:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
+    given = made = 0
+    for block in blocks:
+        given += len(block)
+        piece = stream.resample_chunk(block)
+        made += len(piece)
+        yield piece
+    length = math.ceil(given * (target / rate))
+    last = stream.resample_chunk(np.zeros(0, np.float32), last=True)[: length - made]
+    yield np.pad(last, (0, length - made - len(last)))
+
+
+def audio_duration(path: str | os.PathLike[str]) -> tuple[float | None, str, str]:
+    """The seconds that a file's header states, or None, why there are none and the reason of that.
+
+    What states no length is decoded.
+    """
+    try:
+        with decoder(os.fspath(path)) as sound:
+            stated: int = sound.frames
+            frames = stated if states_length(sound) else sum(map(len, blocks_of(sound, STREAM_BLOCK, stated)))
+            return frames / sound.samplerate, "", ""
+    except (BadAudioError, OSError, sf.LibsndfileError) as error:
+        return None, str(error), getattr(error, "reason", "unreadable")
+
+
+def audio_header(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """Rate in Hz, channels, and frames, as a file's header states them. Raises DataError."""
+    try:
+        with decoder(os.fspath(path)) as sound:
+            return sound.samplerate, sound.channels, sound.frames
+    except BadAudioError as bad:
+        raise _data_error(path, bad.detail, bad.reason) from None
+
+
+class AudioError(DataError):
+    """Audio that cannot be used, for one of the reasons of `inspect_audio`."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def reason_of(error: Exception) -> str:
+    """The reason of an AudioError; "unreadable" for others, which have none."""
+    return error.reason if isinstance(error, AudioError) else "unreadable"
+
+
+def _data_error(path: str | os.PathLike[str], why: str, reason: str = "unreadable") -> AudioError:
+    return AudioError(f"{os.fspath(path)}: {why}. Run `nest prepare-data`: it finds and leaves out such files.", reason)
+
+
+def _resample(samples: Samples, rate: int, target: int) -> Samples:
+    """Resample by soxr to the length that librosa, NeMo's way to soxr, would give."""
+    length = math.ceil(len(samples) * (target / rate))
+    resampled: Samples = soxr.resample(samples, rate, target, quality="HQ")
+    if len(resampled) < length:
+        return np.pad(resampled, (0, length - len(resampled)))
+    return resampled[:length]
 
 
 # --- opening
@@ -92,7 +214,7 @@ def decoder(path: str) -> Iterator[Sound]:
         except sf.LibsndfileError as error:
             if error.code != _UNRECOGNISED:
                 raise BadAudioError(
-                    "unreadable", unreadable(path, os.pread(descriptor, HEAD, 0), words(error))
+                    "unreadable", unreadable(path, os.pread(descriptor, HEAD, 0), decoder_message(error))
                 ) from None
         else:
             with sound:
@@ -172,8 +294,8 @@ def _read(sound: Sound, start: int, count: int) -> Samples:
 def decoding_failure(sound: Sound, error: sf.LibsndfileError) -> tuple[str, str]:
     """Tell a file that ends too early from one that is broken in the middle, by where the decoder stopped."""
     if isinstance(sound.name, int) and os.lseek(sound.name, 0, os.SEEK_CUR) >= os.fstat(sound.name).st_size:
-        return "truncated", f"the file ends in the middle of its audio ({words(error)}); {RECOVER}"
-    return "unreadable", f"the audio is damaged ({words(error)}); {RECOVER}"
+        return "truncated", f"the file ends in the middle of its audio ({decoder_message(error)}); {RECOVER}"
+    return "unreadable", f"the audio is damaged ({decoder_message(error)}); {RECOVER}"
 
 
 def check_length(sound: Sound, frames: int) -> None:
@@ -245,3 +367,31 @@ def _average(samples: Samples) -> Samples:
             total += samples[:, channel]
         total /= samples.shape[1]
     return total
+
+
+# --- which channel
+
+
+def parsed_channel(value: Any) -> Channel | None:
+    """The channel that a `channel_selector` means: a number from 0, "average", or None where it is null.
+
+    A list of one number is that number, as in NeMo. Raises ValueError for anything else.
+    """
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        return None
+    if value == "average":
+        return "average"
+    if type(value) is int and 0 <= value < _MOST_CHANNELS:
+        return value
+    text = repr(value)
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    several = "; several channels are not one signal" if isinstance(value, list | tuple) else ""
+    raise ValueError(f'"{CHANNEL_KEY}" is {shown}; it must be the number of one channel, from 0, or "average"{several}')
+
+
+def kept_channel(own: Channel | None, default: Channel | None) -> int | None:
+    """The number of the channel to keep, None for the average of all: an utterance's own choice comes first."""
+    channel = default if own is None else own
+    return None if channel == "average" else channel

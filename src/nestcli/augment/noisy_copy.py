@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import soundfile as sf
 
-from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.load import Samples
-from nestcli.audio.read import reason_of
-from nestcli.data.manifest import Entry, Manifest, read_manifests
+from nestcli.audio.load import CHANNEL_KEY, Samples, reason_of
+from nestcli.data.manifest import Entry, Manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into
 from nestcli.data.noise_pool import Clip, NoisePool
 from nestcli.data.utterance_audio import read_audio
@@ -85,7 +84,7 @@ def write_copy(
     path = folder / f"{file_name(own['audio_filepath'], repr((entry.name, line, draws)))}-{copy}.flac"
     size = _write(path, noisy, min(_level_db(clean), _level_db(added)) + 20 * math.log10(scale), options.sample_rate)
     row = {
-        **{key: value for key, value in own.items() if key not in ("offset", "shard_id", CHANNEL)},
+        **{key: value for key, value in own.items() if key not in ("offset", "shard_id", CHANNEL_KEY)},
         "audio_filepath": str(path),
         "duration": len(noisy) * 1_000_000 // options.sample_rate / 1e6,
         "clean_filepath": entry.audio_filepath,

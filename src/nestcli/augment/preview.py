@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.audio.load import Samples
-from nestcli.audio.read import load_audio
+from nestcli.audio.load import Samples, load_audio
 from nestcli.data.manifest import Entry
 from nestcli.data.utterance_audio import read_audio
 from nestcli.errors import DataError

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nestcli.augment.noisy_copy import CopyOptions, write_copy
-from nestcli.data.manifest import read_manifests, write_manifest
+from nestcli.data.manifest import write_manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import refuse_links
 from nestcli.jobs.cores import available_cores

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bench.corpus import make_corpus
+from nestcli.bench.corpus import make_bench_corpus
 from nestcli.bench.peer import nemo_version
 from nestcli.config import resolved
 
@@ -38,7 +38,7 @@ class Options:
 
 
 @dataclass
-class Context:
+class BenchContext:
     """The configuration, the options, a folder for files that go away afterwards, and `tell` for what is going on."""
 
     config: DictConfig
@@ -69,7 +69,7 @@ class Context:
         """Manifests of speech-like sounds and of noise, made on first use."""
         if self._made is None:
             self.tell("making sounds to measure on")
-            self._made = make_corpus(self.folder / "corpus")
+            self._made = make_bench_corpus(self.folder / "corpus")
         return self._made
 
     def loader_config(self, **train_ds: Any) -> DictConfig:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import soundfile as sf
 
-from nestcli.data.batch import Samples
+from nestcli.audio.load import Samples
 from nestcli.data.manifest import write_manifest
 
 RATE = 16_000  # Hz
 _SYLLABLES = 4.0  # a second
 
 
-def make_corpus(
+def make_bench_corpus(
     folder: Path,
     *,
     speech: int = 60,

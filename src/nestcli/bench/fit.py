@@ -9,7 +9,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from nestcli.bench.buckets import default_buckets, estimate_bins, padding_of_buckets, padding_of_plain
-from nestcli.bench.context import Context, Told, plain
+from nestcli.bench.context import BenchContext, Told, plain
 from nestcli.bench.largest import Search, Trial
 from nestcli.bench.material import read_material
 from nestcli.bench.peer import Peer, our_peer
@@ -23,7 +23,7 @@ from nestcli.training.settings import accelerator
 _KEYS = "model.train_ds"
 
 
-def buckets_section(context: Context) -> SectionReport:
+def buckets_section(context: BenchContext) -> SectionReport:
     """Bins from the manifest's durations, then trials of the training step in a process of its own."""
     config = context.loader_config()
     durations = read_material(config).speech.durations

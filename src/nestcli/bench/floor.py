@@ -10,8 +10,8 @@ import numpy as np
 import soundfile as sf
 from omegaconf import DictConfig
 
+from nestcli.audio.load import Samples
 from nestcli.bench.material import Material, read_material
-from nestcli.data.batch import Samples
 from nestcli.data.utterance_audio import duration_of
 
 _GAIN = np.float32(0.3)

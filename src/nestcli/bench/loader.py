@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from nestcli.bench.context import Context, plain
+from nestcli.bench.context import BenchContext, plain
 from nestcli.bench.material import Material, read_material
 from nestcli.bench.peer import Peer, nemo_peer, our_peer
 from nestcli.bench.report import SectionReport, Spread
@@ -68,7 +68,7 @@ class _Side:
         return sum(process["peak"] for process in [facts["main"], *facts["workers"]])
 
 
-def loader_section(context: Context) -> SectionReport:
+def loader_section(context: BenchContext) -> SectionReport:
     """Rounds in turn of our loader, the floor, our data set without a loader process, and NeMo's loader."""
     config = context.loader_config()
     material = read_material(config)
@@ -84,7 +84,7 @@ def loader_section(context: Context) -> SectionReport:
         return _reported(sides, material, context.nemo)
 
 
-def _opened(context: Context, config: DictConfig, material: Material, stack: ExitStack) -> dict[str, _Side]:
+def _opened(context: BenchContext, config: DictConfig, material: Material, stack: ExitStack) -> dict[str, _Side]:
     """The sides, each with its files open and its first batches behind it."""
     seconds = context.options.seconds or SECONDS
     counted = {"seconds": seconds, "skip": _QUEUE, "least": _LEAST}

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from nestcli.data.manifest import Manifest, read_manifests
+from nestcli.data.manifest import Manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import ConfigError, DataError
 from nestcli.files import user_path
 

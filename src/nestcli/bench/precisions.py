@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bench.context import Context, plain
+from nestcli.bench.context import BenchContext, plain
 from nestcli.bench.peer import our_peer
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.errors import RunFailedError
@@ -32,7 +32,7 @@ _DATA_SHEETS = {
 Facts = dict[str, Any]
 
 
-def precisions_section(context: Context) -> SectionReport:
+def precisions_section(context: BenchContext) -> SectionReport:
     """A row for every precision, batch size, and layers plain or compiled; the loader feeds a second timing of each."""
     audio = context.options.audio_seconds or AUDIO_SECONDS
     ways = [
@@ -61,7 +61,7 @@ def precisions_section(context: Context) -> SectionReport:
     )
 
 
-def _row(context: Context, precision: str, seconds: float, compiled: bool) -> Facts:
+def _row(context: BenchContext, precision: str, seconds: float, compiled: bool) -> Facts:
     """One process: its steps without a loader, then fed by one."""
     row: Facts = {"precision": precision, "audio_seconds": seconds, "compiled": compiled}
     clips = max(1, round(seconds / CLIP_SECONDS))
@@ -97,7 +97,7 @@ def _row(context: Context, precision: str, seconds: float, compiled: bool) -> Fa
     }
 
 
-def _config(context: Context, precision: str, clips: int, compiled: bool) -> DictConfig:
+def _config(context: BenchContext, precision: str, clips: int, compiled: bool) -> DictConfig:
     config = OmegaConf.merge(
         context.loader_config(batch_size=clips, num_workers=8),
         {

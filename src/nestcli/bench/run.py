@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nestcli.bench.context import Context, Options
+from nestcli.bench.context import BenchContext, Options
 from nestcli.bench.fit import buckets_section
 from nestcli.bench.loader import loader_section
 from nestcli.bench.precisions import precisions_section
@@ -21,7 +21,7 @@ from nestcli.bench.training import quantizer_section, train_step_section
 from nestcli.errors import RunFailedError
 from nestcli.training.settings import accelerator
 
-SECTIONS: dict[str, Callable[[Context], SectionReport]] = {
+SECTIONS: dict[str, Callable[[BenchContext], SectionReport]] = {
     "loader": loader_section,
     "scale": scale_section,
     "train_step": train_step_section,
@@ -55,7 +55,7 @@ def run_bench(
     """
     names = names or default_sections(config)
     report, folder = BenchReport(), Path(tempfile.mkdtemp(prefix="nest-bench-"))
-    context = Context(config, options, folder, lambda doing: advance(number, len(names), doing))
+    context = BenchContext(config, options, folder, lambda doing: advance(number, len(names), doing))
     number = 0
     try:
         if any(name in _WITH_NEMO for name in names):

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nestcli.bench.context import Context, plain
-from nestcli.bench.corpus import make_corpus
+from nestcli.bench.context import BenchContext, plain
+from nestcli.bench.corpus import make_bench_corpus
 from nestcli.bench.loader import nemo_block
 from nestcli.bench.peer import Peer, nemo_peer, our_peer
 from nestcli.bench.report import SectionReport, Spread
@@ -27,7 +27,7 @@ Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Start:
+class StartUp:
     """One fresh process up to its first batch, in seconds; memory then, in bytes, and its peak until then."""
 
     total: float
@@ -39,9 +39,9 @@ class Start:
     worker: dict[str, int | None]
 
 
-def scale_section(context: Context) -> SectionReport:
+def scale_section(context: BenchContext) -> SectionReport:
     """Fresh processes on manifests of growing length, and one that continues late in its fourth epoch."""
-    speech, noise = make_corpus(
+    speech, noise = make_bench_corpus(
         context.folder / "scale", speech=_FILES, noise=_FILES, seconds=(20.0, 20.0), noise_seconds=(20.0, 20.0)
     )
     rounds, lengths = context.options.rounds or ROUNDS, sorted(context.options.lines)
@@ -85,7 +85,7 @@ def write_long_manifest(path: Path, audio: Sequence[Path], lines: int, seed: int
     write_text(path, pieces())
 
 
-def started(make: Callable[[], Peer], **parameters: Any) -> Start:
+def started(make: Callable[[], Peer], **parameters: Any) -> StartUp:
     """Make a process, take it to its first batch, and end it."""
     begin = time.perf_counter()
     with make() as peer:
@@ -93,7 +93,7 @@ def started(make: Callable[[], Peer], **parameters: Any) -> Start:
         total = time.perf_counter() - begin
         memory = peer.ask("memory")
     nothing: dict[str, int | None] = {"peak": 0, "resident": 0, "proportional": 0, "own": 0}
-    return Start(
+    return StartUp(
         total=total,
         imports=total - facts["manifest"] - facts["first_batch"],
         manifest=facts["manifest"],
@@ -104,7 +104,7 @@ def started(make: Callable[[], Peer], **parameters: Any) -> Start:
     )
 
 
-def _row(lines: int, starts: Sequence[Start]) -> Facts:
+def _row(lines: int, starts: Sequence[StartUp]) -> Facts:
     """The medians of several starts: seconds, microseconds a line, memory of the last one."""
 
     def median(name: str) -> float:
@@ -121,7 +121,7 @@ def _row(lines: int, starts: Sequence[Start]) -> Facts:
     }
 
 
-def _reported(context: Context, rows: list[Facts], longest: Sequence[Start], resumed: Facts) -> SectionReport:
+def _reported(context: BenchContext, rows: list[Facts], longest: Sequence[StartUp], resumed: Facts) -> SectionReport:
     theirs = rows[-1].get("nemo")
     ours = Spread.of(start.total for start in longest)
     return SectionReport(

@@ -10,7 +10,6 @@ from types import FrameType, TracebackType
 _EVERY = 0.0007  # s; no divisor of anything regular
 _MODULES = {
     "data/manifest.py": "manifest entry",
-    "data/augmentation.py": "mix",
     "data/batch.py": "collate",
     "data/noise_pool.py": "noise",
 }
@@ -63,11 +62,13 @@ def stage_of(frame: FrameType | None) -> str:
 
 
 def _stage_of_code(file: str, function: str) -> str:
-    if file.endswith(("/soundfile.py", "audio/read.py", "audio/load.py")):
+    if file.endswith(("/soundfile.py", "audio/load.py")):
         if "resample" in function:
             return "resample"
         decodes = function in ("read", "_array_io", "_cdata_io", "_create_empty_array", "_check_frames")
         return "decode" if decodes or "decode" in function or "average" in function else "open"
     if file.endswith("soxr/__init__.py"):
         return "resample"
+    if file.endswith("data/dataset.py") and function == "_mixed":
+        return "mix"
     return next((stage for module, stage in _MODULES.items() if file.endswith(f"nestcli/{module}")), "")

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bench.context import Context, plain
+from nestcli.bench.context import BenchContext, plain
 from nestcli.bench.peer import Peer, nemo_peer, our_peer
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.config import resolved
@@ -36,7 +36,7 @@ class _Way:
     nemo: bool = False
 
 
-def train_step_section(context: Context) -> SectionReport:
+def train_step_section(context: BenchContext) -> SectionReport:
     """Steps in turn: plain, compiled, and NeMo's; then the memory of each, and where our time goes."""
     ways = _ways(context)
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
@@ -58,7 +58,7 @@ def train_step_section(context: Context) -> SectionReport:
     return _step_report(context, seconds, losses, accounts, memory)
 
 
-def quantizer_section(context: Context) -> SectionReport:
+def quantizer_section(context: BenchContext) -> SectionReport:
     """Tokens of the same features, in turn; the memory that they take beyond what is there."""
     ways = [way for way in _ways(context) if way.name != "compiled"]
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
@@ -88,7 +88,7 @@ def quantizer_section(context: Context) -> SectionReport:
     )
 
 
-def _ways(context: Context) -> list[_Way]:
+def _ways(context: BenchContext) -> list[_Way]:
     def changed(**encoder: Any) -> DictConfig:
         config = OmegaConf.merge(context.config, {"model": {"encoder": encoder}})
         assert isinstance(config, DictConfig)
@@ -98,7 +98,7 @@ def _ways(context: Context) -> list[_Way]:
     return [*ways, _Way("nemo", context.config, nemo=True)] if context.nemo is not None else ways
 
 
-def _opened(context: Context, way: _Way, stack: ExitStack, clips: int, seconds: float) -> Peer:
+def _opened(context: BenchContext, way: _Way, stack: ExitStack, clips: int, seconds: float) -> Peer:
     files = {
         "weights": str(context.folder / "weights.safetensors"),
         "batch": str(context.folder / f"batch-{clips}-{seconds:g}.safetensors"),
@@ -117,7 +117,7 @@ def _opened(context: Context, way: _Way, stack: ExitStack, clips: int, seconds: 
     return peer
 
 
-def _memory(context: Context, way: _Way, operation: str) -> Facts:
+def _memory(context: BenchContext, way: _Way, operation: str) -> Facts:
     """Of a fresh process with a batch of the size that is compared: what it held, and its peak, in bytes."""
     with ExitStack() as stack:
         peer = _opened(context, way, stack, MEMORY_CLIPS, MEMORY_SECONDS)
@@ -133,7 +133,7 @@ def _times(seconds: dict[str, list[float]], ours: str) -> float | None:
 
 
 def _step_report(
-    context: Context,
+    context: BenchContext,
     seconds: dict[str, list[float]],
     losses: dict[str, list[float]],
     accounts: dict[str, Facts],

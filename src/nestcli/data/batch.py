@@ -1,4 +1,4 @@
-"""What the loader hands to the model, and the gathering of items into it.
+"""The batch that the loader hands to the model, and the function that pads items into one.
 
 Axes: B batch, N samples, zero-padded to the longest item.
 """
@@ -6,22 +6,23 @@ Axes: B batch, N samples, zero-padded to the longest item.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nestcli.data.utterance_audio import Skipped as Skipped  # (for those who know it from here)
+from nestcli.audio.load import Samples
+from nestcli.data.utterance_audio import Skipped
 
 
 @dataclass(frozen=True)
 class NoiseBatch:
-    """Clean speech, what is to be mixed into it, and the mixture. Source: NeMo `AudioNoiseBatch`.
+    """Clean speech, the noise or speech mixed into it, and the mixture. Source: NeMo `AudioNoiseBatch`.
 
-    `sample_ids` are lines of the data set; `counts` is False for a batch that only keeps the ranks in step;
-    `skipped` is what should be in it and could not be read.
+    `sample_ids` are line numbers of the manifest. `counts` is False for a batch that only keeps the ranks in step.
+    `skipped` lists the lines that belong to the batch but could not be read.
     """
 
     audio: Tensor  # (B, N) float32
@@ -35,22 +36,16 @@ class NoiseBatch:
     skipped: tuple[Skipped, ...] = ()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> NoiseBatch:
-        """The batch on a device. What lies in page-locked memory is copied while other work goes on."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking or tensor.is_pinned()))
-
-    def pin_memory(self) -> NoiseBatch:
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, move: Callable[[Tensor], Tensor]) -> NoiseBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return NoiseBatch(**{**values, **moved})
+        """Copy the batch to a device. Copies from page-locked memory overlap with other work."""
+        tensors: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking or value.is_pinned())
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
 
-Samples = npt.NDArray[np.float32]
-
-
-Empty = Callable[[tuple[int, ...]], Samples]  # makes an array of any content
+Empty = Callable[[tuple[int, ...]], Samples]  # allocates an array; its content is undefined
 
 
 def empty(shape: tuple[int, ...]) -> Samples:
@@ -60,7 +55,7 @@ def empty(shape: tuple[int, ...]) -> Samples:
 def collate(
     audios: Sequence[Samples], noises: Sequence[Samples] | None, sample_ids: Sequence[int], empty: Empty = empty
 ) -> NoiseBatch:
-    """Zero-pad items to the longest; noise is cut or padded to the same width. Nothing is mixed yet."""
+    """Zero-pad items to the longest one, and cut or pad the noise to the same width. Does not mix anything."""
     longest = max(len(audio) for audio in audios)
     audio = torch.from_numpy(_stacked(audios, longest, empty))
     audio_len = torch.tensor([len(item) for item in audios])

@@ -1,11 +1,16 @@
-"""Which items form which batch, and how batches follow: computed for a whole epoch, known before it is read.
+"""The plan of batches: which items form a batch, and the order of the batches, for a whole epoch at once.
 
-The plan knows nothing of processes: the loader deals the batches out, one after the other.
+Everything follows from (seed, epoch), so a run can start at any place of any epoch. The plan knows nothing about
+processes: the loader deals the batches out one by one.
+
+An item is a line of the corpus. A small data set may be drawn from several times in an epoch; its repeated items get
+new numbers: `item % n_lines` is the line, `item // n_lines` is how often the line was drawn before.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -15,18 +20,91 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.data.order import Items, Order
-
 Integers = npt.NDArray[np.int64]
+Items = npt.NDArray[np.int64]
 Seconds = npt.NDArray[np.float64]
-Sequence = Literal["filled", "random", "buckets", "shuffled buckets"]
+StepOrder = Literal["filled", "random", "buckets", "shuffled buckets"]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The turns of the data sets: at random with these `shares`, or, if None, one after the other.
+
+    `length` is the number of items in an epoch. Source: NeMo `ConcatDataset`.
+    """
+
+    shares: tuple[float, ...] | None
+    length: int
+    seed: int = 0
+
+    def parts(self, n_parts: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the data set of each place in an epoch."""
+        if self.shares is None:
+            return np.arange(self.length) % n_parts
+        rng = np.random.default_rng((seed, epoch, 1 + self.seed))
+        return rng.choice(n_parts, size=self.length, p=self.shares)
+
+
+def temperature_shares(sizes: Sequence[int], temperature: float) -> tuple[float, ...]:
+    """Return shares proportional to size^(1/temperature): 1 keeps the sizes, a high one draws from all alike."""
+    weights = np.power(np.array(sizes) / np.sum(sizes), 1 / temperature)
+    return tuple((weights / weights.sum()).tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The items of each epoch, in their order.
+
+    `part_of` and `shard_of` are the data set and the tar of each line, -1 for a loose file. Lines in shards are
+    shuffled shard by shard, and then by at most `window` places, so that few shards are read at the same time.
+    """
+
+    part_of: npt.NDArray[np.int16]
+    shard_of: npt.NDArray[np.int32]
+    shuffle: Literal["lines", "shards"] | None
+    window: int
+    seed: int
+    mixing: Mixing | None = None
+
+    def items(self, epoch: int) -> Items:
+        """Return the items of an epoch in their order."""
+        if self.mixing is None:
+            return self._shuffled(np.arange(len(self.part_of)), (self.seed, epoch))
+        n_parts = int(self.part_of.max()) + 1
+        parts = self.mixing.parts(n_parts, self.seed, epoch)
+        items = np.empty(len(parts), np.int64)
+        for part in range(n_parts):
+            places = np.flatnonzero(parts == part)
+            items[places] = self._passes(part, len(places), epoch)
+        return items
+
+    def _passes(self, part: int, count: int, epoch: int) -> Items:
+        """Return `count` items of one data set, in as many passes through it as needed."""
+        lines = np.flatnonzero(self.part_of == part)
+        n_passes = -(-count // len(lines))
+        passes = [
+            self._shuffled(lines, (self.seed, epoch, part, number)) + number * len(self.part_of)
+            for number in range(n_passes)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *passes])[:count]
+
+    def _shuffled(self, lines: Items, key: tuple[int, ...]) -> Items:
+        if self.shuffle is None:
+            return lines
+        rng = np.random.default_rng(key)
+        if self.shuffle == "lines":
+            return rng.permutation(lines)
+        shards = self.shard_of[lines]
+        place_of_shard = rng.permutation(int(shards.max()) + 2)  # the last place is for loose files
+        near = lines[np.argsort(place_of_shard[shards], kind="stable")]
+        return near[np.argsort(np.arange(len(near)) + rng.uniform(0, self.window, len(near)), kind="stable")]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a batch is full: at `size` items, or when another would make its padded length exceed `duration` s.
+    """The size of a batch: at most `size` items, and at most `duration` s with its padding.
 
-    Long items count for more where `quadratic` is set: d + d²/quadratic. Source: Lhotse `TimeConstraint`.
+    With `quadratic`, long items weigh more: d + d²/quadratic. Source: Lhotse `TimeConstraint`.
     """
 
     size: int | None
@@ -34,7 +112,7 @@ class Limits:
     quadratic: float | None = None
 
     def ends(self, durations: Seconds, *, drop_last: bool = False) -> list[int]:
-        """Where batches end in a sequence of items; `drop_last` leaves out a last one that could hold more."""
+        """Return the ends of the batches in a sequence of items; `drop_last` drops a last one that is not full."""
         size = self.size or len(durations)
         if self.duration is None:
             ends = list(range(size, len(durations) + 1, size)) if size else []
@@ -57,7 +135,7 @@ class Batches:
 
     items: Items
     starts: Integers
-    chosen: Integers  # number of each batch among those that were formed
+    chosen: Integers  # number of each batch among all that were formed
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -69,8 +147,8 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Formed:
-    """All batches of an epoch, bucket after bucket: their items, the items' places in the epoch's order, where each
-    batch starts (and the end), and its bucket."""
+    """All batches of an epoch, bucket after bucket: their items, the places of the items in the epoch's order, the
+    start of each batch (and the end of the last), and the bucket of each batch."""
 
     items: Items
     places: Integers
@@ -80,12 +158,12 @@ class _Formed:
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Batches out of buckets: only items of one bucket come together, and `together` batches on end are of the same.
+    """The batches of every epoch: a batch holds items of one bucket, and so do all batches of a step.
 
-    `durations` are in seconds, one a line; `bucket_of` a line's bucket. `sequence` is how steps follow: as they fill
-    up, at random, bucket after bucket, or so with the buckets shuffled. A step is `together` batches, all that the
-    processes of a run use for one step of the optimiser. With `drop_last`, smaller last batches of plain data are left
-    out.
+    `durations` are in seconds, one per line; `bucket_of` is the bucket of each line. A step is the `batches_per_step`
+    batches that all processes of a run use for one step of the optimizer. `sequence` orders the steps: "filled" as
+    they fill up, "random", "buckets" bucket after bucket, "shuffled buckets" the same with the buckets shuffled.
+    `drop_last` drops a smaller last batch where there is only one bucket.
     """
 
     order: Order
@@ -93,16 +171,17 @@ class BatchPlan:
     limits: tuple[Limits, ...]  # of every bucket
     bucket_of: npt.NDArray[np.int16]
     drop_last: bool = False
-    sequence: Sequence = "filled"
-    together: int = 1
+    sequence: StepOrder = "filled"
+    batches_per_step: int = 1
     _epochs: dict[tuple[int, int], Batches] = field(default_factory=dict, repr=False)
 
     def batches(self, epoch: int, before: int = 0) -> Batches:
-        """The batches of an epoch; the last one asked for is kept.
+        """Return the batches of an epoch; the newest epoch is kept.
 
-        `before` is how many batches the run used before the epoch: its first ones complete the step that those began.
+        `before` is the number of batches that the run used before the epoch: the first ones complete an unfinished
+        step.
         """
-        key = (epoch, -before % self._together)
+        key = (epoch, -before % self._bucket_run)
         if key not in self._epochs:
             made = self._batches(*key)
             self._epochs.clear()
@@ -111,17 +190,17 @@ class BatchPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with anything that changes the batches: the data, their order and sizes, steps in buckets."""
+        """A digest that changes with anything that changes the batches: data, order, sizes, steps in buckets."""
         order = self.order
         digest = blake2b(digest_size=16)
         for column in (self.durations, self.bucket_of, order.part_of, order.shard_of):
             digest.update(column.tobytes())
-        settings = (self.limits, self.drop_last, self.sequence, self._together)
+        settings = (self.limits, self.drop_last, self.sequence, self._bucket_run)
         digest.update(repr((settings, order.shuffle, order.window, order.seed, order.mixing)).encode())
         return digest.hexdigest()
 
     def padding_waste(self, epoch: int = 0) -> float:
-        """The share of padding in the audio of an epoch's batches."""
+        """Return the share of padding in the audio of an epoch's batches."""
         formed = self._formed(epoch)
         sizes = np.diff(formed.starts)
         if not len(sizes):
@@ -131,7 +210,7 @@ class BatchPlan:
         return 1 - float(lengths.sum() / (longest * sizes).sum())
 
     def largest_batch(self) -> float:
-        """An upper bound of the seconds of a batch, padding included."""
+        """Return an upper bound for the seconds of a batch, padding included."""
         bounds = []
         for bucket, limits in enumerate(self.limits):
             own = self.durations if len(self.limits) == 1 else self.durations[self.bucket_of == bucket]
@@ -144,15 +223,16 @@ class BatchPlan:
     # ---- forming ----
 
     @property
-    def _together(self) -> int:
-        return self.together if len(self.limits) > 1 else 1  # where there is one bucket, all are of the same
+    def _bucket_run(self) -> int:
+        """The number of consecutive batches that must share a bucket; with a single bucket they always do."""
+        return self.batches_per_step if len(self.limits) > 1 else 1
 
     def _batches(self, epoch: int, lead: int) -> Batches:
         formed = self._formed(epoch)
         steps, rest = self._steps(formed.buckets)
         steps = steps[self._in_sequence(steps, formed, epoch)].reshape(-1)
-        if len(rest) < lead:  # a step is taken apart to complete one of the last epoch
-            whole = max(0, len(steps) - self._together)
+        if len(rest) < lead:  # split a step to complete the unfinished one of the last epoch
+            whole = max(0, len(steps) - self._bucket_run)
             steps, rest = steps[:whole], np.append(rest, steps[whole:])
         return Batches(formed.items, formed.starts, np.concatenate([rest[:lead], steps, rest[lead:]]))
 
@@ -174,15 +254,15 @@ class BatchPlan:
         return _Formed(items[: starts[-1]], places, np.array(starts), np.array(bucket_of_batch, np.int64))
 
     def _steps(self, bucket_of_batch: Integers) -> tuple[Integers, Integers]:
-        """(steps, together) numbers of batches, each step of one bucket, and those that are left over."""
+        """Return batch numbers as (steps, batches_per_step), with one bucket per step, and the batches left over."""
         batches = np.arange(len(bucket_of_batch))
         counts = np.bincount(bucket_of_batch, minlength=len(self.limits))
         place_in_bucket = batches - (np.cumsum(counts) - counts)[bucket_of_batch]
-        whole = place_in_bucket < (counts // self._together * self._together)[bucket_of_batch]
-        return batches[whole].reshape(-1, self._together), batches[~whole]
+        whole = place_in_bucket < (counts // self._bucket_run * self._bucket_run)[bucket_of_batch]
+        return batches[whole].reshape(-1, self._bucket_run), batches[~whole]
 
     def _in_sequence(self, steps: Integers, formed: _Formed, epoch: int) -> Integers:
-        """The order of the steps."""
+        """Return the order of the steps."""
         rng = np.random.default_rng((self.order.seed, epoch, 7))
         first = steps[:, 0]
         if self.sequence == "random":
@@ -195,9 +275,9 @@ class BatchPlan:
 
 
 def duration_bins(durations: Seconds, n_buckets: int) -> list[float]:
-    """The inner bounds of `n_buckets` buckets that hold about the same number of seconds each.
+    """Return the inner bounds of `n_buckets` buckets that hold about the same number of seconds each.
 
-    Source: Lhotse `estimate_duration_buckets`. There may be fewer where many items are of the same length.
+    There may be fewer buckets if many items have the same length. Source: Lhotse `estimate_duration_buckets`.
     """
     lengths = np.sort(durations)
     share = lengths.sum() / n_buckets
@@ -214,5 +294,5 @@ def duration_bins(durations: Seconds, n_buckets: int) -> list[float]:
 def bucketed(
     durations: Seconds, bins: tuple[float, ...] | list[float], *, upper_inclusive: bool
 ) -> npt.NDArray[np.int16]:
-    """The bucket of every duration between the bounds; len(bins) for those beyond the last."""
+    """Return the bucket of each duration; len(bins) for durations beyond the last bound."""
     return np.searchsorted(np.array(bins), durations, side="left" if upper_inclusive else "right").astype(np.int16)

@@ -1,7 +1,7 @@
-"""What `model.train_ds` and `model.validation_ds` name, as a corpus: its lines, and the data sets that they are of.
+"""The corpus that `model.train_ds` or `model.validation_ds` names: its lines, and the data set of each line.
 
-NeMo has three ways to name data, and all are read here: manifests of loose files, tars beside manifests
-(`is_tarred`), and Lhotse's (`use_lhotse`: cuts, Shar, weighted lists, `input_cfg`).
+NeMo has three ways to name data, and all are supported: manifests of loose files, tars with manifests (`is_tarred`),
+and Lhotse's (`use_lhotse`: cuts, Shar, weighted lists, `input_cfg`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.audio.channel import KEY as CHANNEL
+from nestcli.audio.load import CHANNEL_KEY
 from nestcli.config import require, section
 from nestcli.data.dataset_config import DatasetConfig
-from nestcli.data.manifest import Manifest, joined, read_manifests
-from nestcli.data.tarred import expand, read_shar, read_tarred
+from nestcli.data.manifest import Manifest, joined
+from nestcli.data.manifest_scan import expand, read_manifests
+from nestcli.data.tarred import read_shar, read_tarred
 from nestcli.errors import ConfigError, DataError
 from nestcli.files import user_path
 from nestcli.untrusted import check_plain, read_yaml, short
 
-_DEEPEST_GROUP, _MOST_ENTRIES = 8, 10_000  # of an input_cfg
+_DEEPEST_GROUP, _MOST_ENTRIES = 8, 10_000  # limits for an input_cfg
 
 
 @dataclass(frozen=True)
 class Part:
-    """One data set, and its weight where data sets are drawn from by weights."""
+    """One data set, and its weight if data sets are drawn by weight."""
 
     manifest: Manifest
     weight: float | None = None
@@ -38,10 +39,10 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The lines to train on or to validate with, and the data set of each. `weights` are those of the data sets.
+    """The lines for training or validation, and the data set of each. `weights` belong to the data sets.
 
-    `in_buckets`: each data set is a bucket of NeMo's, whose lines come together. `left_out` lines are too short or too
-    long.
+    `in_buckets`: each data set is one of NeMo's buckets, and a batch holds lines of one bucket. `left_out` is the
+    number of lines that are too short or too long.
     """
 
     speech: Manifest
@@ -77,7 +78,7 @@ def read_corpus(config: DictConfig, key: str) -> Corpus:
 
 
 def noise_manifest(config: DictConfig, key: str) -> Manifest | None:
-    """Open the noise of the block at `key`, if it names any; its lines need no duration, as in NeMo."""
+    """Open the noise manifest of the block at `key`, if it names one; lines need no duration, as in NeMo."""
     paths = _plain(OmegaConf.select(config, f"{key}.noise_manifest"))
     _check_names(paths, f"{key}.noise_manifest")
     return read_manifests(expand(paths), require_duration=False) if paths else None
@@ -91,9 +92,9 @@ def _plain(value: Any) -> Any:
 
 
 def _check_names(paths: Any, key: str) -> None:
-    """Raise ConfigError where a path is no text, or empty, as an unset variable leaves it, or a list has none."""
+    """Raise ConfigError if a path is not a text or is empty, as with an unset variable, or if a list is empty."""
     if paths is not None and not isinstance(paths, str | list):
-        raise ConfigError(f"{key}: {short(paths)} is no path. Write a path, or a list of paths.")
+        raise ConfigError(f"{key}: {short(paths)} must be a path or a list of paths.")
     nothing = isinstance(paths, list) and not paths
     blank = isinstance(paths, str) and not all(each.strip(" []") for each in paths.split(","))
     if nothing or blank:
@@ -108,7 +109,7 @@ def _is_nested(paths: Any) -> bool:
 
 
 def _loose_parts(manifests: Any, is_concat: bool, *, weighted: bool) -> tuple[list[Part], bool]:
-    """One data set, or one of each element of a list."""
+    """Return one data set, or one for each element of a list."""
     if weighted and (found := _weighted(manifests)):
         return [Part(read_manifests(expand(path)), weight) for path, weight in found], True
     if _is_nested(manifests) or (is_concat and isinstance(manifests, list)):
@@ -129,12 +130,12 @@ def _tarred_parts(manifests: Any, tars: Any, is_concat: bool) -> tuple[list[Part
 
 
 def _flat(paths: Any) -> list[str]:
-    """The paths in lists of any depth."""
+    """Return the paths in nested lists."""
     return [path for each in paths for path in _flat(each)] if isinstance(paths, list) else [str(paths)]
 
 
 def _weighted(paths: Any) -> list[tuple[str, float]]:
-    """Pairs of path and weight, if that is what a list holds."""
+    """Return pairs of path and weight if a list holds such pairs, else an empty list."""
     pairs = [each for each in paths if _is_weighted(each)] if isinstance(paths, list) else []
     if pairs and len(pairs) < len(paths):
         raise ConfigError(f"{paths}: give a weight to all or to none of the data sets, as [[PATH, WEIGHT], ...].")
@@ -146,7 +147,7 @@ def _is_weighted(each: Any) -> bool:
 
 
 def _lhotse_parts(block: DictConfig, settings: DatasetConfig, key: str) -> list[Part] | None:
-    """The data sets that Lhotse's own keys name; None if none of them is set."""
+    """Return the data sets that Lhotse's own keys name; None if none is set."""
     temperatures = settings.reweight_temperature
     if (entries := _plain(block.get("input_cfg"))) is not None:
         levels = list(temperatures) if isinstance(temperatures, tuple) else temperatures
@@ -167,9 +168,9 @@ def _lhotse_parts(block: DictConfig, settings: DatasetConfig, key: str) -> list[
 def _parts_of_input(
     entries: Any, temperatures: list[float] | float | None, count: Iterator[int], depth: int = 0
 ) -> list[Part]:
-    """The data sets of an `input_cfg`; groups in it multiply their weight to those inside. Source: NeMo.
+    """Return the data sets of an `input_cfg`; the weight of a group multiplies the weights inside. Source: NeMo.
 
-    `count` goes up with each entry of the whole: groups may be files, which may name each other.
+    `count` counts the entries of all levels: groups may be files, which may name each other.
     """
     if depth > _DEEPEST_GROUP:
         which = f"{entries}: " if isinstance(entries, str) else ""
@@ -182,7 +183,7 @@ def _parts_of_input(
         check_plain(entries, str(path))
     if not isinstance(entries, list) or not entries or not all(isinstance(each, dict) for each in entries):
         raise ConfigError(
-            "input_cfg is no list of data sets; give [{type: nemo, manifest_filepath: ..., weight: ...}]."
+            "input_cfg must be a list of data sets; give [{type: nemo, manifest_filepath: ..., weight: ...}]."
         )
     here, below = (
         (temperatures[:1], temperatures[1:]) if isinstance(temperatures, list) else ([temperatures], temperatures)
@@ -199,7 +200,7 @@ def _parts_of_input(
 
 
 def _entry_weights(entries: Sequence[dict[str, Any]], temperature: float | None) -> list[float]:
-    """Shares of one level of an input_cfg: as given, raised to the temperature; alike where none is given."""
+    """Return the shares of one level of an input_cfg: weights raised to the temperature, or equal shares."""
     if all(entry.get("weight") is None for entry in entries):
         return [1 / len(entries)] * len(entries)
     raised = []
@@ -219,8 +220,10 @@ def _parts_of_entry(
             "lhotse_shar": "shar_path", "group": "input_cfg"}  # fmt: skip
     if kind not in keys:
         raise ConfigError(f"input_cfg: the type {kind!r} is not one of {', '.join(keys)}.")
-    if CHANNEL in entry:
-        raise ConfigError(f"input_cfg: {CHANNEL} is no key of an entry. Set it beside input_cfg, or in the lines.")
+    if CHANNEL_KEY in entry:
+        raise ConfigError(
+            f"input_cfg: {CHANNEL_KEY} is not a key of an entry. Set it beside input_cfg, or in the lines."
+        )
     if keys[kind] not in entry or (kind == "nemo_tarred" and "manifest_filepath" not in entry):
         raise ConfigError(f"input_cfg: an entry of type {kind} lacks {keys[kind]}: {entry}.")
     if kind == "group":
@@ -236,7 +239,7 @@ def _parts_of_entry(
 
 
 def _filtered(key: str, parts: Sequence[Part], settings: DatasetConfig, *, in_buckets: bool) -> Corpus:
-    """All parts as one, without what is too short or too long."""
+    """Join all parts, without lines that are too short or too long."""
     repeats = settings.bucketing_weights if in_buckets and settings.bucketing_weights else (1,) * len(parts)
     if len(repeats) != len(parts):
         raise ConfigError(f"{key}.bucketing_weights: {len(repeats)} weights for {len(parts)} buckets.")

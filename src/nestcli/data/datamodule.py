@@ -1,4 +1,4 @@
-"""From manifests to batches: the loader's processes, and the place in the data that a resumed run goes on from."""
+"""From manifests to batches: Lightning's data module, its loaders, and the position of a resumed run in the data."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from nestcli.config import section, seed_of
 from nestcli.data.batch import NoiseBatch
 from nestcli.data.batch_plan import BatchPlan
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
-from nestcli.data.dataset import MIN_SECONDS, NoisySpeech
+from nestcli.data.dataset import MIN_SECONDS, NoisySpeech, SkipCounter
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.loader.shared_buffers import Placed, SlabLoader, Slabs
 from nestcli.data.loader.signals import led_by_main_process
 from nestcli.data.loader.watched_workers import Watch, WatchedLoader
 from nestcli.data.noise_pool import NoisePool
-from nestcli.data.planning import plan_batches
 from nestcli.data.preflight import check_noise, check_speech, machine_notes
-from nestcli.data.sampler import OnePass, Place, Position, ResumableSampler
-from nestcli.data.skipping import SkipCounter
+from nestcli.data.sampler import OnePass, Place, Position, ResumableSampler, plan_batches
 from nestcli.errors import DataError, NestError
 from nestcli.jobs.cores import available_cores
 
@@ -34,8 +32,8 @@ _BYTES_A_SAMPLE, _LARGEST_SLAB = 8, 1 << 28  # of a batch on its way: clean and 
 class NestDataModule(LightningDataModule):
     """The loaders of `model.train_ds` and `model.validation_ds`.
 
-    `batches` is the length of the training loader: one epoch, unless a run sets that of all its epochs. `tell` hears
-    what a person should know: audio that was left out, data that changed since the checkpoint.
+    `batches` is the length of the training loader: one epoch, unless the run sets the number for all its epochs.
+    `tell` receives messages for the user: audio that was left out, data that changed since the checkpoint.
     """
 
     def __init__(self, config: DictConfig, tell: Callable[[str], None] = lambda message: None) -> None:
@@ -50,14 +48,15 @@ class NestDataModule(LightningDataModule):
         self.sample_rate = int(config.model.sample_rate)
         self.skipped = SkipCounter(self._settings("model.train_ds").max_failed_share, tell)
         self._val_skipped = SkipCounter(1.0, tell)
+        self._plans: dict[tuple[str, int], BatchPlan] = {}
         self._sampler: ResumableSampler | None = None
         self._restored: Position | None = None
-        self._restored_at = 0  # batches that each process counts there
+        self._restored_at = 0  # batches that each process had counted there
 
     # ---- plans and single batches ----
 
     def train_plan(self, ranks: int = 1) -> BatchPlan:
-        """The batches of training, for `ranks` processes in all. Raises DataError if there are none."""
+        """Return the plan of training for `ranks` processes in total. Raises DataError if it has no batches."""
         plan = self._plan(self.train, "model.train_ds", ranks * self._accumulate())
         if len(plan.batches(0)) == 0:
             settings = self._settings("model.train_ds")
@@ -68,21 +67,21 @@ class NestDataModule(LightningDataModule):
         return plan
 
     def train_batch(self, epoch: int, number: int) -> NoiseBatch:
-        """One batch of training, made in this process. Raises NestError."""
+        """Return one batch of training, made in this process. Raises NestError."""
         batch = self._data(self.train, self.train_noise, "model.train_ds")[
             Place(epoch, self.train_plan().batches(epoch)[number])
         ]
         return self._counted(batch, self.skipped)
 
     def check_validation_batch(self) -> None:
-        """Make the first batch of validation, if there is any. Raises NestError."""
+        """Make the first batch of validation, if there is validation data. Raises NestError."""
         if self.val is not None:
             batches = self._plan(self.val, "model.validation_ds").batches(0)
             data = self._data(self.val, self.val_noise, "model.validation_ds")
             self._counted(data[Place(0, batches[0])], self._val_skipped)
 
-    def check_ready(self, processes: int = 1) -> None:
-        """Look for the files, and at what the machine has for `processes` of the run. Raises DataError."""
+    def check_ready(self, ranks: int = 1, nodes: int = 1) -> None:
+        """Check that the files exist, and tell if cores or memory are short for `ranks` processes. Raises DataError."""
         for key, corpus, noise in (
             ("model.train_ds", self.train, self.train_noise),
             ("model.validation_ds", self.val, self.val_noise),
@@ -94,8 +93,9 @@ class NestDataModule(LightningDataModule):
             if noise is not None and (told := check_noise(noise.manifest, key, settings.max_failed_share)):
                 self.tell(told)
             if corpus is self.train:
-                n_bytes = _slab_bytes(self._plan(corpus, key), settings) * (_PREFETCHED + 1) * _workers(settings)
-                for told in machine_notes(key, settings.num_workers, n_bytes, processes):
+                plan = self._plan(corpus, key, ranks * self._accumulate())
+                n_bytes = _slab_bytes(plan, settings) * (_PREFETCHED + 1) * _workers(settings)
+                for told in machine_notes(key, settings.num_workers, n_bytes, ranks // nodes):
                     self.tell(told)
 
     # ---- Lightning's hooks ----
@@ -123,7 +123,7 @@ class NestDataModule(LightningDataModule):
         return self._counted(batch, self.skipped if training else self._val_skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands in which data; the same on every rank."""
+        """Return the position of the run and the fingerprint of its data; the same on every rank."""
         if self._sampler is None:
             return {}
         position = self._sampler.at(self._consumed())
@@ -154,13 +154,13 @@ class NestDataModule(LightningDataModule):
             self._restored = replace(self._restored, epoch=self._restored.epoch + 1, number=0)
             self.tell(
                 "The training data or their batches are not those of the checkpoint: "
-                f"the run goes on with epoch {self._restored.epoch} from its beginning."
+                f"the run continues with epoch {self._restored.epoch} from its beginning."
             )
 
     # ---- parts ----
 
     def _tell_of_processes(self, before: tuple[int, int], now: tuple[int, int]) -> None:
-        """What becomes of a run that had another number of processes, or of batches accumulated in each."""
+        """Tell how a run continues after a change of its processes, or of the batches that each accumulates."""
         batches = [ranks * accumulate for ranks, accumulate in (before, now)]
         means = (
             f"A step still takes {batches[0]} batches, the same that it would have taken."
@@ -169,14 +169,14 @@ class NestDataModule(LightningDataModule):
             f"For steps of {batches[0]}, keep processes x trainer.accumulate_grad_batches at that."
         )
         self.tell(
-            f"The run goes on with {now[0]} x {now[1]} batches (processes x trainer.accumulate_grad_batches), "
+            f"The run continues with {now[0]} x {now[1]} batches (processes x trainer.accumulate_grad_batches), "
             f"before {before[0]} x {before[1]}. {means}"
         )
 
     def _start(self, plan: BatchPlan) -> Position:
-        """Where the next batch is in the data."""
+        """Return the position of the next batch."""
         consumed = self._consumed()
-        start = Position(0, 0, 0)  # from the beginning, or a checkpoint that does not say
+        start = Position(0, 0, 0)  # from the beginning, or from a checkpoint without a position
         if self._restored is not None and self._restored.consumed <= consumed:
             start = self._restored
         epoch, number = start.epoch, start.number + consumed - start.consumed
@@ -186,12 +186,12 @@ class NestDataModule(LightningDataModule):
         return Position(consumed, epoch, number)
 
     def _consumed(self) -> int:
-        """Training batches that all processes used so far in the run, those before a resume included."""
+        """Return the training batches that all processes have used in the run, including those before a resume."""
         before = 0 if self._restored is None else self._restored.consumed
         return before + (self._counted_batches() - self._restored_at) * self._ranks()[0]
 
     def _counted_batches(self) -> int:
-        """The training batches that Lightning counts in this process."""
+        """Return the training batches that Lightning has counted in this process."""
         return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready) if self.trainer else 0
 
     def _ranks(self) -> tuple[int, int]:
@@ -203,8 +203,13 @@ class NestDataModule(LightningDataModule):
     def _settings(self, key: str) -> DatasetConfig:
         return section(DatasetConfig, self.config, key)
 
-    def _plan(self, corpus: Corpus, key: str, together: int = 1) -> BatchPlan:
-        return plan_batches(corpus, self._settings(key), key, seed=self.seed, together=together)
+    def _plan(self, corpus: Corpus, key: str, batches_per_step: int = 1) -> BatchPlan:
+        """Return the plan of a corpus, made once per number of batches in a step."""
+        if (key, batches_per_step) not in self._plans:
+            settings = self._settings(key)
+            made = plan_batches(corpus, settings, key, seed=self.seed, batches_per_step=batches_per_step)
+            self._plans[key, batches_per_step] = made
+        return self._plans[key, batches_per_step]
 
     def _data(self, corpus: Corpus, noise: NoisePool | None, key: str) -> NoisySpeech:
         return NoisySpeech(corpus.speech, noise, self.seed, self.config, key)
@@ -252,7 +257,7 @@ def _slab_bytes(plan: BatchPlan, settings: DatasetConfig) -> int:
 
 
 def recounted(batches: int, accumulated: int, accumulate: int) -> int:
-    """Batches of a process as it would count them, had each step of the optimiser taken `accumulate`."""
+    """Return the batches that a process would have counted if each optimizer step had taken `accumulate`."""
     return batches if accumulated == accumulate else batches // accumulated * accumulate
 
 

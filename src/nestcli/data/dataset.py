@@ -1,6 +1,11 @@
-"""One batch: speech and noise are read, cut and mixed.
+"""The data set: reads the speech and noise of one batch, cuts them and mixes them. Open this file first.
 
-Every draw depends on (seed, epoch, item) alone, so a batch is the same in any process, and after a resume.
+Every draw depends only on (seed, epoch, item), so a batch is the same in any process, and after a resume.
+
+With `nemo_exact`, draws and result equal those of NeMo's `SpeakerNoiseAugmentation` and `MultiSpeakerNoiseAugmentation`
+from the same seed. Without it, an item that is not augmented stays clean and complete, segments never run out, noise
+mode falls back to speech if there is no noise, mixtures beyond full scale are scaled down, and the lengths of segments
+are drawn in one step instead of sample by sample.
 """
 
 from __future__ import annotations
@@ -8,37 +13,47 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
-from nestcli.audio.channel import Channel, parsed_channel
+from nestcli.audio.load import Channel, Samples, parsed_channel
 from nestcli.config import section
-from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
-from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate, empty
+from nestcli.data.batch import Empty, NoiseBatch, collate, empty
+from nestcli.data.batch_plan import Items
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.loader.shared_buffers import Placed, Slabs
 from nestcli.data.manifest import Manifest
+from nestcli.data.mixing import (
+    AugmentationConfig,
+    Given,
+    Mixture,
+    NoiseOf,
+    Pieces,
+    mix_in,
+    one_stretch_of,
+    scattered_segments,
+)
 from nestcli.data.noise_pool import NoisePool
-from nestcli.data.order import Items
 from nestcli.data.sampler import Place
-from nestcli.data.utterance_audio import read_audio
+from nestcli.data.utterance_audio import Skipped, read_audio
 from nestcli.errors import ConfigError, DataError, NestError
 from nestcli.jobs.activity import Noted
 from nestcli.targets import TARGETS
 
-MIN_SECONDS = 1.0  # a clip that turns out shorter is repeated up to this length, as in NeMo
-_REPLACEMENTS = 20  # lines tried in place of a batch of which nothing can be read
-_MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
+MIN_SECONDS = 1.0  # a shorter clip is repeated up to this length, as in NeMo
+_REPLACEMENTS = 20  # lines tried in place of a batch without any readable item
+_JUDGED_FROM = 100  # utterances; with fewer, one corrupt file is a large share
 _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
 
 
 class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
     """Batches by place: clean speech, noise and their mixture.
 
-    Audio that cannot be read is left out of its batch and named there. An error that a user can mend is returned, not
+    Audio that cannot be read is left out of its batch and named in it. An error that the user can fix is returned, not
     raised: a loader process would bury it in its own traceback.
     """
 
@@ -71,19 +86,19 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         batch = self._noisy(place.epoch, items, audios)
         if self.noise is not None:
             skipped += self.noise.take_skipped()
-        unneeded = torch.empty(0)  # the model looks at audio and noisy audio; a third less has to be sent
+        unneeded = torch.empty(0)  # the model uses only audio and noisy audio; this saves a third of what is sent
         return replace(batch, noise=unneeded, counts=counts, skipped=tuple(skipped))
 
     def _noisy(self, epoch: int, items: list[int], audios: list[Samples]) -> NoiseBatch:
         lines = [item % len(self.speech) for item in items]
         if self.mix is None or self.augmentation is None:
             batch = collate(audios, self._noises(epoch, items, audios), lines)
-            return replace(batch, noisy_audio=batch.audio + batch.noise)  # as it was read: NeMo's way
+            return replace(batch, noisy_audio=batch.audio + batch.noise)  # without mixing, as in NeMo
         generator = self._generator("mix", epoch, items[0])
         if self.augmentation.nemo_exact:
             return self.mix(collate(audios, self._noises(epoch, items, audios), lines), self.augmentation, generator)
 
-        def noise_of(place: int, count: int) -> Samples:  # the same draws, but only of what is mixed in
+        def noise_of(place: int, count: int) -> Samples:  # the same draws, but reads only what is mixed in
             return self._noise(epoch, items[place], len(audios[place]), count)
 
         make = empty if self.slabs is None else self.slabs.array
@@ -93,7 +108,7 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         return [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]
 
     def _speech_of(self, wanted: Items) -> tuple[list[int], list[Samples], list[Skipped]]:
-        """The items that can be read, their audio, and what is wrong with the others."""
+        """Return the readable items, their audio, and the faults of the others."""
         items, audios, skipped = [], [], []
         for item in wanted.tolist():
             try:
@@ -104,7 +119,7 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         return items, audios, skipped
 
     def _replacement(self, item: int, skipped: list[Skipped]) -> tuple[list[int], list[Samples]]:
-        """The next line that can be read, to compute something on where nothing was left of a batch."""
+        """Return the next readable line, to compute something on if no item of a batch is readable."""
         for step in range(1, _REPLACEMENTS + 1):
             line = (item + step) % len(self.speech)
             try:
@@ -124,7 +139,7 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         return np.resize(audio, shortest) if len(audio) < shortest else audio
 
     def _named_channel(self, line: int, field: str) -> Channel | None:
-        """The channel in the field that channel_selector names. Raises DataError for a line without one."""
+        """Return the channel from the field that channel_selector names. Raises DataError for a line without it."""
         value = self.speech.row(line).get(field)
         try:
             if value is None:
@@ -153,3 +168,96 @@ def _mixer(config: DictConfig, key: str) -> tuple[Callable[..., NoiseBatch] | No
     if "_target_" not in block:
         raise ConfigError(f"{key}.batch_augmentor._target_ is missing: name the augmentation, e.g. {_DEFAULT_MIXER}.")
     return _MIXERS[TARGETS[block["_target_"]]], section(AugmentationConfig, config, f"{key}.batch_augmentor")
+
+
+# ---- mixing noise and other speech into a batch ----
+
+
+def _mixed(
+    batch: NoiseBatch,
+    config: AugmentationConfig,
+    rng: random.Random,
+    noise_of: NoiseOf | None = None,
+    record: list[Mixture | None] | None = None,
+    empty: Empty = empty,
+    *,
+    choose: Callable[[int, Given], Pieces | None],
+) -> NoiseBatch:
+    """Mix what `choose` picks into each item with probability `prob`.
+
+    The noise is that of the batch, or comes from `noise_of`; then the result has none of its own. `record` receives
+    what was done to each item, `empty` allocates the noisy audio.
+    """
+    raw = batch.noise.numpy()
+    raw_lengths = batch.noise_len.tolist()
+    audio = batch.audio.numpy()
+    given = Given(
+        [row[:length] for row, length in zip(audio, batch.audio_len.tolist(), strict=True)],
+        audio.shape[1],
+        noise_of or (lambda item, count: raw[item, : min(count, raw_lengths[item])]),
+        config,
+        rng,
+    )
+    # in NeMo, an item without augmentation keeps its raw noise and the length of that
+    noise: Samples | None = None
+    if noise_of is None:
+        noise = raw.copy() if config.nemo_exact else np.zeros_like(audio)
+    noisy = empty(audio.shape)
+    noisy[:] = audio
+    noise_len = batch.noise_len.clone() if config.nemo_exact else batch.audio_len
+    for item in range(len(noisy)):
+        pieces = None if rng.random() > config.prob else choose(item, given)
+        done = None
+        if pieces is not None:
+            done = mix_in(item, given, pieces, noise, noisy)
+            if config.nemo_exact:
+                noise_len[item] = len(given.speech[item])
+        elif config.nemo_exact and noise is not None:
+            noisy[item] += noise[item]
+        if record is not None:
+            record.append(done)
+    return replace(
+        batch,
+        noise=torch.empty(len(noisy), 0) if noise is None else torch.from_numpy(noise),
+        noise_len=noise_len,
+        noisy_audio=torch.from_numpy(noisy),
+        noisy_audio_len=noise_len,
+    )
+
+
+# Segments of noise, or of several other speakers of the batch. The ratio in dB is that of the item to the segments,
+# over the whole item. Source: arXiv:2408.13106 section 2.4; NeMo `MultiSpeakerNoiseAugmentation`.
+mix_speakers_and_noise = partial(_mixed, choose=scattered_segments)
+
+# One stretch of noise, or of one other speaker. The ratio is that of the item to the whole noise. Source: NeMo
+# `SpeakerNoiseAugmentation`.
+mix_one_speaker_or_noise = partial(_mixed, choose=one_stretch_of)
+
+_MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_one_speaker_or_noise}
+
+
+# ---- utterances that cannot be read during training ----
+
+
+class SkipCounter:
+    """Counts the utterances that were left out. `tell` hears about each line once."""
+
+    def __init__(self, max_share: float, tell: Callable[[str], None]) -> None:
+        self.max_share, self.tell = max_share, tell
+        self.skipped = self.read = 0
+        self._told: set[str] = set()
+
+    def add(self, n_read: int, skipped: tuple[Skipped, ...]) -> None:
+        """Count a batch. Raises DataError if more than `max_share` of all utterances could not be read."""
+        self.read += n_read
+        self.skipped += len(skipped)
+        for each in skipped:
+            if each.line not in self._told:
+                self._told.add(each.line)
+                self.tell(f"left out: {each.why}")
+        asked = self.read + self.skipped
+        if asked >= _JUDGED_FROM and self.skipped > self.max_share * asked:
+            raise DataError(
+                f"{self.skipped} of {asked} utterances could not be read, more than the share of {self.max_share:g} "
+                f"that model.train_ds.max_failed_share allows. The last: {skipped[-1].why}"
+            )

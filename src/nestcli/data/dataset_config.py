@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nestcli.audio.channel import Channel, parsed_channel
+from nestcli.audio.load import Channel, parsed_channel
 from nestcli.bounds import within
 
 TECHNIQUES = ("temperature", "random", "round-robin")
@@ -14,7 +14,7 @@ STRATEGIES = ("fixed_order", "synced_randomized", "fully_randomized")
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """What the block says beside its paths. Durations in seconds; names and meanings are NeMo's."""
+    """The keys of the block except its paths. Durations in seconds; names and meanings are NeMo's."""
 
     sample_rate: int
     shuffle: bool
@@ -36,7 +36,7 @@ class DatasetConfig:
     concat_sampling_probabilities: tuple[float, ...] | None = None
     concat_sampling_seed: int | None = None
     concat_shuffle: bool = True
-    # tars, and one data set a bucket
+    # tars, and one data set per bucket
     is_tarred: bool = False
     shuffle_n: int | None = None
     bucketing_strategy: str = "synced_randomized"
@@ -63,7 +63,7 @@ class DatasetConfig:
         within(self, 1, 10_000, "num_buckets", "bucketing_weights")
         within(self, 0, 4096, "num_workers")
         within(self, 0, 1e7, "batch_duration", "read_timeout", "bucket_duration_bins", above=True)
-        if self.min_duration != -1:  # Lhotse's word for no limit
+        if self.min_duration != -1:  # Lhotse's value for no limit
             within(self, 0, 1e7, "min_duration")
         if self.max_duration != math.inf:  # the same
             within(self, 0, 1e7, "max_duration", above=True)
@@ -78,7 +78,7 @@ class DatasetConfig:
         if self.trim_silence:
             raise ValueError("trim_silence: silence is not trimmed here: trim the files beforehand.")
         try:
-            self.channel  # noqa: B018  # it is checked here
+            self.channel  # noqa: B018  # the property checks it
         except ValueError as error:
             raise ValueError(f"channel_selector: {str(error).partition(' is ')[2]}.") from None
         self._check_concat()
@@ -110,23 +110,18 @@ class DatasetConfig:
 
     @property
     def channel(self) -> Channel | None:
-        """The channel of utterances whose line chooses none. Raises ValueError."""
+        """Return the channel for utterances whose line chooses none. Raises ValueError."""
         return None if self.channel_field else parsed_channel(self.channel_selector)
 
     @property
     def channel_field(self) -> str | None:
-        """The field of every line that holds its channel: in NeMo, another word than "average" with use_lhotse."""
+        """Return the field of each line that holds its channel: with use_lhotse, any word but "average", as in NeMo."""
         word = self.channel_selector
         return word if self.use_lhotse and isinstance(word, str) and word != "average" else None
 
     @property
     def buckets(self) -> bool:
-        """Whether batches come out of buckets of similar length. Unlike in NeMo, naming buckets is enough."""
+        """Return True if batches come from buckets of similar length. Unlike in NeMo, naming buckets is enough."""
         named = self.num_buckets or self.bucket_duration_bins or self.bucket_batch_size
         wanted = bool(named) if self.use_bucketing is None else self.use_bucketing
         return self.use_lhotse and wanted
-
-
-PATH_KEYS = (
-    "manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "input_cfg", "noise_manifest",
-)  # fmt: skip

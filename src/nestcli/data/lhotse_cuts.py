@@ -1,12 +1,12 @@
-"""Lhotse's cuts, read without Lhotse: no command, address, pickle or transform in them is followed."""
+"""Lhotse's cuts, read without Lhotse. Commands, addresses, pickles and transforms in them are never followed."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from nestcli.audio.channel import KEY as CHANNEL
+from nestcli.audio.load import CHANNEL_KEY
 
-_HARMLESS = {"Resample"}  # the loader resamples anyway; other transforms would change what is heard
+_HARMLESS = {"Resample"}  # the loader resamples anyway; other transforms would change the sound
 
 
 def looks_like_cut(record: dict[str, Any]) -> bool:
@@ -14,7 +14,7 @@ def looks_like_cut(record: dict[str, Any]) -> bool:
 
 
 def cut_to_row(cut: dict[str, Any]) -> dict[str, Any]:
-    """A MonoCut as a row of a NeMo manifest, with the channel of its file where that has several.
+    """Convert a MonoCut to a row of a NeMo manifest, with a channel if its file has several.
 
     Raises ValueError for a cut of any other kind.
     """
@@ -27,7 +27,7 @@ def cut_to_row(cut: dict[str, Any]) -> dict[str, Any]:
     path, channel = _audio_file(recording, cut.get("channel"))
     row = {
         "audio_filepath": path,
-        CHANNEL: channel,
+        CHANNEL_KEY: channel,
         "duration": cut.get("duration"),
         "offset": cut.get("start", 0.0),
         **supervision(cut.get("supervisions")),
@@ -36,7 +36,7 @@ def cut_to_row(cut: dict[str, Any]) -> dict[str, Any]:
 
 
 def recording_to_row(recording: dict[str, Any]) -> dict[str, Any]:
-    """A Lhotse recording of one audio file as a row of a NeMo manifest, with no channel chosen.
+    """Convert a Lhotse recording of one audio file to a row of a NeMo manifest, without a channel.
 
     Raises ValueError for a recording of any other kind.
     """
@@ -48,16 +48,16 @@ def recording_to_row(recording: dict[str, Any]) -> dict[str, Any]:
 
 
 def _audio_file(recording: dict[str, Any], channel: Any) -> tuple[str, int | None]:
-    """The file that holds a cut's channel, and the number of the channel there; None for a file of one channel."""
+    """Return the file with a cut's channel, and the channel's number there; None for a file with one channel."""
     _check_transforms(recording)
     source, place = source_of(recording, channel)
     return _path_of(source), place
 
 
 def source_of(recording: dict[str, Any], channel: Any) -> tuple[dict[str, Any], int | None]:
-    """The source of a recording that holds a cut's channel, and the channel's place in it; None if it has but one.
+    """Return the source of a recording with a cut's channel, and the channel's place in it; None if it has only one.
 
-    Raises ValueError where there is none, or more than one.
+    Raises ValueError unless exactly one source has the channel.
     """
     sources = recording.get("sources")
     if not isinstance(sources, list) or not sources or not all(isinstance(each, dict) for each in sources):
@@ -80,17 +80,17 @@ def source_of(recording: dict[str, Any], channel: Any) -> tuple[dict[str, Any], 
 
 
 def _channels(source: dict[str, Any]) -> list[int]:
-    """The numbers of a source's channels, in the order of its file; 0 where it states none."""
+    """Return the channel numbers of a source, in the order of its file; [0] if it states none."""
     channels = source.get("channels", [0])
     if not isinstance(channels, list) or not channels or any(type(each) is not int for each in channels):
-        raise ValueError("the source's channels are no list of numbers")
+        raise ValueError("the source's channels must be a list of numbers")
     if len(set(channels)) < len(channels):
         raise ValueError("a channel stands twice in the recording's source")
     return channels
 
 
 def _path_of(source: Any) -> str:
-    """The path of a source, which must be a file."""
+    """Return the path of a source, which must be a file."""
     kind, path = (source.get("type"), source.get("source")) if isinstance(source, dict) else (None, None)
     if kind != "file":
         raise ValueError(f"a source of type {str(kind)[:60]!r} is refused; only files are read")
@@ -100,19 +100,19 @@ def _path_of(source: Any) -> str:
 
 
 def _check_transforms(recording: dict[str, Any]) -> None:
-    """Raise ValueError if a recording is to be changed before it is heard, except in its rate."""
+    """Raise ValueError if a recording has a transform other than resampling."""
     transforms = recording.get("transforms") or []
     if not isinstance(transforms, list):
-        raise ValueError("the recording's transforms are no list")
+        raise ValueError("the recording's transforms must be a list")
     names = [str(each.get("name") if isinstance(each, dict) else each) for each in transforms]
     if unknown := [name for name in names if name not in _HARMLESS]:
         raise ValueError(f"the recording has the transform {unknown[0]}; save the changed audio first")
 
 
 def supervision(supervisions: Any) -> dict[str, Any]:
-    """Speaker and language where all supervisions agree on one, and their texts in a row. Raises ValueError."""
+    """Return speaker and language if all supervisions agree, and their joined texts. Raises ValueError."""
     if not isinstance(supervisions or [], list):
-        raise ValueError("the cut's supervisions are no list")
+        raise ValueError("the cut's supervisions must be a list")
     known = [each for each in supervisions or [] if isinstance(each, dict)]
     row: dict[str, Any] = {}
     for key, theirs in (("speaker", "speaker"), ("lang", "language")):

@@ -1,35 +1,92 @@
-"""Manifests: lists of utterances in NeMo's JSON lines or Lhotse's cuts.
+"""Manifests: lists of utterances in NeMo's JSON lines or Lhotse's cuts, read line by line.
 
-A manifest of millions of lines stays on the disk. `Manifest` holds 40 bytes a line (where it stands, how long
-the audio is, where it starts and in which shard), and reads the rest of a line when it is asked for an entry.
+A manifest of millions of lines stays on disk. `Manifest` holds 40 bytes per line (its position, the duration and
+offset of the audio, its shard) and reads the rest of a line on request. `manifest_scan` opens manifests.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from json.decoder import JSONDecoder
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.channel import Channel, parsed_channel
-from nestcli.data.manifest_scan import Scan, Source, parse, scan
+from nestcli.audio.load import CHANNEL_KEY, Channel, parsed_channel
+from nestcli.data.lhotse_cuts import cut_to_row, looks_like_cut
 from nestcli.errors import DataError, NestError
 from nestcli.files import user_path, write_text
 from nestcli.storage import addresses
+from nestcli.storage.file_kinds import why_no_json
 
-_KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL, "speaker", "text", "lang", "reason", "detail")
+MAX_LINE = 1 << 20  # bytes
+MAX_SECONDS = 1e6
+_OTHER_NAMES = ("audio_filename", "audio_file")  # other keys for the path, which NeMo 3.0.0 reads in this order
+_MOST_OPEN = 256  # manifests that a process keeps open: systems allow 1,024 files, and a corpus may have more
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_open: set[int] = set()  # descriptors of open manifests
+
+Row = dict[str, Any]
+ToRow = Callable[[Row], Row]
+_KEY_ORDER = ("audio_filepath", "duration", "offset", CHANNEL_KEY, "speaker", "text", "lang", "reason", "detail")
+
+
+class Source:
+    """The bytes of a manifest: a file, read in place, or the unpacked lines of a .gz, held in memory.
+
+    The lines of a .gz cannot be read in place. They stay in memory as NeMo rows of about 200 bytes: unlike a temporary
+    file, they need no cleanup and no disk space, and forked workers share them.
+    """
+
+    def __init__(self, path: str, to_row: ToRow) -> None:
+        self.path = path
+        self.to_row = to_row
+        local = addresses.local_copy(path, keep=True) if addresses.is_remote(path) else path
+        self.absolute = str(Path(local).absolute())  # workers may have another current folder
+        self.folder = path.rpartition("/")[0] if addresses.is_remote(path) else str(Path(self.absolute).parent)
+        self.unpacked: npt.NDArray[np.uint8] | None = None
+        self._descriptor: int | None = None
+
+    def read(self, position: int, size: int) -> bytes:
+        if self.unpacked is not None:
+            return self.unpacked[position : position + size].tobytes()
+        if self._descriptor is not None:
+            return os.pread(
+                self._descriptor, size, position
+            )  # positioned read: forks and threads share no file position
+        descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
+        if len(_open) < _MOST_OPEN:
+            self._descriptor = descriptor
+            _open.add(descriptor)
+            weakref.finalize(self, _close, descriptor)
+            return os.pread(descriptor, size, position)
+        try:
+            return os.pread(descriptor, size, position)
+        finally:
+            os.close(descriptor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+
+def _close(descriptor: int) -> None:
+    _open.discard(descriptor)
+    os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One utterance: `duration` s of a file from `offset` s on, and the line (from 1) that says so.
+    """One utterance: `duration` s of a file, starting at `offset` s, and its line in the manifest (from 1).
 
-    Where `shard` is given, the file is a member of that tar. `channel` is the one that the line chooses, if it does.
+    With `shard`, the file is a member of that tar. `channel` is the choice of the line, if it makes one.
     """
 
     audio_filepath: str
@@ -45,7 +102,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The audio, for messages."""
+        """Return the name of the audio for messages."""
         return self.audio_filepath if self.shard is None else f"{self.shard}: {self.audio_filepath}"
 
 
@@ -72,14 +129,14 @@ class Manifest:
         return len(self.durations)
 
     def select(self, indices: npt.ArrayLike) -> Manifest:
-        """The lines at `indices` (or where a mask is true), in that order."""
+        """Return the lines at `indices` (or where a mask is true), in that order."""
         chosen = np.asarray(indices)
-        if not chosen.size:  # numpy makes an empty list one of floats
+        if not chosen.size:  # numpy turns an empty list into floats
             chosen = chosen.astype(np.intp)
         return replace(self, **{name: getattr(self, name)[chosen] for name in _COLUMNS})
 
     def row(self, index: int) -> dict[str, Any]:
-        """Everything that a line says, its path as it stands there; raises DataError if the file changed."""
+        """Read a line as a NeMo row, with its path as written there. Raises DataError if the file has changed."""
         source = self.sources[self.source_of[index]]
         try:
             return parse(source.read(int(self.positions[index]), int(self.sizes[index])), source.to_row)[0]
@@ -89,11 +146,11 @@ class Manifest:
             ) from None
 
     def where(self, index: int) -> str:
-        """The place of a line, for messages."""
+        """Return the file and line number for messages."""
         return f"{self.sources[self.source_of[index]].path}, line {self.lines[index]}"
 
     def entry(self, index: int) -> Entry:
-        """Read one line; a relative path is looked for beside its manifest first, or in the line's shard."""
+        """Read one line. A relative path is relative to the manifest's folder if it exists there, or to the shard."""
         source, row, shard = self.sources[self.source_of[index]], self.row(index), int(self.shard_of[index])
         speaker, text, lang = (_text(row.get(key)) for key in ("speaker", "text", "lang"))
         path = row["audio_filepath"]
@@ -107,47 +164,21 @@ class Manifest:
             line=int(self.lines[index]),
             manifest=source.path,
             shard=self.shards[shard] if shard >= 0 else None,
-            channel=parsed_channel(row.get(CHANNEL)),
+            channel=parsed_channel(row.get(CHANNEL_KEY)),
         )
 
 
 _COLUMNS = ("durations", "offsets", "source_of", "positions", "sizes", "lines", "shard_of")
 
 
-def read_manifests(paths: str | Sequence[str], *, require_duration: bool = True) -> Manifest:
-    """Open NeMo manifests and Lhotse cuts, plain or .gz; a string may name several, joined by commas.
-
-    Every line is checked. Raises DataError naming file and line.
-    """
-    names = split_paths(paths) if isinstance(paths, str) else [os.fspath(path) for path in paths]
-    if not names:
-        raise DataError("no manifest is given; name a file of JSON lines, as `nest prepare-data` writes")
-    return joined([of_scan(scan(user_path(name), require_duration=require_duration)) for name in names])
-
-
-def of_scan(found: Scan) -> Manifest:
-    """The manifest of one scan; its lines' shards are not known yet."""
-    count = len(found.lines)
-    return Manifest(
-        durations=np.frombuffer(found.durations),
-        offsets=np.frombuffer(found.offsets),
-        sources=(found.source,),
-        source_of=np.zeros(count, np.int32),
-        positions=np.frombuffer(found.positions, np.int64),
-        sizes=np.frombuffer(found.sizes, np.int32),
-        lines=np.frombuffer(found.lines, np.int32),
-        shard_of=np.full(count, -1, np.int32),
-    )
-
-
 def joined(manifests: Sequence[Manifest]) -> Manifest:
-    """Manifests one after the other, as one."""
+    """Join manifests into one."""
     if len(manifests) == 1:
         return manifests[0]
     columns = {name: np.concatenate([getattr(each, name) for each in manifests]) for name in _COLUMNS}
     sources: list[Source] = []
     shards: list[str] = []
-    first_of: dict[int, int] = {}  # by identity: manifests of one data set share one tuple of all its tars
+    first_of: dict[int, int] = {}  # by identity: the manifests of a data set share one tuple with all its tars
     start = 0
     for each in manifests:
         part = slice(start, start := start + len(each))
@@ -166,19 +197,11 @@ def write_manifest(
     error: type[NestError] = DataError,
     remedy: str = "",
 ) -> None:
-    """Write rows as JSON lines: a file of that name is either complete or not there at all.
+    """Write rows as JSON lines; the file appears only when it is complete.
 
-    What the disk refuses becomes `error`, with `remedy` as its last words.
+    Write errors are raised as `error`, with `remedy` at the end of the message.
     """
     write_text(path, (_dump(row) + "\n" for row in rows), error, remedy)
-
-
-def split_paths(paths: str) -> list[str]:
-    """The names in a string that may join several by commas."""
-    # its name may have a comma
-    if os.path.isfile(user_path(paths)):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
-        return [paths]
-    return [name.strip() for name in paths.split(",") if name.strip()]
 
 
 def _dump(row: Mapping[str, Any]) -> str:
@@ -205,3 +228,91 @@ def _resolve(path: str, folder: str) -> str:
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
+
+
+# ---- one line ----
+
+
+def to_row(record: Row) -> Row:
+    """Convert the object of a line to a row of a NeMo manifest. Raises ValueError if it is not an utterance."""
+    if "audio_filepath" in record:
+        if record.get("audio_filename", record["audio_filepath"]) != record["audio_filepath"]:
+            raise ValueError(
+                '"audio_filepath" and "audio_filename" name different files, and NeMo reads the latter; keep one'
+            )
+        return record
+    for name in _OTHER_NAMES:
+        if name in record:
+            return {"audio_filepath": record.pop(name), **record}
+    if looks_like_cut(record):
+        return cut_to_row(record)
+    if "sources" in record:
+        raise ValueError("this is a Lhotse recording; write cuts, as CutSet.from_manifests makes them")
+    raise ValueError(
+        'there is no "audio_filepath" (nor "audio_filename", "audio_file"); every line must name its audio'
+    )
+
+
+class _TwiceError(ValueError):
+    """A key that appears twice in an object: readers disagree on which one counts."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(f"{_short(next(key for key in keys if keys.count(key) > 1))} stands twice in one object")
+    return row
+
+
+JSON = JSONDecoder(object_pairs_hook=_once)
+
+
+def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
+    """Parse one line; return its row, duration and offset. Raises ValueError with the fault and the remedy."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"the line is longer than {MAX_LINE >> 20} MiB; is this a manifest?")
+    try:
+        record = JSON.decode(str(line.removeprefix(_BYTE_ORDER_MARK), "utf-8"))
+    except _TwiceError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(why_no_json(line, error)) from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{_short(record)} is not a JSON object; a manifest has one {{...}} per line")
+    row = to_row(record)
+    return row, *check_row(row)
+
+
+def check_row(row: Row) -> tuple[float, float]:
+    """Check a row; return its duration and offset in seconds. Raises ValueError for impossible values."""
+    check_path(row["audio_filepath"])
+    parsed_channel(row.get(CHANNEL_KEY))
+    return _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)
+
+
+def check_path(path: object) -> None:
+    if not isinstance(path, str) or not path:
+        raise ValueError(f'"audio_filepath" is {_short(path)}; it must name one file')
+    if path.startswith("file:"):
+        path = user_path(path)
+    if "\0" in path:
+        raise ValueError(f'"audio_filepath" is {_short(path)}, with a zero byte, as no file has in its name')
+    if path.startswith(("pipe:", "|")) or path.endswith("|"):
+        raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
+    if "://" in path:
+        addresses.check_remote(path)
+
+
+def _seconds(row: Row, key: str, default: float) -> float:
+    value = row.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f'"{key}" is {_short(value)}; it must be a number of seconds from 0 to {MAX_SECONDS:g}')
+    return float(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""The scan of one manifest: every line is checked once, and what is kept of it are a few numbers."""
+"""Opening manifests: paths and ranges are expanded, every line is checked once, and a few numbers per line are kept."""
 
 from __future__ import annotations
 
@@ -7,89 +7,39 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
-import weakref
 import zlib
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from json.decoder import JSONDecoder
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.channel import parsed_channel
-from nestcli.data.lhotse_cuts import cut_to_row, looks_like_cut
+from nestcli.audio.load import CHANNEL_KEY
+from nestcli.data.manifest import JSON, MAX_LINE, MAX_SECONDS, Manifest, Row, Source, ToRow, joined, parse, to_row
 from nestcli.errors import DataError
 from nestcli.files import user_path
 from nestcli.jobs.cores import available_cores
 from nestcli.jobs.pool import Died, local_pool
 from nestcli.storage import addresses
-from nestcli.storage.file_kinds import HEAD, no_manifest, why_no_json
+from nestcli.storage.file_kinds import HEAD, no_manifest
 
-MAX_LINE = 1 << 20  # bytes
-MAX_SECONDS = 1e6
-_OTHER_NAMES = ("audio_filename", "audio_file")  # of the path, which NeMo 3.0.0 reads too, in this order
 NO_SHARD = -1
-_RANGE = 1 << 25  # bytes of a manifest that one process scans at a time: some 200,000 lines
+_PIECE = 1 << 25  # bytes of a manifest that one process scans at a time: about 200,000 lines
 _MAX_UNPACKED = 1 << 32  # bytes kept of one .gz
-_MAX_EXPANSION = 100  # of gzip; lines of manifests and cuts shrink to a tenth, or a thirtieth
+_MAX_EXPANSION = 100  # by gunzip; lines of manifests and cuts grow by a factor of 10 to 30
 _ALWAYS_UNPACKED = 1 << 24  # bytes
-_MOST_OPEN = 256  # manifests that a process keeps open; a system allows 1,024 files, and a corpus may have more
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-_open: set[int] = set()  # descriptors of manifests
-
-Row = dict[str, Any]
-ToRow = Callable[[Row], Row]
-
-
-class Source:
-    """The bytes of a manifest: a file, read in place, or the unpacked lines of a .gz, held in memory.
-
-    Lines of a .gz cannot be read in place. What is kept of them is a NeMo row each, some 200 bytes, rather
-    than a temporary file: nothing to clean up, no question where there is room, and forked workers share it.
-    """
-
-    def __init__(self, path: str, to_row: ToRow) -> None:
-        self.path = path
-        self.to_row = to_row
-        local = addresses.local_copy(path, keep=True) if addresses.is_remote(path) else path
-        self.absolute = str(Path(local).absolute())  # workers may stand in another folder
-        self.folder = path.rpartition("/")[0] if addresses.is_remote(path) else str(Path(self.absolute).parent)
-        self.unpacked: npt.NDArray[np.uint8] | None = None
-        self._descriptor: int | None = None
-
-    def read(self, position: int, size: int) -> bytes:
-        if self.unpacked is not None:
-            return self.unpacked[position : position + size].tobytes()
-        if self._descriptor is not None:
-            return os.pread(self._descriptor, size, position)  # no file position that forks or threads could share
-        descriptor = os.open(self.absolute, os.O_RDONLY | os.O_CLOEXEC)
-        if len(_open) < _MOST_OPEN:
-            self._descriptor = descriptor
-            _open.add(descriptor)
-            weakref.finalize(self, _close, descriptor)
-            return os.pread(descriptor, size, position)
-        try:
-            return os.pread(descriptor, size, position)
-        finally:
-            os.close(descriptor)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
-
-
-def _close(descriptor: int) -> None:
-    _open.discard(descriptor)
-    os.close(descriptor)
+# `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; NeMo also accepts the other brackets.
+_RANGE = re.compile(r"(?:_OP_|[{(\[<])([0-9]+)\.\.([0-9]+)(?:_CL_|[})\]>])")
+_MOST_SHARDS = 1_000_000
+_MOST_RANGES, _MOST_DIGITS = 8, 18  # ranges in a path, digits in a number
 
 
 class Scan:
-    """The columns of one manifest while they grow: a line's place in the file, its times, its shard."""
+    """The growing columns of one manifest: each line's position in the file, its times, its shard."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -110,24 +60,74 @@ class Scan:
         self.shards.append(shard)
 
 
-def to_row(record: Row) -> Row:
-    """What a line says, as a row of a NeMo manifest; raises ValueError for what is no utterance."""
-    if "audio_filepath" in record:
-        if record.get("audio_filename", record["audio_filepath"]) != record["audio_filepath"]:
-            raise ValueError(
-                '"audio_filepath" and "audio_filename" name different files, and NeMo reads the latter; keep one'
-            )
-        return record
-    for name in _OTHER_NAMES:
-        if name in record:
-            return {"audio_filepath": record.pop(name), **record}
-    if looks_like_cut(record):
-        return cut_to_row(record)
-    if "sources" in record:
-        raise ValueError("this is a Lhotse recording; write cuts, as CutSet.from_manifests makes them")
-    raise ValueError(
-        'there is no "audio_filepath" (nor "audio_filename", "audio_file"); every line must name its audio'
+def read_manifests(paths: str | Sequence[str], *, require_duration: bool = True) -> Manifest:
+    """Open NeMo manifests and Lhotse cuts, plain or .gz; a string may name several, separated by commas.
+
+    Checks every line. Raises DataError naming file and line.
+    """
+    names = split_paths(paths) if isinstance(paths, str) else [os.fspath(path) for path in paths]
+    if not names:
+        raise DataError("no manifest is given; name a file of JSON lines, as `nest prepare-data` writes")
+    return joined([of_scan(scan(user_path(name), require_duration=require_duration)) for name in names])
+
+
+def of_scan(found: Scan) -> Manifest:
+    """Convert a scan to a manifest, without shards."""
+    count = len(found.lines)
+    return Manifest(
+        durations=np.frombuffer(found.durations),
+        offsets=np.frombuffer(found.offsets),
+        sources=(found.source,),
+        source_of=np.zeros(count, np.int32),
+        positions=np.frombuffer(found.positions, np.int64),
+        sizes=np.frombuffer(found.sizes, np.int32),
+        lines=np.frombuffer(found.lines, np.int32),
+        shard_of=np.full(count, -1, np.int32),
     )
+
+
+def split_paths(paths: str) -> list[str]:
+    """Split a string of names at its commas, unless a file of the whole name exists."""
+    if os.path.isfile(user_path(paths)):  # noqa: PTH113  (pathlib raises for a name that is too long, as many joined ones are)
+        return [paths]
+    return [name.strip() for name in paths.split(",") if name.strip()]
+
+
+def expand(paths: str | Sequence[str]) -> list[str]:
+    """Expand the ranges in paths: `audio__OP_0..2_CL_.tar` names three files. Raises DataError."""
+    names = split_paths(paths) if isinstance(paths, str) else [str(path) for path in paths]
+    expanded: list[str] = []
+    for each in names:
+        expanded += _expanded(each)
+        if len(expanded) > max(_MOST_SHARDS, len(names)):
+            raise DataError(f"{names[0][:200]}, ...: the ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
+    return expanded
+
+
+def _expanded(path: str) -> list[str]:
+    elsewhere = addresses.is_remote(path)
+    path = user_path(path)
+    found = _RANGE.search(path)
+    if found is None or (not elsewhere and os.path.exists(path)):  # noqa: PTH110  (pathlib raises for long names)
+        return [path if elsewhere else str(Path(path))]
+    _check_ranges(path)
+    first, last = found.groups()
+    width = len(first) if first.startswith("0") else 0
+    numbers = range(int(first), int(last) + 1)
+    before, after = path[: found.start()], path[found.end() :]
+    return [name for number in numbers for name in _expanded(f"{before}{number:0{width}}{after}")]
+
+
+def _check_ranges(path: str) -> None:
+    """Refuse ranges that name no files, or impossibly many, before the names are made."""
+    ranges, total = _RANGE.findall(path), 1
+    for first, last in ranges:
+        if max(len(first), len(last)) > _MOST_DIGITS or int(first) > int(last):
+            written = f"{first[:20]}..{last[:20]}"
+            raise DataError(f"{path[:200]}: the range {written} names no files; write it as _OP_0..7_CL_")
+        total *= int(last) - int(first) + 1
+    if total > _MOST_SHARDS or len(ranges) > _MOST_RANGES:
+        raise DataError(f"{path[:200]}: its ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
 
 
 def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) -> Scan:
@@ -147,7 +147,7 @@ def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) ->
         raise DataError(_no_manifest(found.source, bad.line) or f"{path}, line {bad.line}: {bad.why}") from None
     except gzip.BadGzipFile:
         what = _no_manifest(found.source, 1, packed=False)
-        raise DataError(what or f"{path} is no gzip file, though its name ends with .gz. Rename it.") from None
+        raise DataError(what or f"{path} is not a gzip file, though its name ends with .gz. Rename it.") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}. Write it again.") from None
     if not found.lines:
@@ -158,7 +158,7 @@ def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) ->
 
 
 def _no_manifest(source: Source, line: int, *, packed: bool | None = None) -> str:
-    """What the file is in place of a manifest, if its first line is the bad one; empty otherwise."""
+    """Return what kind of file it is instead of a manifest, if its first line is the bad one; else an empty text."""
     packed = source.path.endswith(".gz") if packed is None else packed
     try:
         with gzip.open(source.absolute, "rb") if packed else Path(source.absolute).open("rb") as file:
@@ -169,32 +169,17 @@ def _no_manifest(source: Source, line: int, *, packed: bool | None = None) -> st
     return no_manifest(source.path, head, packed=packed) if line == 1 + head[:blank].count(b"\n") else ""
 
 
-class _TwiceError(ValueError):
-    """A key stands twice in an object: which one counts would depend on who reads it."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _TwiceError(f"{_short(next(key for key in keys if keys.count(key) > 1))} stands twice in one object")
-    return row
-
-
-_JSON = JSONDecoder(object_pairs_hook=_once)
-
-
 class _BadLineError(Exception):
     def __init__(self, line: int, why: str) -> None:
         super().__init__(line, why)
         self.line, self.why = line, why
 
 
-# --- ranges of a large file, each scanned in a process of its own
+# --- ranges of a large file, each scanned in its own process
 
 
 def _scan_ranges(found: Scan, require_duration: bool) -> None:
-    bounds = _line_starts(found.source.absolute, _RANGE)
+    bounds = _line_starts(found.source.absolute, _PIECE)
     tasks = [_Range(found.source, require_duration, *pair) for pair in itertools.pairwise(bounds)]
     workers = min(len(tasks), available_cores())
     if workers < 2:
@@ -207,7 +192,7 @@ def _scan_ranges(found: Scan, require_duration: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """The bytes from `start` to `end` of a manifest; both are starts of lines."""
+    """The bytes from `start` to `end` of a manifest; both are at the start of a line."""
 
     source: Source
     require_duration: bool
@@ -217,14 +202,14 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a range held: the columns of a Scan, and the number of all its lines, empty ones among them."""
+    """The content of a range: the columns of a Scan, and the number of its lines, including empty ones."""
 
     columns: tuple[array[Any], ...]
     n_lines: int
 
 
 def _line_starts(path: str, step: int) -> list[int]:
-    """Places in a file, about `step` bytes apart, at which lines start: the first is 0, the last is its end."""
+    """Return starts of lines, about `step` bytes apart: the first is 0, the last is the end of the file."""
     size = Path(path).stat().st_size
     bounds = [0]
     with Path(path).open("rb") as file:
@@ -232,7 +217,7 @@ def _line_starts(path: str, step: int) -> list[int]:
             file.seek(wanted)
             rest = file.readline(MAX_LINE + 1)
             bounds.append(min(file.tell(), size))
-            if len(rest) > MAX_LINE:  # who scans up to here says so; a file of terabytes may be nothing but this line
+            if len(rest) > MAX_LINE:  # the scan of this range reports it; a file of terabytes may be a single line
                 break
     return bounds if bounds[-1] == size else [*bounds, size]
 
@@ -267,11 +252,11 @@ def _gather(found: Scan, parts: Iterable[_Part | _BadLineError | Died]) -> None:
 
 
 def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed: bool, end: float = math.inf) -> int:
-    """Read lines from where the file stands to `end`; how many there were.
+    """Read lines from the current position of the file to `end`; return their number.
 
-    Most lines are plain and pass in a few µs; any other goes through `parse`, which has the messages.
+    Most lines are plain and take a few µs; any other goes through `parse`, which has the messages.
     """
-    json_value: Callable[[str, int], tuple[Any, int]] = _JSON.scan_once  # type: ignore[attr-defined]
+    json_value: Callable[[str, int], tuple[Any, int]] = JSON.scan_once  # type: ignore[attr-defined]
     position, number = file.tell(), 0
     while position < end and (line := file.readline(MAX_LINE + 1)):
         number += 1
@@ -292,7 +277,7 @@ def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed:
                     and path
                     and "audio_filename" not in row
                     and not (":" in path or "|" in path or "\0" in path)
-                    and CHANNEL not in row
+                    and CHANNEL_KEY not in row
                 ):
                     found.add(number, start, size, duration, offset, _shard(row))
                     continue
@@ -313,13 +298,13 @@ def _scan_lines(file: IO[bytes], found: Scan, require_duration: bool, *, packed:
 
 
 def _shard(row: Row) -> int:
-    """The `shard_id` of a row of tarred data; NO_SHARD where it says nothing usable."""
+    """Return the `shard_id` of a row of tarred data; NO_SHARD if it has no valid one."""
     shard = row.get("shard_id", NO_SHARD)
     return shard if type(shard) is int and 0 <= shard < 1 << 31 else NO_SHARD
 
 
 def _check_expansion(path: str, file: Path) -> None:
-    """Refuse a .gz that grows as no manifest does, before its lines are looked at, which takes far longer."""
+    """Refuse a .gz that unpacks to far more than a manifest would, before the much slower check of its lines."""
     limit, size = max(_ALWAYS_UNPACKED, _MAX_EXPANSION * file.stat().st_size), 0
     with gzip.open(file, "rb") as packed:
         while piece := packed.read(1 << 20):
@@ -329,58 +314,13 @@ def _check_expansion(path: str, file: Path) -> None:
 
 
 def _keep(row: Row, found: Scan) -> tuple[int, int]:
-    """Append a row to what is held in memory of a .gz; its place there."""
+    """Append a row to the unpacked lines of a .gz; return its position and size there."""
     kept = json.dumps(row, ensure_ascii=True).encode()
     start = len(found.unpacked)
     if start + len(kept) > _MAX_UNPACKED:
         raise DataError(f"{found.source.path} holds more than {_MAX_UNPACKED >> 30} GiB. Unpack it with gunzip.")
     found.unpacked += kept
     return start, len(kept)
-
-
-def parse(line: bytes, to_row: ToRow) -> tuple[Row, float, float]:
-    """The row, duration and offset of one line; raises ValueError saying what is wrong and what to do."""
-    if len(line) > MAX_LINE:
-        raise ValueError(f"the line is longer than {MAX_LINE >> 20} MiB; is this a manifest?")
-    try:
-        record = _JSON.decode(str(line.removeprefix(_BYTE_ORDER_MARK), "utf-8"))
-    except _TwiceError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ValueError(why_no_json(line, error)) from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{_short(record)} is no JSON object; a manifest has one {{...}} a line")
-    row = to_row(record)
-    return row, *check_row(row)
-
-
-def check_row(row: Row) -> tuple[float, float]:
-    """The duration and the offset of a row in seconds; raises ValueError for values that no utterance has."""
-    check_path(row["audio_filepath"])
-    parsed_channel(row.get(CHANNEL))
-    return _seconds(row, "duration", math.nan), _seconds(row, "offset", 0.0)
-
-
-def check_path(path: object) -> None:
-    if not isinstance(path, str) or not path:
-        raise ValueError(f'"audio_filepath" is {_short(path)}; it must name one file')
-    if path.startswith("file:"):
-        path = user_path(path)
-    if "\0" in path:
-        raise ValueError(f'"audio_filepath" is {_short(path)}, with a zero byte, as no file has in its name')
-    if path.startswith(("pipe:", "|")) or path.endswith("|"):
-        raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
-    if "://" in path:
-        addresses.check_remote(path)
-
-
-def _seconds(row: Row, key: str, default: float) -> float:
-    value = row.get(key)
-    if value is None:
-        return default
-    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f'"{key}" is {_short(value)}; it must be a number of seconds from 0 to {MAX_SECONDS:g}')
-    return float(value)
 
 
 def _check_file(path: str) -> None:
@@ -396,12 +336,7 @@ def _check_file(path: str) -> None:
 
 
 def _prepared(path: str) -> str:
-    """What `nest prepare-data` has written where a manifest was looked for."""
+    """Return a hint at the manifest that `nest prepare-data` has written near a wrong path; empty if none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)  # noqa: PTH112, PTH120  (pathlib raises for some)
     there = os.path.join(folder, "train_manifest.json")  # noqa: PTH118
     return f". Did you mean {there}?" if os.path.isfile(there) else ""  # noqa: PTH113
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,7 +1,7 @@
-"""Mixing noise and foreign speech into an utterance, as array operations.
+"""Mixing noise and other speech into an utterance, as array operations.
 
-Functions of sounds and an explicit `random.Random` that change nothing that came in. Noise is asked for when an item
-turns out to need some, and no more of it than is used. Nothing here needs torch, so that processes start fast.
+The functions take sounds and an explicit `random.Random`, and do not change their inputs. They request noise only when
+an item needs it, and only as much as they use. Nothing here imports torch, so that processes start fast.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 from nestcli.audio.load import Samples
 from nestcli.bounds import within
 
-NoiseOf = Callable[[int, int], Samples]  # (item, samples): the item's noise, or all of it where it is shorter
+NoiseOf = Callable[[int, int], Samples]  # (item, samples): noise for the item, or all of it if shorter
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A piece that was mixed in; places in samples. `source` is another item of the batch, None for noise.
 
-    It starts at `source_start` of the source, and begins anew there where the source ends before the piece does.
+    It starts at `source_start` of the source. A source that is shorter than the piece is repeated.
     """
 
     start: int
@@ -35,8 +35,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What was done to an item: the ratio in dB of its energy to that of the pieces over the whole item, the factor on
-    the pieces, and the factor on the result where it was beyond full scale."""
+    """The changes to one item: the ratio in dB of its energy to that of the pieces over the whole item, the factor on
+    the pieces, and the factor on the result if it was beyond full scale."""
 
     mode: Literal["noise", "speech"]
     ratio_db: float
@@ -86,9 +86,9 @@ def mix_into(
     *,
     one_stretch: bool = False,
 ) -> tuple[Samples, Samples, Mixture | None]:
-    """Mix noise or the others into the first of some sounds: what was added, the result, and how it was done.
+    """Mix noise or the other sounds into the first one; return the added sound, the result, and the changes.
 
-    Sounds are asked for when they turn out to be needed. What was added is not turned down with the result.
+    Sounds are read only when needed. The added sound is not scaled down with the result.
     """
     clean = sounds[0]
     given = Given(sounds, len(clean), noise_of, config, rng)
@@ -102,7 +102,7 @@ def mix_into(
 
 @dataclass(frozen=True)
 class Given:
-    """The speech of a batch, the width of its rows, and where its noise comes from."""
+    """The speech of a batch, the width of its rows, and the source of its noise."""
 
     speech: Sequence[Samples]
     width: int
@@ -113,7 +113,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What is to be mixed into one item: sounds, where they go and come from, and the sound that the ratio is about."""
+    """The sounds to mix into one item, their places there and in their sources, and the energy behind the ratio."""
 
     is_noise: bool
     ratio_db: float
@@ -123,7 +123,7 @@ class Pieces:
 
 
 def mix_in(item: int, given: Given, pieces: Pieces, noise: Samples | None, noisy: Samples) -> Mixture:
-    """Write the pieces into the item's rows of noise, where that is kept, and of noisy audio."""
+    """Add the pieces to the item's row of noisy audio, and write them into its row of noise if that is kept."""
     speech = given.speech[item]
     gain = _gain(_energy(speech), pieces.energy, pieces.ratio_db)
     if noise is not None:
@@ -176,20 +176,20 @@ def scattered_segments(item: int, given: Given) -> Pieces | None:
 
 
 def _share_of(length: int, rate: float) -> int:
-    """⌊length * rate⌋ with the product in fp32, as NeMo has it: now and then one sample from the exact product."""
+    """Return ⌊length * rate⌋ with the product in fp32, as in NeMo: sometimes one sample off the exact product."""
     return int(np.float32(length) * np.float32(rate))
 
 
 def _random_split(total: int, n_parts: int, rng: random.Random, *, always_draw: bool) -> list[int]:
-    """Lengths of parts when each of `total` samples chooses one of `n_parts`, in order of first appearance.
+    """Return the lengths of the parts if each of `total` samples chose one of `n_parts`, in order of appearance.
 
-    Parts that no sample chose are absent. `always_draw` takes the draws that `rng.choices` would for every sample.
+    Parts that no sample chose are absent. `always_draw` consumes the same draws as `rng.choices` for every sample.
     """
     if always_draw:
         return _tallied(total, n_parts, rng)
     if n_parts == 1:
         return [total]
-    # the same distribution: the counts, then the order in which parts appear, which is biased by their size
+    # the same distribution: first the counts, then the order of appearance, in which large parts tend to be first
     generator = np.random.default_rng(rng.getrandbits(64))
     counts = generator.multinomial(total, np.full(n_parts, 1 / n_parts))
     counts = counts[counts > 0]
@@ -198,7 +198,7 @@ def _random_split(total: int, n_parts: int, rng: random.Random, *, always_draw: 
 
 
 def _tallied(total: int, n_parts: int, rng: random.Random) -> list[int]:
-    """Draw a part for every sample by NumPy from Python's Mersenne Twister, whose state is carried over and back."""
+    """Draw a part for each sample with NumPy, from the state of Python's Mersenne Twister, and write the state back."""
     version, state, gauss = rng.getstate()
     twister = np.random.RandomState()
     twister.set_state(("MT19937", np.array(state[:-1], dtype=np.uint32), state[-1], 0, 0.0))
@@ -208,12 +208,12 @@ def _tallied(total: int, n_parts: int, rng: random.Random) -> list[int]:
     drawn *= n_parts
     choices = drawn.astype(np.intp)
     counts, first = np.bincount(choices, minlength=n_parts), np.full(n_parts, total)
-    first[choices[::-1]] = np.arange(total)[::-1]  # of several values for one place the last stays
+    first[choices[::-1]] = np.arange(total)[::-1]  # of several values for one place, the last one remains
     return [int(counts[part]) for part in np.argsort(first) if counts[part]]
 
 
 def _chosen_source(item: int, given: Given, wanted: int) -> tuple[float, Samples | None] | None:
-    """The ratio in dB, and `wanted` samples of noise, or None for speech; None at all if neither is to be had."""
+    """Return the ratio in dB and `wanted` samples of noise (None for speech); None if neither is available."""
     config, rng, alone = given.config, given.rng, len(given.speech) == 1
     if rng.random() < config.noise_ratio or alone:
         clip = given.noise_of(item, wanted)
@@ -224,11 +224,11 @@ def _chosen_source(item: int, given: Given, wanted: int) -> tuple[float, Samples
     return rng.uniform(config.min_r_speech, config.max_r_speech), None
 
 
-_Source = tuple[Samples, int | None, int]  # a piece, the item that it is of (None: noise), and where it starts there
+_Source = tuple[Samples, int | None, int]  # a piece, its item (None: noise), and its start there
 
 
 def _noise_segments(clip: Samples, segment_lens: Sequence[int]) -> list[_Source]:
-    """Consecutive slices of the noise, which is repeated where it is too short."""
+    """Return consecutive slices of the noise, which is repeated if it is too short."""
     repeated = _tiled(clip, sum(segment_lens))
     pieces: list[_Source] = []
     start = 0
@@ -239,7 +239,7 @@ def _noise_segments(clip: Samples, segment_lens: Sequence[int]) -> list[_Source]
 
 
 def _speech_segments(item: int, given: Given, segment_lens: Sequence[int], n_speakers: int) -> list[_Source]:
-    """Slices of other items, each speaker once and then any of them."""
+    """Return slices of other items: each speaker once, then any of them."""
     rng = given.rng
     others = [other for other in range(len(given.speech)) if other != item]
     speakers = rng.sample(others, k=min(n_speakers, len(others)))
@@ -260,7 +260,7 @@ def _speech_segments(item: int, given: Given, segment_lens: Sequence[int], n_spe
 
 
 def _places(lengths: Sequence[int], slack: int, rng: random.Random) -> list[int]:
-    """Random starts of segments that keep their order and do not overlap; `slack` is what they leave free."""
+    """Return random starts of segments in their order, without overlap; `slack` is the length that they leave free."""
     starts = []
     low, high = 0, slack
     for length in lengths:
@@ -302,33 +302,33 @@ def one_stretch_of(item: int, given: Given) -> Pieces | None:
 
 
 def is_audible(sound: Samples) -> bool:
-    """Whether any sample is not zero; the first ones tell of nearly every sound."""
+    """Return True if any sample is not zero; for nearly every sound, the first ones suffice."""
     return bool(sound[:1024].any() or sound.any())
 
 
 def _tiled(sound: Samples, width: int) -> Samples:
-    """The sound repeated to `width` samples, or cut to it."""
+    """Return the sound repeated or cut to `width` samples."""
     if len(sound) == 0:
         return np.zeros(width, np.float32)
     return np.resize(sound, width) if len(sound) < width else sound[:width]
 
 
 def _gain(speech_energy: float, sound_energy: float, ratio_db: float) -> float:
-    """The factor that puts a sound's mean energy `ratio_db` below that of the speech; 0 if that cannot be."""
+    """Return the factor that puts a sound's mean energy `ratio_db` below that of the speech; 0 if impossible."""
     if not (sound_energy > 0 and math.isfinite(sound_energy) and math.isfinite(speech_energy)):
         return 0.0
     return math.sqrt(speech_energy / (10 ** (ratio_db / 10) * sound_energy))
 
 
-_ROW = 256  # samples summed in float32, by loops of NumPy's own: BLAS might share them among threads
+_ROW = 256  # samples summed in float32 by NumPy's own loops: BLAS might split them among threads
 
 
 def _energy(sound: Samples) -> float:
-    """The mean of the squares, to 1e-7; the same with any number of threads."""
+    """Return the mean of the squares, to 1e-7; the same with any number of threads."""
     if not len(sound):
         return 0.0
     whole = len(sound) // _ROW * _ROW
     rows, rest = sound[:whole].reshape(-1, _ROW), sound[whole:]
-    with np.errstate(over="ignore"):  # an energy that is not finite is told by those who use it
+    with np.errstate(over="ignore"):  # the callers check that the energy is finite
         total = np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64) + np.square(rest).sum(dtype=np.float64)
     return float(total) / len(sound)

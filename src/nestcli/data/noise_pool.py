@@ -1,4 +1,4 @@
-"""Noise for the mixing: clips drawn from a manifest."""
+"""The noise pool: clips of noise drawn at random from a manifest."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nestcli.audio.load import Samples
-from nestcli.audio.read import reason_of
+from nestcli.audio.load import Samples, reason_of
 from nestcli.data.manifest import Entry, Manifest
 from nestcli.data.mixing import is_audible
 from nestcli.data.utterance_audio import Skipped, duration_of, read_audio
@@ -17,13 +16,13 @@ from nestcli.errors import DataError
 from nestcli.jobs.activity import Noted
 
 ATTEMPTS = 20
-_NEMO_PLACES = 100  # tried in one file
-WHITE_NOISE_DB = (-90, -46)  # stands in for silent clips: an integer of dBFS, the upper end excluded
+_NEMO_PLACES = 100  # places tried in one file
+WHITE_NOISE_DB = (-90, -46)  # replaces silent clips: an integer in dBFS, upper end excluded
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Noise, and where it is from: a line of the manifest and the place in its file in seconds; None if made up."""
+    """Noise and its origin: a line of the manifest (None: generated), and the offset in its file in seconds."""
 
     samples: Samples
     line: int | None
@@ -31,21 +30,21 @@ class Clip:
 
 
 class NoisePool:
-    """Draws clips of noise: any line with the same chance, then any place in it.
+    """Draws clips of noise: each line with the same probability, then any place in it.
 
-    Source: NeMo `sample_noise`. Unlike there, a clip stays inside the line's offset and duration, channels are
-    averaged, and a clip counts as silent when it has no energy, not when its sum is zero. Of a line without a duration,
-    all of the file counts from its offset on, where NeMo takes the file's beginning. Lines that cannot be read are
-    passed over; `take_skipped` tells of them.
+    Source: NeMo `sample_noise`. Unlike NeMo, a clip stays inside the line's offset and duration, channels are averaged,
+    and a clip is silent if it has no energy, not if its sum is zero. For a line without a duration, the whole file
+    after its offset counts; NeMo takes the beginning of the file. Lines that cannot be read are skipped;
+    `take_skipped` returns them.
     """
 
     def __init__(self, manifest: Manifest, sample_rate: int) -> None:
         self.manifest, self.sample_rate = manifest, sample_rate
         self._skipped: list[Skipped] = []
-        self._durations = manifest.durations.copy()  # with those that were looked up
+        self._durations = manifest.durations.copy()  # completed by those that were looked up
 
     def draw(self, n_samples: int, rng: random.Random, keep: int | None = None) -> Clip:
-        """A clip of `n_samples`, or a whole shorter line; of it the first `keep` samples.
+        """Return a clip of `n_samples`, or a whole shorter line; with `keep`, only its first samples.
 
         Raises DataError if 20 lines in a row cannot be read.
         """
@@ -67,9 +66,9 @@ class NoisePool:
         return Clip(_white_noise(n_samples, rng)[:keep], None, 0.0)
 
     def draw_like_nemo(self, n_samples: int, state: np.random.RandomState) -> Clip:
-        """The clip that NeMo's `sample_noise` draws from the same state of NumPy's generator, of mono files.
+        """Return the clip that NeMo's `sample_noise` draws from the same state of NumPy's generator, for mono files.
 
-        NeMo forgets the line's offset where it draws a place, and takes a clip for silent whose sum is not above 0.
+        NeMo ignores the line's offset when it draws a place, and treats a clip as silent if its sum is not above 0.
         """
         for _ in range(ATTEMPTS):
             line = int(state.randint(len(self.manifest)))
@@ -87,13 +86,13 @@ class NoisePool:
         return Clip(np.zeros(n_samples, np.float32), None, 0.0)
 
     def take_skipped(self) -> list[Skipped]:
-        """The lines that could not be read since this was last asked."""
+        """Return the lines that could not be read since the last call."""
         skipped, self._skipped = self._skipped, []
         return skipped
 
     def _load_like_nemo(self, entry: Entry, line: int, n_samples: int, state: np.random.RandomState) -> Clip:
         wanted = n_samples / self.sample_rate
-        if not entry.duration > wanted:  # nor if none is stated: then all of the file is read, and cut afterwards
+        if not entry.duration > wanted:  # nor if it is NaN: then the whole file is read, and cut afterwards
             return Clip(read_audio(entry, sample_rate=self.sample_rate), line, entry.offset)
         for _ in range(_NEMO_PLACES):
             offset = state.uniform(0, entry.duration - wanted)
@@ -116,7 +115,7 @@ class NoisePool:
         if duration > wanted:
             offset += rng.uniform(0, duration - wanted)
             duration = wanted
-        kept = min(duration, (keep + 0.5) / self.sample_rate)  # the half keeps rounding from costing a sample
+        kept = min(duration, (keep + 0.5) / self.sample_rate)  # the half protects against losing a sample to rounding
         samples = read_audio(entry, sample_rate=self.sample_rate, offset=offset, duration=kept)
         if not math.isfinite(float(samples.sum())):
             raise DataError(f"{entry.name}: some samples are not a number, or infinite. Leave it out of the manifest.")
@@ -124,7 +123,7 @@ class NoisePool:
 
 
 def _running_sum(samples: Samples) -> float:
-    """What Python's `sum` of float32 samples gives, one after the other."""
+    """Return the result of Python's `sum` over float32 samples, added one by one."""
     return float(np.add.accumulate(samples)[-1]) if len(samples) else 0.0
 
 

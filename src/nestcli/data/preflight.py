@@ -1,4 +1,4 @@
-"""What can be known of the data before training: are the files there, can the machine feed a run."""
+"""Pre-flight checks: do the files exist, are there enough cores and memory?"""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from nestcli.errors import DataError
 from nestcli.jobs.cores import available_cores
 from nestcli.storage import addresses
 
-_ALL_UP_TO, _SAMPLE = 10_000, 1_000  # lines of a manifest whose files are all looked for, and of a longer one
-_JUDGED_FROM = 100  # utterances; below, one rotten file is a large share
-_THREADS, _PIECE = 16, 64  # file servers answer slowly, but many at a time
+_ALL_UP_TO, _SAMPLE = 10_000, 1_000  # lines: up to here all files are checked; of longer manifests, this many
+_JUDGED_FROM = 100  # utterances; with fewer, one corrupt file is a large share
+_THREADS, _PIECE = 16, 64  # file servers answer slowly, but many requests at a time
 _SURE = 3  # standard deviations
 
 
 @dataclass(frozen=True)
 class Found:
-    """Of so many lines that were looked at, those whose file is not there; `total` are all of the manifest."""
+    """The number of missing files among the lines that were looked at; `total` counts all lines of the manifest."""
 
     total: int
     looked: int
     missing: int
-    first: str  # that is missing: its file and its line
+    first: str  # the first missing file and its line
 
     def exceeds(self, share: float) -> bool:
-        """Whether more than a share of all lines is surely missing."""
+        """Return True if more than a share of all lines is surely missing."""
         chance = math.sqrt(share * (1 - share) / self.looked) if self.looked < self.total else 0.0
         return self.missing == self.looked or self.missing > (share + _SURE * chance) * self.looked
 
@@ -42,7 +42,7 @@ class Found:
 
 
 def check_speech(manifest: Manifest, key: str, max_failed_share: float) -> None:
-    """Raise DataError if so much speech is missing that a run would end over it, or compute on nothing."""
+    """Raise DataError if so much speech is missing that a run would fail, or would have nothing to train on."""
     found = look_for_files(manifest, _SAMPLE)
     allowed = max_failed_share if found.looked >= _JUDGED_FROM else 0.5
     if found.missing and found.exceeds(allowed):
@@ -50,7 +50,7 @@ def check_speech(manifest: Manifest, key: str, max_failed_share: float) -> None:
 
 
 def check_noise(manifest: Manifest, key: str, max_failed_share: float) -> str | None:
-    """What a person should know of noise that is missing. Raises DataError if it is more than a run may lack."""
+    """Return a message about missing noise, if any. Raises DataError if more is missing than the run allows."""
     found = look_for_files(manifest, len(manifest) if len(manifest) <= _ALL_UP_TO else _SAMPLE)
     if found.missing and found.exceeds(max_failed_share):
         raise DataError(
@@ -60,7 +60,7 @@ def check_noise(manifest: Manifest, key: str, max_failed_share: float) -> str | 
 
 
 def look_for_files(manifest: Manifest, most: int) -> Found:
-    """Look whether the files of at most so many lines, spread over the manifest, can be read; remote ones are not."""
+    """Check whether the files of at most `most` lines, spread over the manifest, are readable; skip remote files."""
     lines = np.linspace(0, len(manifest) - 1, min(len(manifest), most)).astype(int).tolist()
     pieces = [lines[start : start + _PIECE] for start in range(0, len(lines), _PIECE)]
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -101,9 +101,9 @@ def _remedy(manifest: Manifest) -> str:
 
 
 def machine_notes(key: str, workers: int, loader_bytes: int, processes: int) -> list[str]:
-    """What a person should know of `workers` loader processes for each of the run's `processes` on this machine.
+    """Return messages if cores or memory are short for `workers` loader processes per training process.
 
-    They need up to `loader_bytes` for batches on their way, over all.
+    `processes` of the run are on this machine; each needs up to `loader_bytes` for its queued batches.
     """
     told, cores = [], available_cores()
     if workers * processes > cores:
@@ -123,7 +123,7 @@ def machine_notes(key: str, workers: int, loader_bytes: int, processes: int) -> 
 
 
 def available_memory() -> int | None:
-    """Bytes that this process and its children may still take, or None where the system does not say."""
+    """Return the bytes that this process and its children may still use; None if the system does not say."""
     left = []
     with suppress(OSError, ValueError, IndexError):
         rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())

@@ -1,11 +1,10 @@
-"""Reading of tarred data: which manifest goes with which tars, in NeMo's layout and in Lhotse's Shar.
+"""Tarred data: matches manifests with tars, in NeMo's layout and in Lhotse's Shar.
 
-A shard is opened when its first utterance is read, not before: opening a corpus reads manifests alone.
+A shard is opened when its first utterance is read: opening a corpus reads only manifests.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,62 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from nestcli.audio.channel import KEY as CHANNEL
+from nestcli.audio.load import CHANNEL_KEY
 from nestcli.data.lhotse_cuts import source_of, supervision
-from nestcli.data.manifest import Manifest, joined, of_scan, split_paths
-from nestcli.data.manifest_scan import NO_SHARD, scan
+from nestcli.data.manifest import Manifest, joined
+from nestcli.data.manifest_scan import NO_SHARD, expand, of_scan, scan
 from nestcli.errors import DataError
 from nestcli.files import user_path
 from nestcli.storage import addresses
 from nestcli.storage.tar_members import open_shard
 
-# `_OP_0..7_CL_` is NeMo's spelling of `{0..7}` for command lines; it takes the other brackets too.
-_RANGE = re.compile(r"(?:_OP_|[{(\[<])([0-9]+)\.\.([0-9]+)(?:_CL_|[})\]>])")
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
-_MOST_SHARDS = 1_000_000
-_MOST_RANGES, _MOST_DIGITS = 8, 18  # in a path, of a number in a range
-_CUTS, _AUDIO = "cuts", "recording"  # the fields of a Shar that are read
-
-
-def expand(paths: str | Sequence[str]) -> list[str]:
-    """The files that paths with ranges stand for: `audio__OP_0..2_CL_.tar` are three. Raises DataError."""
-    names = split_paths(paths) if isinstance(paths, str) else [str(path) for path in paths]
-    expanded: list[str] = []
-    for each in names:
-        expanded += _expanded(each)
-        if len(expanded) > max(_MOST_SHARDS, len(names)):
-            raise DataError(f"{names[0][:200]}, ...: the ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
-    return expanded
-
-
-def _expanded(path: str) -> list[str]:
-    elsewhere = addresses.is_remote(path)
-    path = user_path(path)
-    found = _RANGE.search(path)
-    if found is None or (not elsewhere and os.path.exists(path)):  # noqa: PTH110  (pathlib raises for long names)
-        return [path if elsewhere else str(Path(path))]
-    _check_ranges(path)
-    first, last = found.groups()
-    width = len(first) if first.startswith("0") else 0
-    numbers = range(int(first), int(last) + 1)
-    before, after = path[: found.start()], path[found.end() :]
-    return [name for number in numbers for name in _expanded(f"{before}{number:0{width}}{after}")]
-
-
-def _check_ranges(path: str) -> None:
-    """Refuse ranges that name nothing, or more than anyone has, before any name is made."""
-    ranges, total = _RANGE.findall(path), 1
-    for first, last in ranges:
-        if max(len(first), len(last)) > _MOST_DIGITS or int(first) > int(last):
-            written = f"{first[:20]}..{last[:20]}"
-            raise DataError(f"{path[:200]}: the range {written} names no files; write it as _OP_0..7_CL_")
-        total *= int(last) - int(first) + 1
-    if total > _MOST_SHARDS or len(ranges) > _MOST_RANGES:
-        raise DataError(f"{path[:200]}: its ranges name more than {_MOST_SHARDS:,} files. Give fewer.")
+_CUTS, _AUDIO = "cuts", "recording"  # the fields that are read from a Shar
 
 
 def read_tarred(manifest_paths: str | Sequence[str], tar_paths: str | Sequence[str]) -> Manifest:
-    """Open a tarred data set of NeMo: one manifest of all shards, or one a shard.
+    """Open a tarred data set of NeMo: one manifest for all shards, or one per shard.
 
     A line goes with the tar whose name ends in its `shard_id`; without one, with its manifest's own tar, or with the
     tar that holds its file. Lines of shards that are not given are left out, as in NeMo. Raises DataError.
@@ -98,7 +56,7 @@ def read_tarred(manifest_paths: str | Sequence[str], tar_paths: str | Sequence[s
 
 
 def _by_number(tars: Sequence[str]) -> dict[int, int]:
-    """The tar of each shard_id: by the last number in its name, or by its place where these are not all different."""
+    """Return the tar of each shard_id: by the last number in its name, or by its place if numbers repeat."""
     numbers = [_LAST_NUMBER.search(Path(tar).stem) for tar in tars]
     found = [int(number[1]) for number in numbers if number]
     if len(set(found)) < len(tars):
@@ -107,30 +65,30 @@ def _by_number(tars: Sequence[str]) -> dict[int, int]:
 
 
 def _with_shards(manifest: Manifest, shard_of: np.ndarray, tars: tuple[str, ...]) -> Manifest:
-    """The lines whose tar is given; the tuple of tars is shared, not copied, because manifests may be many."""
+    """Return the lines whose tar is given. The tuple of tars is shared, because there may be many manifests."""
     kept = np.flatnonzero(shard_of != NO_SHARD)
     columns = manifest.select(kept)
     return Manifest(**{**vars(columns), "shard_of": shard_of[kept].astype(np.int32), "shards": tars})
 
 
 def _place_of(tars: Sequence[str]) -> dict[str, int]:
-    """The tar of each file in them, by looking into all of them."""
+    """Return the tar of each member, by reading the index of all tars."""
     return {file_id(name): place for place, tar in enumerate(tars) for name in open_shard(tar).members}
 
 
 def _found_in(manifest: Manifest, place_of: Mapping[str, int]) -> np.ndarray:
-    """The tar that holds each line's file."""
+    """Return the tar that holds each line's file."""
     ids = (file_id(manifest.row(line)["audio_filepath"]) for line in range(len(manifest)))
     return np.array([place_of.get(each, place_of.get(without_sub(each), NO_SHARD)) for each in ids])
 
 
 def file_id(name: str) -> str:
-    """The name by which NeMo finds a line's file in a tar: without folders and ending."""
+    """Return the name by which NeMo finds a line's file in a tar: without folders and extension."""
     return name.rpartition("/")[2].rpartition(".")[0] or name.rpartition("/")[2]
 
 
 def without_sub(name: str) -> str:
-    """The file of a line that is one of several of it: NeMo's `NAME-sub2` are cut out of NAME."""
+    """Return the file of a line that is a part of it: NeMo's `NAME-sub2` is a part of NAME."""
     stem, _, number = name.rpartition("-sub")
     return stem if number.isdigit() else name
 
@@ -166,7 +124,7 @@ def _shar_files(path: str | dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _shar_row(cut: dict[str, Any]) -> dict[str, Any]:
-    """A cut of a Shar as a row of a manifest; its audio is the member of that name. Raises ValueError."""
+    """Convert a cut of a Shar to a row of a manifest; its audio is the member of that name. Raises ValueError."""
     if "audio_filepath" in cut:
         return cut
     recording = cut.get("recording")
@@ -178,11 +136,11 @@ def _shar_row(cut: dict[str, Any]) -> dict[str, Any]:
         or any(kind != "shar" for kind in kinds)
         or not isinstance(cut.get("id"), str)
     ):
-        raise ValueError("this is no cut of a Shar; its recording must be a placeholder of type shar")
+        raise ValueError("this is not a cut of a Shar; its recording must be a placeholder of type shar")
     if cut.get("type", "MonoCut") != "MonoCut":
         raise ValueError(f"a {str(cut['type'])[:60]} cannot be read; save MonoCuts")
     row = {
-        CHANNEL: source_of(recording, cut.get("channel"))[1],
+        CHANNEL_KEY: source_of(recording, cut.get("channel"))[1],
         "duration": cut.get("duration"),
         "offset": cut.get("start", 0.0),
         **supervision(cut.get("supervisions")),

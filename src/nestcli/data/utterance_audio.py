@@ -1,4 +1,4 @@
-"""An utterance's samples, wherever its audio stands: a loose file, a remote one, or a member of a shard."""
+"""The samples of an utterance, from a local file, a remote file, or a member of a shard."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-from nestcli.audio.channel import Channel, kept_channel
-from nestcli.audio.load import Samples, stated_slack
-from nestcli.audio.read import AudioError, audio_duration, load_audio
+from nestcli.audio.load import AudioError, Channel, Samples, audio_duration, kept_channel, load_audio, stated_slack
 from nestcli.data.manifest import Entry
 from nestcli.data.tarred import file_id, without_sub
 from nestcli.errors import DataError
@@ -20,12 +18,12 @@ from nestcli.storage import addresses
 from nestcli.storage.allowed_folders import Admitted
 from nestcli.storage.tar_members import TarMembers, open_shard
 
-_NO_AUDIO = (".json", ".jsonl", ".txt", ".lab")  # what stands beside audio in shards, under the same name
+_NO_AUDIO = (".json", ".jsonl", ".txt", ".lab")  # files beside the audio in shards, under the same name
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A line whose audio could not be read and is left out of its batch, and why."""
+    """A line that was left out of its batch because its audio could not be read, and the reason."""
 
     line: str
     why: str
@@ -41,10 +39,10 @@ def read_audio(
     duration: float | None = None,
     channel: Channel | None = None,
 ) -> Samples:
-    """An entry's audio, or a part of it, as mono float32 at `sample_rate` Hz; times in seconds.
+    """Read an entry's audio, or a part of it, as mono float32 at `sample_rate` Hz; times in seconds.
 
-    `channel` is for entries that choose none themselves. Raises DataError if nothing can be read, or if the file holds
-    less than was asked for: by more than 0.1 s and a twentieth of the length, at most 0.5 s.
+    `channel` applies to entries that choose none. Raises DataError if nothing can be read, or if the file is shorter
+    than requested by more than 0.1 s plus a twentieth of the length, at most 0.5 s.
     """
     start = entry.offset if offset is None else offset
     stated = entry.duration if duration is None else duration
@@ -70,9 +68,9 @@ def _as_promised(samples: Samples, entry: Entry, sample_rate: int, start: float,
 
 
 def duration_of(entry: Entry) -> float:
-    """How long an entry is in seconds: what its line states, else what its file has from the line's offset on.
+    """Return an entry's duration in seconds: as its line states, else the rest of its file after the offset.
 
-    Raises DataError where the file cannot be read.
+    Raises DataError if the file cannot be read.
     """
     if not math.isnan(entry.duration):
         return entry.duration
@@ -85,12 +83,13 @@ def duration_of(entry: Entry) -> float:
 
 @contextmanager
 def _local(entry: Entry) -> Iterator[str]:
-    """The path of a file on this machine with an entry's audio."""
-    if entry.shard is None and not addresses.is_remote(entry.audio_filepath):
-        yield entry.audio_filepath
-        return
-    with _as_file(_content(entry)) as path:
+    """Yield the path of a local file with an entry's audio."""
+    path = entry.audio_filepath
+    if entry.shard is None and not ("://" in path and addresses.is_remote(path)):
         yield path
+        return
+    with _as_file(_content(entry)) as copy:
+        yield copy
 
 
 def _content(entry: Entry) -> bytes:
@@ -101,7 +100,7 @@ def _content(entry: Entry) -> bytes:
 
 
 def _member(shard: TarMembers, entry: Entry) -> str:
-    """The member that a line means: by its whole name, else as NeMo finds it, by its name without folder and ending."""
+    """Return the member for a line: by its full name, else, as in NeMo, by its name without folder and extension."""
     if entry.audio_filepath in shard.members:
         return entry.audio_filepath
     wanted = file_id(entry.audio_filepath)
@@ -109,12 +108,12 @@ def _member(shard: TarMembers, entry: Entry) -> str:
     for name in (entry.audio_filepath, wanted, without_sub(wanted)):
         if name in by_id:
             return by_id[name]
-    raise DataError(f"{entry.name}: there is no such member in the shard; were manifest and tars written together?")
+    raise DataError(f"{entry.name}: the shard has no such member; were manifest and tars written together?")
 
 
 @lru_cache(maxsize=64)
 def _by_id(shard: TarMembers) -> dict[str, str]:
-    """Members by their names without ending, with and without folders."""
+    """Return members by their names without extension, with and without folders."""
     found: dict[str, str] = {}
     for name in shard.members:
         if not name.endswith(_NO_AUDIO):
@@ -125,16 +124,16 @@ def _by_id(shard: TarMembers) -> dict[str, str]:
 
 @contextmanager
 def _as_file(content: bytes) -> Iterator[str]:
-    """The path of a file with this content, in memory where the system has such files: libsndfile reads it faster.
+    """Yield the path of a file with this content, in memory if the system supports it: libsndfile reads it faster.
 
-    The jail lets it pass, because it has looked at where the content is from.
+    The jail admits it, because it has already checked the source of the content.
     """
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("nest-audio", os.MFD_CLOEXEC)
         with open(descriptor, "wb") as file:  # noqa: PTH123  (not a path)
-            file.write(content)  # buffered: one call to the system takes 2 GiB at most
+            file.write(content)  # buffered: a system call writes at most 2 GiB
             file.flush()
-            yield Admitted(f"/proc/{os.getpid()}/fd/{descriptor}")  # with the number, so that SoX can open it too
+            yield Admitted(f"/proc/{os.getpid()}/fd/{descriptor}")  # with the process id, so that SoX can open it too
     else:
         with tempfile.NamedTemporaryFile(prefix="nest-audio-") as file:
             file.write(content)

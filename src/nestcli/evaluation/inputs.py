@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from nestcli.audio.read import audio_duration
-from nestcli.data.manifest import Manifest, read_manifests, write_manifest
+from nestcli.audio.load import audio_duration
+from nestcli.data.manifest import Manifest, write_manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.utterance_audio import duration_of
 from nestcli.errors import DataError
 from nestcli.prepare.inputs import collect, is_manifest

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from nestcli.audio.read import load_audio as read_samples
+from nestcli.audio.load import load_audio as read_samples
 from nestcli.checkpoint.encoder import read_encoder
 from nestcli.files import user_path
 from nestcli.model.speech_encoder import SpeechEncoder

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.audio.read import audio_header
+from nestcli.audio.load import audio_header
 from nestcli.data.manifest import Manifest
 from nestcli.errors import DataError, MissingDependencyError
 from nestcli.files import atomic_file

@@ -15,8 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nestcli.audio.load import Samples
-from nestcli.audio.read import reason_of
+from nestcli.audio.load import Samples, reason_of
 from nestcli.data.manifest import Manifest
 from nestcli.data.utterance_audio import read_audio
 from nestcli.errors import ConfigError, DataError

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nestcli.config import load_config
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.noise_pool import NoisePool
 from nestcli.model.config import MaskingConfig, NestConfig, QuantizerConfig
 from nestcli.model.masking import overlapping_blocks

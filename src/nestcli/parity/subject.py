@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nestcli.audio.read import load_audio
+from nestcli.audio.load import load_audio
 from nestcli.config import resolved
 from nestcli.errors import DataError
 from nestcli.model.config import NestConfig

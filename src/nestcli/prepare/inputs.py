@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nestcli.audio.channel import Channel
+from nestcli.audio.load import Channel
 from nestcli.data.lhotse_cuts import recording_to_row
-from nestcli.data.manifest import Manifest, of_scan
-from nestcli.data.manifest_scan import check_row, scan, to_row
+from nestcli.data.manifest import Manifest, check_row, to_row
+from nestcli.data.manifest_scan import of_scan, scan
 from nestcli.errors import DataError
 from nestcli.files import user_path
 from nestcli.jobs.journal import NAME as JOURNAL

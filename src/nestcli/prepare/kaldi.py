@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestcli.data.manifest_scan import MAX_LINE, MAX_SECONDS
+from nestcli.data.manifest import MAX_LINE, MAX_SECONDS
 from nestcli.errors import DataError
 from nestcli.files import user_path
 

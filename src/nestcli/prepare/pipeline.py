@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.channel import kept_channel
+from nestcli.audio.load import CHANNEL_KEY, kept_channel
 from nestcli.data.manifest import write_manifest
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import file_name, refuse_links, write_text
@@ -33,7 +32,7 @@ from nestcli.prepare.check import check_files
 from nestcli.prepare.inputs import OUTPUTS, Collection, collect, made_before
 from nestcli.prepare.options import PrepareOptions, checked_fraction, speaker_finder
 from nestcli.prepare.segment import Piece, ShapeOptions, ShapeTask, shape
-from nestcli.prepare.select import Accepted, Limits, Rejected, judge, length_fault
+from nestcli.prepare.select import Accepted, DurationLimits, Rejected, judge, length_fault
 from nestcli.prepare.split import for_validation
 from nestcli.prepare.summary_picture import draw_summary, duration_bins, level_bins
 from nestcli.prepare.write_shards import ShardSet, write_shards
@@ -106,7 +105,9 @@ def prepare(
         usable = (item for item in collection.items if item.refused is None)
         files = list(dict.fromkeys((item.path, kept_channel(item.channel, options.channel)) for item in usable))
         reports = check_files(files, pool, journal, progress, options.patience)
-        limits = Limits(options.min_duration, options.max_duration, options.segment is not None, options.max_clipped)
+        limits = DurationLimits(
+            options.min_duration, options.max_duration, options.segment is not None, options.max_clipped
+        )
         accepted, rejected = judge(collection.items, reports, limits, find_speaker, options.channel)
         reports.clear()
         accepted, rejected = _shaped(accepted, rejected, folder, options, limits, pool, journal, progress)
@@ -185,7 +186,7 @@ def _shaped(
     rejected: list[Rejected],
     folder: Path,
     options: PrepareOptions,
-    limits: Limits,
+    limits: DurationLimits,
     pool: Pool,
     journal: Journal,
     progress: Progress,
@@ -197,7 +198,7 @@ def _shaped(
     how = ShapeOptions(options.segment, str(audio) if options.convert else None, options.sample_rate)
     of_channel = {channel: replace(how, channel=channel) for channel in {each.channel for each in accepted}}
     tasks = [_shape_task(each, of_channel[each.channel]) for each in accepted]
-    final = Limits(limits.min_duration, limits.max_duration, cut=False)
+    final = DurationLimits(limits.min_duration, limits.max_duration, cut=False)
     with _audio_journal(audio) if options.convert else nullcontext(journal) as pieces_made:
         shaped = shape(tasks, pool, pieces_made, partial(progress, doing="(cutting and converting)"), options.patience)
         return _piecewise(accepted, rejected, shaped, options, final)
@@ -208,7 +209,7 @@ def _piecewise(
     rejected: list[Rejected],
     shaped: Iterable[list[Piece] | str],
     options: PrepareOptions,
-    limits: Limits,
+    limits: DurationLimits,
 ) -> tuple[list[Accepted], list[Rejected]]:
     kept: list[Accepted] = []
     for whole, pieces in zip(accepted, shaped, strict=True):
@@ -334,9 +335,9 @@ def _row(utterance: Accepted) -> dict[str, Any]:
     row = utterance.item.known()
     row.update(audio_filepath=utterance.audio, duration=utterance.duration)
     row.pop("offset", None)
-    chosen_there = row.pop(CHANNEL, None)
+    chosen_there = row.pop(CHANNEL_KEY, None)
     if utterance.path is None and (utterance.channel is not None or chosen_there == "average"):
-        row[CHANNEL] = chosen_there if utterance.channel is None else utterance.channel
+        row[CHANNEL_KEY] = chosen_there if utterance.channel is None else utterance.channel
     if utterance.offset:
         row["offset"] = utterance.offset
     if utterance.speaker is not None:

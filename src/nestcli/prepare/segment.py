@@ -16,8 +16,7 @@ from typing import TypeVar
 import numpy as np
 import soundfile as sf
 
-from nestcli.audio.load import Samples
-from nestcli.audio.read import resampled, stream_audio
+from nestcli.audio.load import Samples, resampled, stream_audio
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 from nestcli.jobs.journal import REMEDY, Journal, file_version

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from nestcli.audio.channel import kept_channel
 from nestcli.audio.inspect import AudioReport
-from nestcli.audio.load import stated_slack
+from nestcli.audio.load import kept_channel, stated_slack
 from nestcli.prepare.check import File
 from nestcli.prepare.inputs import Item
 
@@ -18,7 +17,7 @@ MAX_CLIPPED = 0.01  # share of samples in runs at full scale; speech with one in
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class DurationLimits:
     """Durations in seconds; None for no limit. With `cut`, what is too long is cut later. `max_clipped` is a share."""
 
     min_duration: float | None
@@ -57,7 +56,7 @@ class Rejected:
 def judge(
     items: Sequence[Item],
     reports: dict[File, AudioReport],
-    limits: Limits,
+    limits: DurationLimits,
     find_speaker: Callable[[Item], str | None],
     channel: int | None = None,
 ) -> tuple[list[Accepted], list[Rejected]]:
@@ -111,7 +110,7 @@ def _real_path(path: str, folders: dict[str, str]) -> str:
 
 
 def _fault(
-    item: Item, report: AudioReport, duration: float, limits: Limits, seen: bool, same_as: str | None
+    item: Item, report: AudioReport, duration: float, limits: DurationLimits, seen: bool, same_as: str | None
 ) -> tuple[str, str] | None:
     """The first reason to leave an item out, and what to say about it."""
     if report.reason is not None:
@@ -132,7 +131,7 @@ def _fault(
     return length_fault(duration, limits)
 
 
-def length_fault(duration: float, limits: Limits) -> tuple[str, str] | None:
+def length_fault(duration: float, limits: DurationLimits) -> tuple[str, str] | None:
     """Why an utterance is too short or too long."""
     if limits.min_duration is not None and duration < limits.min_duration:
         return "too_short", f"{duration:.2f} s are less than {limits.min_duration:g} s"

@@ -18,11 +18,9 @@ from typing import Any, Literal
 import numpy as np
 import soundfile as sf
 
-from nestcli.audio.channel import KEY as CHANNEL
-from nestcli.audio.channel import kept_channel, parsed_channel
-from nestcli.audio.load import Samples
-from nestcli.audio.read import load_audio, reason_of
-from nestcli.data.manifest import read_manifests, write_manifest
+from nestcli.audio.load import CHANNEL_KEY, Samples, kept_channel, load_audio, parsed_channel, reason_of
+from nestcli.data.manifest import write_manifest
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file
 from nestcli.jobs.journal import REMEDY, Journal, file_version
@@ -192,7 +190,7 @@ def _pack_tar(task: _Packing) -> _Packed:
             info = tarfile.TarInfo(f"{line:07d}-{_plain(Path(row['audio_filepath']).stem)}.{ending}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-            kept = {key: value for key, value in row.items() if key not in ("offset", CHANNEL)}
+            kept = {key: value for key, value in row.items() if key not in ("offset", CHANNEL_KEY)}
             packed.rows.append({**kept, "audio_filepath": info.name, "duration": duration, "shard_id": task.number})
     return packed
 
@@ -235,7 +233,7 @@ def _samples(row: dict[str, Any], task: _Packing) -> Samples:
 
 
 def _channel(row: dict[str, Any]) -> int | None:
-    return kept_channel(parsed_channel(row.get(CHANNEL)), None)
+    return kept_channel(parsed_channel(row.get(CHANNEL_KEY)), None)
 
 
 def _flac(samples: Samples, rate: int) -> bytes:
@@ -302,4 +300,4 @@ def _cut(line: int, row: dict[str, Any], samples: Samples, rate: int) -> Any:
     return cut
 
 
-_OWN_KEYS = ("audio_filepath", "duration", "offset", CHANNEL, "text", "lang", "speaker")
+_OWN_KEYS = ("audio_filepath", "duration", "offset", CHANNEL_KEY, "text", "lang", "speaker")

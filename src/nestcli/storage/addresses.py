@@ -76,12 +76,6 @@ def read_bytes(path: str) -> bytes:
     return fetch.read(path, MAX_OBJECT)
 
 
-def exists(path: str) -> bool:
-    """Whether there is such an object. Raises DataError where the server does not say."""
-    _check(path)
-    return fetch.describe(path, missing_ok=True) is not None
-
-
 def local_copy(path: str, cache_dir: str | None = None, *, keep: bool = False) -> str:
     """A file on this machine with an object's content, from the cache or fetched into it. Raises DataError.
 
@@ -119,7 +113,6 @@ def _fetched(path: str, folder: Path) -> Path:
     """The copy of an object as it is on the server now, made if need be."""
     for _ in range(fetch.ATTEMPTS):
         found = fetch.describe(path)
-        assert found is not None
         copy = folder / _name(path, found)
         limit = cache.limit()
 

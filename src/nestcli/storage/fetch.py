@@ -66,17 +66,10 @@ def credentials(path: str) -> str:
     return f"credentials are taken from {_CREDENTIALS[_SAME.get(scheme, scheme)]}"
 
 
-def describe(path: str, *, missing_ok: bool = False) -> Description | None:
-    """Ask for an object's size and version; None if there is none and that is no error. Raises DataError."""
-    try:
-        info = _tried(path, lambda files, place: files.info(place))
-    except _MissingError:
-        if missing_ok:
-            return None
-        raise
+def describe(path: str) -> Description:
+    """Ask for an object's size and version. Raises DataError, also if it does not exist or is a folder."""
+    info = _tried(path, lambda files, place: files.info(place))
     if info.get("type") == "directory":
-        if missing_ok:
-            return None
         raise DataError(f"{shown(path)} is a folder, not a file.")
     return Description(info.get("size"), "\0".join(str(info[key]) for key in _VERSION_KEYS if info.get(key)))
 
@@ -169,10 +162,6 @@ class _LocalError(Exception):
         self.problem = problem
 
 
-class _MissingError(DataError):
-    pass
-
-
 class _EmptyError(DataError):
     pass
 
@@ -235,7 +224,7 @@ def _status(error: BaseException | None) -> int | None:
 def _failure(path: str, error: BaseException, answer: Answer) -> DataError:
     where = shown(path)
     if answer == "missing":
-        return _MissingError(f"{where}: there is no such object.")
+        return DataError(f"{where}: there is no such object.")
     if answer == "denied":
         return DataError(f"{where}: access is denied; {credentials(path)}.")
     if answer == "empty":

@@ -122,7 +122,7 @@ class Pretraining:
         self.folder = experiment_folder(config)
         check_shared_memory(config)
         self.data = NestDataModule(config, reporter.note)
-        self.data.check_ready(processes // int(config.trainer.num_nodes))
+        self.data.check_ready(processes, int(config.trainer.num_nodes))
         for key, corpus in (("model.train_ds", self.data.train), ("model.validation_ds", self.data.val)):
             if corpus is not None:
                 check_masks(config, key, corpus.speech.durations, reporter.note)

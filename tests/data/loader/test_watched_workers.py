@@ -22,7 +22,7 @@ from nestcli.data import datamodule, dataset, noise_pool
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.loader import watched_workers
 from nestcli.data.loader.watched_workers import Watch
-from nestcli.data.manifest import read_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.utterance_audio import read_audio
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.jobs import activity

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from nestcli.data.batch import NoiseBatch, Samples
+from nestcli.audio.load import Samples
+from nestcli.data.batch import NoiseBatch
 from nestcli.data.loader.watched_workers import WatchedLoader
 from nestcli.jobs.prefetch_thread import ahead
 

@@ -1,28 +1,150 @@
-"""How much audio the frames or pages of an Ogg, FLAC or MP3 file hold, against what its first header declares.
+"""Whether an audio file holds as much audio as its header declares: its bytes against what the decoder gave.
 
-Each function returns a reason and what to say about it, or two empty texts.
+libsndfile quietly reduces the declared length of most formats to what is there, so half a WAV looks like a whole
+one of half the length; and it quietly stops where a header says so, whatever follows. SoX's formats are not looked at.
+A fault is a reason and what to say about it, or two empty texts for none.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from functools import lru_cache
 
 import soundfile as sf
 
-from nestcli.audio.file_bytes import FileBytes
+from nestcli.audio.containers import CHUNK_SLACK, behind_samples, samples_chunk
 from nestcli.audio.sox import CONVERT, RECOVER
 
 Fault = tuple[str, str]
 NO_FAULT: Fault = ("", "")
 SLACK = 0.1  # s: what a file may hold beyond its declared length; no word fits into it
 
+# Formats that say how long they are. In the others that libsndfile knows, a part looks like a whole file.
+READ_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "VOC", "NIST", "HTK", "FLAC", "OGG", "MP3")
+
+_CHUNKED = ("WAV", "WAVEX", "AIFF", "RF64", "W64", "CAF", "VOC", "AU")
+_READ_ON = ("W64", "VOC", "G721_32", "G723_24", "G723_40")  # formats and codecs that are decoded to the file's end
+_UNKNOWN_LENGTH = 1 << 62  # frames: libsndfile's for a FLAC that states none, as encoders write into a pipe
+_IGNORE_LENGTH = (  # a plain call of either stops where the header says so
+    "convert it with `sox --ignore-length FILE FILE.flac`, or a WAV with `ffmpeg -ignore_length 1 -i FILE FILE.flac`"
+)
+_PIECE = 1 << 20
+_HEAD = 1 << 12
+_MOST_TAGS = 16  # in a row
+_MOST_PADDING = 64 << 20  # bytes: zeros are not looked for in more
 _TAIL = 1 << 16  # bytes: an Ogg page is never longer, and the last FLAC frames are seldom
 _READ_AHEAD, _LEFT = 1 << 16, 1 << 18  # bytes before and behind the decoder's place where its stream must end
 _MPEG_SLACK = 2 * 1152  # samples: encoder delay and padding may or may not be counted
-_CHUNK_SLACK = 64  # bytes
 _MOST_TRIES = 5_000  # places between the frames of a damaged MP3 that are looked at
 _MOST_STREAMS = 64  # that an Ogg file begins with
+
+
+class FileBytes:
+    """An open file by its descriptor, and its size in bytes."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
+        self._head = os.pread(descriptor, _HEAD, 0)
+
+    def at(self, place: int, count: int) -> bytes:
+        """Up to `count` bytes from `place` on; fewer where the file ends."""
+        if 0 <= place <= _HEAD - count:  # most calls: headers are read field by field
+            return self._head[place : place + count]
+        return os.pread(self.descriptor, count, place) if 0 <= place < self.size else b""
+
+    def tail(self, count: int) -> bytes:
+        return self.at(max(0, self.size - count), count)
+
+    def place(self) -> int:
+        """Where the decoder has read to."""
+        return os.lseek(self.descriptor, 0, os.SEEK_CUR)
+
+    def only_zeros(self, start: int, end: int) -> bool:
+        if end - start > _MOST_PADDING:
+            return False
+        return not any(self.at(at, min(_PIECE, end - at)).strip(b"\0") for at in range(start, end, _PIECE))
+
+    def behind_id3(self, place: int = 0) -> int:
+        """The place behind the ID3 tags, version 2, that begin at `place`."""
+        for _ in range(_MOST_TAGS):
+            tag = self.at(place, 10)
+            if tag[:3] != b"ID3" or len(tag) < 10:
+                break
+            place += 10 + (tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9])  # seven bits of each byte count
+        return place
+
+    def before_tags(self) -> int:
+        """The place where the tags at the file's end begin: ID3 version 1, and APE."""
+        end = self.size
+        if self.at(end - 128, 3) == b"TAG":
+            end -= 128
+        footer = self.at(end - 32, 32)
+        if footer[:8] == b"APETAGEX":
+            has_header = footer[23] & 0x80
+            end -= int.from_bytes(footer[12:16], "little") + (32 if has_header else 0)
+        return max(0, end)
+
+
+def length_fault(sound: sf.SoundFile, frames: int) -> Fault:
+    """The reason and the words for a file that holds more or less audio than is decoded; two empty texts for none.
+
+    `frames` is where the decoder stopped: at `sound.frames`, or before.
+    """
+    if not isinstance(sound.name, int):  # the file that SoX wrote
+        return NO_FAULT
+    file = FileBytes(sound.name)
+    fault = NO_FAULT
+    if sound.format in _CHUNKED:
+        fault = _chunk_fault(file, sound)
+    elif sound.format == "OGG":
+        fault = ogg_fault(file)
+    elif sound.format == "MP3":
+        return mpeg_fault(file, sound, frames)
+    elif sound.format == "FLAC" and states_length(sound):
+        fault = flac_fault(file, sound)
+    elif sound.format == "NIST":
+        declared = _nist_frames(file)
+        if frames < declared:
+            fault = shorter(declared, frames, sound.samplerate)
+        elif declared and frames - declared > SLACK * sound.samplerate:
+            fault = more_follows(declared, sound.samplerate, _IGNORE_LENGTH)
+    slack = SLACK * sound.samplerate if sound.format == "OGG" else 0
+    if fault == NO_FAULT and states_length(sound) and sound.frames - frames > slack:
+        fault = shorter(sound.frames, frames, sound.samplerate)
+    return fault
+
+
+def states_length(sound: sf.SoundFile) -> bool:
+    """Whether a header says how long its audio is."""
+    return bool(sound.frames < _UNKNOWN_LENGTH)
+
+
+def _nist_frames(file: FileBytes) -> int:
+    found = re.search(rb"\nsample_count -i (\d{1,18})\s", file.at(0, 1024))
+    return int(found[1]) if found else 0
+
+
+def _chunk_fault(file: FileBytes, sound: sf.SoundFile) -> Fault:
+    """Compare the declared size of a file's chunk of samples with the file's, and look at what stands behind it."""
+    found = samples_chunk(file)
+    if found is None or found.declared is None:
+        return NO_FAULT
+    held = file.size - found.start
+    if found.declared > held + CHUNK_SLACK:
+        return "truncated", f"the header declares {found.declared} bytes of audio, the file holds {held}; {RECOVER}"
+    if held - found.declared <= CHUNK_SLACK or (found.declared == 0 and sound.frames > 0):
+        return NO_FAULT
+    if sound.format in _READ_ON or sound.subtype in _READ_ON:
+        behind, decoded = held - found.declared, held
+    else:
+        behind, decoded = behind_samples(file, found.start + found.declared, found.form), found.declared
+    empty = found.declared == 0 and behind > 0
+    if empty or behind * sound.frames > SLACK * sound.samplerate * decoded:
+        declared = sound.frames * found.declared // max(1, decoded)
+        return more_follows(declared, sound.samplerate, _IGNORE_LENGTH)
+    return NO_FAULT
 
 
 def more_follows(declared: int, rate: int, remedy: str = CONVERT) -> Fault:
@@ -178,7 +300,7 @@ def _missing_mpeg_bytes(file: FileBytes, start: int, head: bytes) -> bool | None
         return False
     stated = int.from_bytes(found[3] if has_frames else found[2], "big")
     held = file.size - start - found.start()
-    return stated - held > max(_CHUNK_SLACK, stated // 100)
+    return stated - held > max(CHUNK_SLACK, stated // 100)
 
 
 _KBPS = {  # by whether it is MPEG 1, and the layer's code (1: III, 2: II)

@@ -1,4 +1,4 @@
-"""Another process that answers requests, one line of JSON each: ours to be measured, or NeMo's Python beside ours."""
+"""A child process that answers requests, one line of JSON each: a measured process of ours, or one that runs NeMo."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from nestcli.errors import MissingDependencyError, NestError, RunFailedError
 
 INSTALL_NEMO = 'pip install "nemo_toolkit[asr]==3.0.0" torch==2.13.0'
 _QUIET = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-_LAST_LINES = 5  # of what it wrote to stderr, in the message of its end
-_PATIENCE = 10.0  # s, until a process that is to end is killed
+_LAST_LINES = 5  # lines of its stderr that the error message quotes when it dies
+_PATIENCE = 10.0  # s between asking a process to end and killing it
 
 
 class DiedError(RunFailedError):
-    """The process ended, or was ended, before it answered."""
+    """The process ended or was killed before it answered."""
 
 
 class Conversation:
-    """A process that reads a request from stdin and writes its answer to stdout; a context manager that ends it.
+    """A process that reads a request from stdin and writes its answer to stdout. The context manager ends it.
 
-    `name` is what messages call it.
+    `name` is its name in messages.
     """
 
     def __init__(self, command: list[str], name: str, environment: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ class Conversation:
         return self._process.pid
 
     def exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a request. Raises DiedError."""
+        """Send a request and return the answer. Raises DiedError."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -82,22 +82,22 @@ class Conversation:
         try:
             ended = f"ended with {self._process.wait(timeout=_PATIENCE)}"
         except subprocess.TimeoutExpired:
-            ended = "sent something that is no answer"
+            ended = "sent an invalid answer"
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()[-_LAST_LINES:]
         return f"{self.name} {ended}; its last words: {' / '.join(lines) or 'none'}"
 
 
 def nemo_python(python: str) -> str:
-    """The program that `--nemo-python` names. Raises NestError."""
+    """Return the full path of the program that `--nemo-python` names. Raises NestError."""
     found = shutil.which(python)
     if found is None:
-        raise NestError(f"--nemo-python {python}: there is no such program. Give the path of a Python that has NeMo.")
+        raise NestError(f"--nemo-python {python}: program not found. Give the path of a Python that has NeMo.")
     return found
 
 
 def nemo_unusable(python: str, why: object) -> MissingDependencyError:
-    """What to raise where that program has no NeMo that works."""
+    """Return the error for a Python in which NeMo does not work."""
     return MissingDependencyError(
-        f"--nemo-python {python}: NeMo cannot be used there: {why}. Install it there: {INSTALL_NEMO}"
+        f"--nemo-python {python}: NeMo does not work there: {why}. Install it there: {INSTALL_NEMO}"
     )

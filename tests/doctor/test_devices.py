@@ -76,8 +76,8 @@ def test_open_files(limit: int, state: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "driver", "cards", "environ", "state", "found", "remedy"),
     [
-        ({}, None, 0, {}, "ok", "training goes on the CPU", ""),
-        ({}, "550.54", 1, {}, "problem", "driver 550.54, but this is PyTorch's CPU build", "installation page"),
+        ({}, None, 0, {}, "ok", "training runs on the CPU", ""),
+        ({}, "550.54", 1, {}, "problem", "driver 550.54, but PyTorch's CPU build", "installation page"),
         ({}, None, 2, {}, "note", "2 NVIDIA cards without a driver", "installation page"),
         ({"cuda": "12.8"}, None, 0, {}, "note", "none, and no driver", "docker run --gpus all"),
         ({"cuda": "12.8"}, None, 1, {}, "problem", "1 NVIDIA card and no driver", "Install NVIDIA's driver"),
@@ -120,7 +120,7 @@ def test_precisions() -> None:
     assert check.remedy == "Set trainer.precision to one of 32, bf16-true, 16-mixed."
     unsupported = {"failures": dict.fromkeys(PRECISIONS, "CUDA error: no kernel image")}
     assert precision_check("cuda", Answer(unsupported), [CARD]).state == "problem"
-    assert precision_check("cuda", Answer(error="the process died of SIGABRT"), [CARD]).state == "problem"
+    assert precision_check("cuda", Answer(error="the process was killed by SIGABRT"), [CARD]).state == "problem"
 
 
 def test_processes() -> None:

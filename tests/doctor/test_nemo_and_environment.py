@@ -147,7 +147,7 @@ def test_slurm(environ: dict[str, str], surprises: bool) -> None:
 def test_a_jail(tmp_path: Path) -> None:
     assert not list(jail_check({}))
     (check,) = jail_check({"NEST_JAIL": f"{tmp_path}:/gone"})
-    assert (check.state, check.found) == ("problem", "no such folder: /gone")
+    assert (check.state, check.found) == ("problem", "folder not found: /gone")
     (check,) = jail_check({"NEST_JAIL": str(tmp_path)})
     assert check.state == "note"
 
@@ -161,7 +161,7 @@ def test_the_cache_of_remote_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_tmpdir_that_is_gone(tmp_path: Path) -> None:
     (check,) = temporary_check({"TMPDIR": "/gone"})
-    assert "Make that folder" in check.remedy
+    assert "Create that folder" in check.remedy
     assert not list(temporary_check({"TMPDIR": str(tmp_path)}))
 
 
@@ -174,5 +174,5 @@ def test_encodings() -> None:
 def test_nothing_that_surprises() -> None:
     quiet = {"PATH": os.environ["PATH"], "NEST_CACHE": "/tmp"}
     checks: list[Check] = list(environment_checks(quiet))
-    assert checks[0].found == "none that surprises"
+    assert checks[0].found == "none with an unexpected effect"
     assert [check.name for check in checks] == ["variables", "locale"]

@@ -1,4 +1,4 @@
-"""Trials in a process of their own, which may crash or hang: that is an answer too."""
+"""Run trials in a child process. A crash or a hang of the child is an answer too."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 
 from nestcli.doctor import child
 
-LIMIT = 300.0  # s for one trial: torch on a network disk takes minutes to import
+LIMIT = 300.0  # s for one trial: importing torch from a network disk takes minutes
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a trial found; `error` says why there is nothing, `died` that it took its process along."""
+    """The facts that a trial found, or its `error`; `died` is True if its process crashed or was killed."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -34,9 +34,9 @@ def run_trials(
     limit: float = LIMIT,
     begun: Callable[[str], None] = lambda trial: None,
 ) -> dict[str, Answer]:
-    """Answers by trial; after one that crashes, or takes more than `limit` s, a new process goes on with the next.
+    """Run trials and return their answers by name. After a crash or a time-out, a new process runs the next trial.
 
-    Raises OSError if `python` cannot be started.
+    `limit` is the time-out of one trial in s. Raises OSError if `python` cannot be started.
     """
     answers: dict[str, Answer] = {}
     while left := [trial for trial in trials if trial not in answers]:
@@ -47,7 +47,7 @@ def run_trials(
 def _go_through(
     trials: list[str], answers: dict[str, Answer], python: str, limit: float, begun: Callable[[str], None]
 ) -> None:
-    """Run trials until all are answered or the process ends; at least one more has an answer then."""
+    """Run trials until all are answered or the process ends. At least one more trial then has an answer."""
     with tempfile.TemporaryFile(prefix="nest-doctor-") as log:
         process = _start(trials, python, log.fileno())
         assert process.stdout is not None
@@ -98,8 +98,8 @@ def _watch(process: subprocess.Popen[str], limit: float, timed_out: threading.Ev
 
 def _how_it_ended(status: int, last_words: str) -> str:
     if status < 0:
-        return f"the process died of {signal.Signals(-status).name}"
-    return f"the process ended with {status}: {last_words or 'it said nothing'}"
+        return f"the process was killed by {signal.Signals(-status).name}"
+    return f"the process ended with exit code {status}: {last_words or 'no output'}"
 
 
 def _last_line(log: Any) -> str:

@@ -370,7 +370,7 @@ def test_the_command(tmp_path, speech, noise):
     ("words", "error", "message"),
     [
         (["porb=1"], ConfigError, "unknown augmentation setting porb. Did you mean prob?"),
-        (["what=1"], ConfigError, "Known are _target_, prob, noise_ratio"),
+        (["what=1"], ConfigError, "Known: _target_, prob, noise_ratio"),
         (["prob"], ConfigError, "must be key=value"),
         (["prob=2"], ConfigError, "^prob: 2.0 must be from 0 to 1"),
         (["--copies", "0"], SystemExit, "2"),

@@ -43,7 +43,7 @@ def faults(name: str, target: str) -> Iterator[str]:
     address = urllib.parse.urlsplit(target)
     if address.scheme or address.netloc:
         if address.scheme not in ("http", "https", "mailto") or not re.fullmatch(r"[\w.-]+\.[a-z]+", address.netloc):
-            yield f"{target} is no address of the web"
+            yield f"{target} is not a web address"
         return
     if target.startswith("/"):
         yield f"{target}: write it relative to the page; code hosts and the site differ in what / is"

@@ -83,7 +83,7 @@ def test_a_broken_installation_still_gives_the_table(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == ""
     for words in (
-        "PROBLEM  2", "libtorch_cpu.so", "died of SIGSEGV", "-> Mend torch first", "no omegaconf", "no numpy",
+        "PROBLEM  2", "libtorch_cpu.so", "killed by SIGSEGV", "-> Fix torch first", "no omegaconf", "no numpy",
         "apt-get install sox", "6400 threads", "asks for NeMo's encoder", "not UTF-8", "no C++ compiler", "problems: ",
     ):  # fmt: skip
         assert words in done.stdout, words

@@ -80,7 +80,7 @@ def test_open_files(limit: int, state: str) -> None:
         ({}, "550.54", 1, {}, "problem", "driver 550.54, but PyTorch's CPU build", "installation page"),
         ({}, None, 2, {}, "note", "2 NVIDIA cards without a driver", "installation page"),
         ({"cuda": "12.8"}, None, 0, {}, "note", "none, and no driver", "docker run --gpus all"),
-        ({"cuda": "12.8"}, None, 1, {}, "problem", "1 NVIDIA card and no driver", "Install NVIDIA's driver"),
+        ({"cuda": "12.8"}, None, 1, {}, "problem", "1 NVIDIA card, but no driver", "Install NVIDIA's driver"),
         ({"cuda": "13.0", "cuda_error": "too old"}, "470.1", 1, {}, "problem", "cannot use it: too old", "Update"),
         ({"cuda": "12.8"}, "550", 1, {"CUDA_VISIBLE_DEVICES": ""}, "note", "hidden", "Unset CUDA_VISIBLE_DEVICES"),
         ({"cuda": "12.8", "gpus": [CARD, CARD]}, "550", 2, {}, "ok", "2 x NVIDIA H100; PyTorch's CUDA 12.8", ""),

@@ -96,7 +96,7 @@ def test_the_first_package_that_fails_is_the_cause() -> None:
     answers = {"import:torch": error, "import:lightning.pytorch": error}
     checks = {check.name: check for check in dependencies_checks(answers)}
     assert "--force-reinstall torch" in checks["torch"].remedy
-    assert checks["lightning"].remedy == "Mend torch first: its import fails in the same way."
+    assert checks["lightning"].remedy == "Fix torch first: its import fails in the same way."
 
 
 def test_extras() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.options import Patience
+from nestcli.cli.options import AsJson, Patience, Strict
 from nestcli.errors import ConfigError, RunFailedError
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def augment(
         typer.Option("--jobs", "-j", metavar="N", min=1, max=1024, help="Worker processes. Default: one per core."),
     ] = None,
     patience: Patience = 120.0,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if any input is rejected.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
     """Mix noise and other speakers into speech files.
 

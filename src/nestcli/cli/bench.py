@@ -8,7 +8,7 @@ import typer
 
 from nestcli.cli import console
 from nestcli.cli.bench_tables import show
-from nestcli.cli.options import amount
+from nestcli.cli.options import AsJson, amount
 from nestcli.errors import ConfigError
 
 _SECTIONS = ("loader", "scale", "train_step", "quantizer", "precisions", "buckets")
@@ -72,7 +72,7 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the speed and memory of training on this machine.
 

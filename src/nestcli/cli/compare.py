@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import AsJson
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def compare(
         typer.Option("--audio", metavar="FILE", help="Speech to compare on; needs --nemo. May be repeated."),
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML report.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a model with NeMo 3.0.0, part by part.
 

@@ -8,7 +8,7 @@ import typer
 
 from nestcli.cli import console
 from nestcli.cli.named import read_config
-from nestcli.cli.options import amount
+from nestcli.cli.options import AsJson, amount
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def count_params(
         float, amount("--seconds", "Length in seconds of the clips for which FLOPs are counted.", most=3600)
     ] = 15.0,
     every: Annotated[bool, typer.Option("--all", help="Count every preset.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Count parameters by module and compare with NeMo's count.
 

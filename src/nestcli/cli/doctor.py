@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import AsJson
 from nestcli.errors import NestError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check this machine and installation for problems.
 

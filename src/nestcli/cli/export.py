@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import AsJson
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def export(
         str, typer.Option("--part", help="For onnx. all: takes audio; encoder: takes log-mel features.")
     ] = "all",
     force: Annotated[bool, typer.Option("--force", help="Replace PATH if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Export a model to the format of another tool.
 

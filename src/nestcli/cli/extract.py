@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.options import BatchDuration, amount
+from nestcli.cli.options import AsJson, BatchDuration, Strict, amount
 
 
 def extract(
@@ -40,8 +40,8 @@ def extract(
     ] = "fp32",
     batch_duration: BatchDuration = 120.0,
     max_duration: Annotated[float, amount("--max-duration", "Reject longer utterances (seconds).")] = 240.0,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if any input is rejected.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write features of chosen layers of an encoder.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.options import Patience
+from nestcli.cli.options import AsJson, Patience, Strict
 from nestcli.errors import DataError, RunFailedError
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def prepare_data(
             "--jail", metavar="DIR", help="Read audio only below this folder, links resolved; also $NEST_JAIL."
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 if any input is rejected.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check audio and write manifests for training.
 

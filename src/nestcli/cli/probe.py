@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.options import BatchDuration
+from nestcli.cli.options import AsJson, BatchDuration
 
 if TYPE_CHECKING:
     from nestcli.evaluation.probe import ProbeResult
@@ -51,7 +51,7 @@ def probe(
         str, typer.Option("--precision", help="Precision of the encoder: fp32, bf16 or fp16.")
     ] = "fp32",
     batch_duration: BatchDuration = 120.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what frozen features know with a linear probe.
 

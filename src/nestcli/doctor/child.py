@@ -200,9 +200,8 @@ def _first_line(error: BaseException) -> str:
 def main(trials: list[str]) -> None:
     """Run each trial `NAME` or `NAME:ARGUMENT`."""
     here = Path(__file__).parent
-    sys.path[:] = [
-        entry for entry in sys.path if Path(entry or ".").resolve() != here
-    ]  # `import audio` must not find our audio.py
+    # `import audio` must not find our audio.py.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries may print to standard output, which must carry answers only
 

@@ -58,7 +58,7 @@ def cores_check(allowed: int, present: int, quota: float | None, environ: Mappin
     found = f"{allowed} of {present}" if allowed < present else f"{allowed}"
     if quota is None or quota >= allowed:
         return _check("cores", "ok", found)
-    found = f"{found}; the container's limit allows the time of {quota:g}"
+    found = f"{found}, with the CPU time of {quota:g} (the container's limit)"
     threads = max(1, math.floor(quota))
     if environ.get("OMP_NUM_THREADS", "").isdecimal() and int(environ["OMP_NUM_THREADS"]) <= max(1, math.ceil(quota)):
         return _check("cores", "ok", found)

@@ -73,7 +73,7 @@ def test_nemo_is_damaged_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_nemo_of_another_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = list(nemo_checks({"NEST_NEMO_PYTHON": "/nowhere/python"}, None))[1:]
     assert (check.name, check.state) == ("$NEST_NEMO_PYTHON", "problem")
-    assert "To make one" in check.remedy
+    assert "To create one" in check.remedy
     assert "-m pip install" in elsewhere_check(sys.executable, "--nemo-python").remedy
     assert "path of a Python" in elsewhere_check("/bin/false", "--nemo-python").remedy
     link = tmp_path / "python"  # another path, so that it is another environment's
@@ -84,7 +84,7 @@ def test_nemo_of_another_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("value", "found"),
-    [("64", "64 threads on 4 cores"), ("1", "1 of 4 cores"), ("many", "no number"), ("0", "no number")],
+    [("64", "64 threads on 4 cores"), ("1", "1 of 4 cores"), ("many", "not a number"), ("0", "not a number")],
 )
 def test_threads(value: str, found: str) -> None:
     (check,) = threads_check({"OMP_NUM_THREADS": value}, 4)

@@ -123,8 +123,8 @@ def test_every_picture_is_shown() -> None:
         ("[x](/docs/data.md)", "relative"),
         ("[x](../configs/small.yaml)", "the site holds"),
         ("[x](../../shared)", "leads out"),
-        ("[x](https:/example.org)", "no address"),
-        ("[x](htps://example.org)", "no address"),
+        ("[x](https:/example.org)", "not a web address"),
+        ("[x](htps://example.org)", "not a web address"),
     ],
 )
 def test_a_link_that_leads_nowhere_is_found(link: str, told: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ help:
 	@echo "make test      set up, then the default tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make test-ray  set up Ray (70 MB), prepare data on a cluster of this machine's"
-	@echo "make check     format, lint, types, import directions, nothing unsafe"
+	@echo "make check     format, lint, types, import directions, nothing unsafe, plain English"
 	@echo "make trace     write the reading order in CONTRIBUTING.md from one traced batch"
 	@echo "make audit     known vulnerabilities of the pinned packages (asks PyPI)"
 	@echo "make docs      set up MkDocs, build the site into build/docs; dead links are errors"
@@ -63,6 +63,7 @@ check: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python .ci/gate.py
+	$(VENV)/bin/python .ci/english.py
 
 # Known vulnerabilities of what constraints.txt pins; asks PyPI, so it is no part of `check`. Without --strict, packages
 # for which no advisories can be had would count as clean.

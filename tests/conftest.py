@@ -1,4 +1,4 @@
-"""What the tests share: golden recordings of NeMo, the real audio beside the project, small models."""
+"""Shared fixtures: golden recordings of NeMo, the real audio beside the project, small models."""
 
 import io
 import json

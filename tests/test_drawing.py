@@ -44,7 +44,7 @@ def test_settings_are_as_before_even_after_a_failure() -> None:
 
 
 def test_no_pyplot_and_no_backend_is_chosen_and_no_matplotlibrc_is_followed(tmp_path: Path) -> None:
-    """That file may lie in the folder that somebody stands in, and be somebody else's."""
+    """A matplotlibrc in the current folder may be somebody else's."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsvg.image_inline: False\naxes.facecolor: red\n")
     code = (
         "import sys\nfrom pathlib import Path\nimport matplotlib\n"

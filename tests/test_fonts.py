@@ -59,7 +59,7 @@ def chinese_font(tmp_path: Path, only_default: None) -> Iterator[str]:
 
 
 def labelled(*names: str) -> tuple[str, np.ndarray]:
-    """What is said of a picture with these names along its axes, and the picture."""
+    """Return the notes on a picture with these names along its axes, and the picture."""
     import matplotlib.image
 
     figure = new_figure(4, 3)
@@ -74,7 +74,7 @@ def labelled(*names: str) -> tuple[str, np.ndarray]:
 
 
 def test_warnings_are_errors_here() -> None:
-    """Or the tests below would not see what a person sees."""
+    """Without this, the tests below would not see what a user sees."""
     with pytest.raises(UserWarning):
         warnings.warn("as matplotlib warns of a letter", UserWarning, stacklevel=1)
 

@@ -1,4 +1,4 @@
-"""Self-supervised speech pretraining with NEST, exact to NVIDIA NeMo 3.0.0 and without NeMo.
+"""Self-supervised speech pretraining with NEST: the same model as NVIDIA NeMo 3.0.0, without NeMo.
 
 from nestcli import load_audio, load_encoder
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Encoded", "SpeechEncoder", "__version__", "load_audio", "load_encoder"]
 
-# Where each name is; torch is loaded when one of them is first asked for.
+# The module that defines each name. torch is loaded when one of them is first used.
 _ROOMS = {
     "load_audio": "nestcli.evaluation.loading",
     "load_encoder": "nestcli.evaluation.loading",

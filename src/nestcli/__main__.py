@@ -1,11 +1,11 @@
-"""`python -m nestcli` is `nest`; the `nest` script starts here too."""
+"""Entry point of `python -m nestcli` and of the `nest` script."""
 
 import os
 import sys
 
 
 def main() -> None:
-    """Start the application. Ctrl-C while it is imported ends as it does later: in one line, with 130."""
+    """Start the application. Ctrl-C during the imports prints one line and exits with 130, as it does later."""
     _speak_utf8()
     try:
         from nestcli.cli.app import main as run
@@ -16,15 +16,15 @@ def main() -> None:
 
 
 def _speak_utf8() -> None:
-    """Start again in Python's UTF-8 mode where the locale has another encoding.
+    """Restart in Python's UTF-8 mode if the locale has another encoding.
 
-    Names of files, manifests and messages are UTF-8 everywhere: read as another encoding, their names would be wrong in
-    what is written. $PYTHONUTF8 is passed on to the processes that work.
+    File names, manifests and messages are UTF-8 everywhere. In another encoding, names in the output would be wrong.
+    Worker processes inherit $PYTHONUTF8.
     """
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
     os.environ["PYTHONUTF8"] = "1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  (ourselves)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  (our own program)
 
 
 if __name__ == "__main__":

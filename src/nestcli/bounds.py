@@ -1,4 +1,4 @@
-"""Types and bounds of values that a configuration gives."""
+"""Checks of the types and bounds of configuration values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from nestcli.errors import ConfigError
 from nestcli.untrusted import short
 
-_HUGE = 10**300  # a whole number beyond it fits into no float
+_HUGE = 10**300  # larger integers do not fit into a float
 
 
 def within(block: Any, low: float, high: float, *keys: str, above: bool = False, below: bool = False) -> None:
-    """Check that attributes of a block of settings lie between two numbers; None passes, of a tuple every element.
+    """Check that attributes of a settings block lie between two numbers. None passes; every element of a tuple counts.
 
-    `above` leaves `low` itself out, `below` leaves `high` out. Raises ValueError that begins with the key.
+    `above` excludes `low` itself, `below` excludes `high`. Raises ValueError; its message begins with the key.
     """
     for key in keys:
         value = getattr(block, key)
@@ -38,21 +38,21 @@ def one_of(block: Any, key: str, *choices: Any) -> None:
 
 
 def is_within(value: Any, low: float, high: float, *, above: bool = False, below: bool = False) -> bool:
-    """Whether a value is a finite number between two others; True and False are none."""
+    """Return True if a value is a finite number between two others; True and False do not count as numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return low <= value <= high and not (above and value == low) and not (below and value == high)
 
 
 def range_of(low: float, high: float, above: bool = False, below: bool = False) -> str:
-    """A range in words, such as `from 0 to 1`."""
+    """Return a range in words, such as `from 0 to 1`."""
     if above or below:
         return f"{'above' if above else 'at least'} {_plain(low)} and {'below' if below else 'at most'} {_plain(high)}"
     return f"from {_plain(low)} to {_plain(high)}"
 
 
 def as_written(value: Any, longest: int = 60) -> str:
-    """A value as a configuration has it, for a message: null, true, a text without quotes."""
+    """Return a value as YAML writes it, for a message: null, true, a string without quotes."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
@@ -67,7 +67,7 @@ def _plain(number: float) -> str:
 
 
 def coerced(value: Any, hint: Any, where: str) -> Any:
-    """The value as a type hint has it: tuples for lists, floats for whole numbers. Raises ConfigError."""
+    """Convert a value to a type hint: lists to tuples, integers to floats. Raises ConfigError if it does not fit."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = tuple(value)
     if isinstance(value, tuple) and (elements := _element_hint(hint)) is not None:
@@ -92,14 +92,14 @@ def coerced(value: Any, hint: Any, where: str) -> Any:
 
 
 def _name(option: Any) -> str:
-    """A type as a person writes its values in YAML."""
+    """Return the name of a type in the words of YAML."""
     if option is types.NoneType:
         return "null"
     return "list" if typing.get_origin(option) is tuple else getattr(option, "__name__", "?")
 
 
 def _element_hint(hint: Any) -> Any:
-    """The type of the elements if a type is, or may be, a tuple of any length."""
+    """Return the element type if a type is, or may be, a tuple of any length; else None."""
     for option in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
         if typing.get_origin(option) is tuple:
             return typing.get_args(option)[0]

@@ -1,6 +1,6 @@
-"""Configurations: presets and YAML files in, overrides applied, every key and `_target_` checked.
+"""Load configurations: read a preset or YAML file, apply overrides, check every key and `_target_`.
 
-Nothing that a file names is imported or called: `_target_` is looked up in `targets.TARGETS`, a table of strings.
+No name in a file is imported or called: `_target_` is looked up in `targets.TARGETS`, a table of strings.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from nestcli.untrusted import check_plain, check_references, check_sizes, read_y
 BASE = "nest_fast-conformer"
 PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
 
-# A file that stands alone (no `base:`) may leave these out; anything else that it lacks is an error, because NeMo's
-# own defaults for it differ from the values in this configuration.
+# A standalone file (without `base:`) may omit these. Any other missing key is an error, because NeMo's own defaults
+# differ from the values in this configuration.
 _FILLED_FROM_BASE = (
     "name",
     "trainer",
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 def config_dir() -> Path:
-    """The folder of the presets: inside the installed package, or at the top of the source tree."""
+    """Return the folder of the presets: inside the installed package, or at the top of the source tree."""
     installed = Path(__file__).parent / "configs"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
 
@@ -56,18 +56,17 @@ def config_dir() -> Path:
 def load_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> DictConfig:
     """Load a preset or YAML file, apply `key=value` words and check every key, interpolation and `_target_`.
 
-    Values of `???` stay as they are: they are asked for when they are used, by `require`.
-    Raises ConfigError.
+    Values of `???` stay unchanged; `require` asks for them when they are used. Raises ConfigError.
     """
     config = with_overrides(_load_named(name_or_path), overrides, name_or_path)
     for key, value in leaves(resolved(config)):
         if value == "" and key in _known_keys():
-            raise ConfigError(f"{name_or_path}: {key} is not set: its text is empty. Write a value, or null for none.")
+            raise ConfigError(f"{name_or_path}: {key} is not set: the value is empty. Write a value, or null for none.")
     return config
 
 
 def unused_keys(config: DictConfig) -> list[str]:
-    """What a person should know of keys that nothing here reads: a line for each."""
+    """Return a message for each key that nest does not read."""
     known = _known_keys()
     return [
         f"+{key} has no effect in nest.{_nearest(key)}"
@@ -83,9 +82,9 @@ def unused_keys(config: DictConfig) -> list[str]:
 
 
 def with_overrides(config: DictConfig, overrides: Iterable[str], source: str) -> DictConfig:
-    """The configuration changed by `key=value` words, and every interpolation and `_target_` checked.
+    """Apply `key=value` words to the configuration and check every interpolation and `_target_`.
 
-    A word that names weights to start from replaces those that the configuration names under another key.
+    A word that sets initial weights (a key of START_KEYS) removes those that the configuration sets by another key.
     """
     overrides = list(overrides)
     given = {_start_named(word) for word in overrides} - {None}
@@ -99,22 +98,22 @@ def with_overrides(config: DictConfig, overrides: Iterable[str], source: str) ->
 
 
 def _start_named(word: str) -> str | None:
-    """The key of START_KEYS that an override gives a value to."""
+    """Return the key of START_KEYS that an override sets to a value, or None."""
     key, _, value = word.lstrip("+").partition("=")
     start = key.partition(".")[0]
     return start if start in START_KEYS and value not in ("", "null") else None
 
 
 def load_training_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> DictConfig:
-    """`load_config` for what trains: USE_NEMO_CONFORMER chooses the encoder's code, unless an override does.
+    """Load a configuration for training: USE_NEMO_CONFORMER chooses the encoder's code, unless an override does.
 
-    Commands that only look at a model do not ask the variable: it is the same model. Raises ConfigError.
+    Commands that only inspect a model ignore the variable: the model is the same. Raises ConfigError.
     """
     return load_config(name_or_path, [*words_of_environment(), *overrides])
 
 
 def words_of_environment() -> list[str]:
-    """The overrides that environment variables stand for. Raises ConfigError."""
+    """Return the overrides that environment variables ask for. Raises ConfigError."""
     value = os.environ.get(NEMO_VARIABLE, "").strip()
     if not value:
         return []
@@ -122,20 +121,20 @@ def words_of_environment() -> list[str]:
     if backend is None:
         raise ConfigError(
             f"the environment variable {NEMO_VARIABLE} is {value!r}. Set it to true (or 1) to train with NeMo's "
-            "encoder, to false (or 0) to train with ours, or unset it."
+            "encoder, to false (or 0) to train with nest's, or unset it."
         )
     return [f"model.encoder.backend={backend}"]
 
 
 def config_from_dict(content: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> DictConfig:
-    """A configuration that came inside a checkpoint: the same checks, and no resolvers such as `${oc.env:...}`."""
+    """Check a configuration from a checkpoint as `load_config` does, and refuse resolvers such as `${oc.env:...}`."""
     check_plain(content, source)
-    # Keys of its own (+key=value) are let pass: the run knew them.
+    # Keys that the run added (+key=value) are accepted.
     return with_overrides(OmegaConf.create(_without_surroundings(content)), overrides, source)
 
 
 def _without_surroundings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Whose code trained a checkpoint, where, and what was sent to W&B binds nobody who opens it."""
+    """Drop settings of the machine that trained a checkpoint: the encoder's backend, the folder, W&B."""
     kept, model, manager = dict(content), content.get("model"), content.get("exp_manager")
     encoder = model.get("encoder") if isinstance(model, Mapping) else None
     if isinstance(model, Mapping) and isinstance(encoder, Mapping):
@@ -151,18 +150,18 @@ def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
         return BASE, list(words)
     for word in words[1:]:
         if not _is_override(word):
-            raise ConfigError(f"{word!r} is neither an option nor key=value. One configuration, then overrides.")
+            raise ConfigError(f"{word!r} is neither an option nor key=value. Give one configuration, then overrides.")
     return words[0], list(words[1:])
 
 
 def _is_override(word: str) -> bool:
-    """Whether a word is key=value; the names of checkpoints have a `=` too, as in NAME--val_loss=8.1-step=9.ckpt."""
+    """Return True if a word is key=value. Checkpoint names contain `=` too, as in NAME--val_loss=8.1-step=9.ckpt."""
     key, equals, _ = word.partition("=")
     return bool(equals) and "/" not in key and "--" not in key
 
 
 def require(config: DictConfig, key: str, why: str) -> Any:
-    """The value at `key`; ConfigError naming the key if it is still `???`."""
+    """Return the value at `key`. Raises ConfigError naming the key if it is still `???` or empty."""
     block, _, name = key.rpartition(".")
     if OmegaConf.is_missing(parent := OmegaConf.select(config, block), name) or parent.get(name) in (None, "", []):
         raise ConfigError(f"{key} is not set: {why}. Add {key}=... to the command.")
@@ -170,7 +169,7 @@ def require(config: DictConfig, key: str, why: str) -> Any:
 
 
 def section(cls: type[T], config: DictConfig, key: str) -> T:
-    """Build the dataclass `cls` from the block at `key`, every value checked against its field's type."""
+    """Build the dataclass `cls` from the block at `key`. Raises ConfigError if a value does not fit its field."""
     block = OmegaConf.select(config, key)
     if not isinstance(block, DictConfig):
         raise ConfigError(f"{key} is missing from the configuration, or is not a block of keys.")
@@ -194,20 +193,20 @@ def _hints(cls: typing.Hashable) -> dict[str, Any]:
 
 
 def seed_of(config: DictConfig) -> int:
-    """The `seed` key, 0 by default. Raises ConfigError."""
+    """Return the `seed` key, 0 by default. Raises ConfigError."""
     seed = config.get("seed")
     if seed is not None and not (isinstance(seed, int) and is_within(seed, 0, (1 << 63) - 1)):
-        raise ConfigError(f"seed: {short(seed)} is not a number from 0 to 2^63 - 1.")
+        raise ConfigError(f"seed: {short(seed)} must be an integer from 0 to 2^63 - 1.")
     return seed or 0
 
 
 def raw_config(preset: str) -> dict[str, Any]:
-    """The file of a preset as it stands: no base under it, interpolations unresolved."""
+    """Read a preset's file unchanged: not merged with a base, interpolations unresolved."""
     return _read_yaml(config_dir() / f"{preset}.yaml")
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain dictionaries, interpolations resolved."""
+    """Return the configuration as plain dictionaries with interpolations resolved."""
     return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
 
 
@@ -220,7 +219,7 @@ def _load_named(name_or_path: str) -> DictConfig:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ConfigError(f"{name_or_path}: no such configuration file.")
+            raise ConfigError(f"{name_or_path}: configuration file not found.")
         return _load_file(path)
     close = difflib.get_close_matches(name_or_path, PRESETS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -253,10 +252,10 @@ def _laid_over_base(path: Path, own: dict[str, Any]) -> DictConfig:
 def _read_yaml(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys, this is a {type(content).__name__}.")
+        raise ConfigError(f"{path}: a configuration must be a mapping of keys, not a {type(content).__name__}.")
     for key in _own_keys(content):
         if "." in key:
-            raise ConfigError(f"{path}: {key}: a key in a file has no dots. Write its parts as nested blocks.")
+            raise ConfigError(f"{path}: {key}: keys in a file must not contain dots. Write nested blocks instead.")
     return typing.cast("dict[str, Any]", content)
 
 
@@ -268,7 +267,7 @@ def _own_keys(content: Mapping[Any, Any]) -> Iterator[str]:
 
 
 def _completed(own: dict[str, Any], base: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A file that stands alone, with what it may leave out filled in."""
+    """Fill in the keys that a standalone file may omit. Raises ConfigError for any other missing key."""
     _check_known(leaves(own), str(path))
     config, given = OmegaConf.create(own), dict(leaves(own))
     for key in _NULL_IF_ABSENT:
@@ -285,7 +284,7 @@ def _completed(own: dict[str, Any], base: dict[str, Any], path: Path) -> dict[st
             missing.append(key)
     if missing:
         raise ConfigError(
-            f"{path} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}. "
+            f"{path} lacks {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}. "
             f"To change single keys of the standard configuration, put `base: {BASE}` on the file's first line."
         )
     return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))
@@ -301,7 +300,7 @@ def _apply_override(config: DictConfig, word: str) -> None:
     if not equals or not key or not all(key.split(".")):
         raise ConfigError(f"{word!r} is not an override. Write key=value, such as model.encoder.n_layers=4.")
     if not text.strip():
-        raise ConfigError(f"{key} is not set: nothing stands behind {word.strip()!r}. Write a value, or null for none.")
+        raise ConfigError(f"{key} is not set: {word.strip()!r} has no value. Write a value, or null for none.")
     value = _parse_value(text, word)
     for path in [leaf for leaf, _ in leaves({key: value})] if isinstance(value, dict) else [key]:
         if not adds or foreign(path):
@@ -313,7 +312,7 @@ def _apply_override(config: DictConfig, word: str) -> None:
 
 
 def _parse_value(text: str, word: str) -> Any:
-    """The value of an override as YAML; plain text, such as a path with a `#` in it, is taken literally."""
+    """Parse the value of an override as YAML. Plain text, such as a path that contains `#`, is taken literally."""
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"v={text}"]))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
@@ -322,7 +321,7 @@ def _parse_value(text: str, word: str) -> Any:
         return text
     parsed = typing.cast("dict[str, Any]", value)["v"]
     if isinstance(parsed, str) and text[:1] in ("'", '"') and text[-1:] == text[:1] and len(text) > 1:
-        return parsed  # quoted twice: the shell has taken the outer quotes
+        return parsed  # quoted twice: the shell removed the outer quotes
     is_block = isinstance(parsed, dict | list) and text.lstrip()[:1] in ("[", "{")
     return text if isinstance(parsed, str | dict | list) and not is_block else parsed
 
@@ -341,10 +340,10 @@ def _check(config: DictConfig, source: str) -> None:
         if name != "_target_":
             continue
         if place not in PLACES:
-            raise ConfigError(f"{source}: {key} names a class where none belongs. Remove it.")
+            raise ConfigError(f"{source}: {key} names a class where no class is allowed. Remove it.")
         if not isinstance(value, str) or TARGETS.get(value) not in PLACES[place]:
             allowed = ", ".join(CLASSES[kind][0] for kind in sorted(PLACES[place]))
-            raise ConfigError(f"{source}: {key}: {value!r} is not a class that nest knows. Known here: {allowed}.")
+            raise ConfigError(f"{source}: {key}: {value!r} is not a supported class. Supported here: {allowed}.")
 
 
 def _check_known(leaves: Iterable[tuple[str, Any]], source: str, *, blocks_allowed: bool = False) -> None:
@@ -355,13 +354,11 @@ def _check_known(leaves: Iterable[tuple[str, Any]], source: str, *, blocks_allow
         if _is_part(key) or is_off(key, value):
             continue
         if (instead := foreign(key)) is not None:
-            raise ConfigError(
-                f"{source}: nest does not have {key}, a key of NeMo's or of what it is built on. {instead}"
-            )
+            raise ConfigError(f"{source}: nest does not support {key}, a key of NeMo, Lightning or PyTorch. {instead}")
         if key in blocks:
-            raise ConfigError(f"{source}: {key}: {short(value)} is no block of keys. Leave it out, or set keys of it.")
+            raise ConfigError(f"{source}: {key}: {short(value)} must be a block of keys. Remove it, or set its keys.")
         added = f" To add a new key, write +{key}=..."
-        add = added if source == "the command line" else " Remove it; keys of your own go into +key=value words."
+        add = added if source == "the command line" else " Remove it; give keys of your own as +key=value words."
         raise ConfigError(f"{source}: unknown key {key}.{_nearest(key)}{add}")
 
 
@@ -376,7 +373,7 @@ def _blocks() -> frozenset[str]:
 
 
 def _is_part(key: str) -> bool:
-    """Whether a key is a part of a value that may be a block: a run's first weights, or trainer.max_time."""
+    """Return True if a key belongs to a value that may be a block: initial weights, or trainer.max_time."""
     start, *name = key.split(".")
     if start in START_KEYS:
         return len(name) == 2 and name[1] in START_PARTS
@@ -390,7 +387,7 @@ def _known_keys() -> frozenset[str]:
 
 
 def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of everything that is not itself a filled block."""
+    """Yield the dotted key and value of every leaf; an empty block counts as a leaf."""
     for key, value in content.items():
         path = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""Another process that answers requests, one line of JSON each: ours to be measured or tried, or NeMo's Python."""
+"""A child process that answers requests, one line of JSON each: ours to measure or try, or one that runs NeMo."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nestcli.errors import MissingDependencyError, NestError, RunFailedError
 
 INSTALL_NEMO = 'pip install "nemo_toolkit[asr]==3.0.0" torch==2.13.0'
 _QUIET = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-_LAST_LINES = 5  # of what it wrote to stderr, in the message of its end
-_PATIENCE = 10.0  # s, until a process that is to end is killed
+_LAST_LINES = 5  # lines of its stderr that the error message quotes when it dies
+_PATIENCE = 10.0  # s between asking a process to end and killing it
 
 
 class DiedError(RunFailedError):
-    """The process ended, or was ended, before it answered; `status` is its exit status, `lines` its last words.
+    """The process ended or was killed before it answered; `status` is its exit status, `lines` its last output.
 
-    `late`: it was ended because the answer took longer than it may.
+    `late`: it was killed because the answer took too long.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class DiedError(RunFailedError):
 
 
 class Conversation:
-    """A process that reads a request from stdin and writes its answer to stdout; a context manager that ends it.
+    """A process that reads a request from stdin and writes its answer to stdout. The context manager ends it.
 
-    `name` is what messages call it. Raises OSError if `command` cannot be started.
+    `name` is its name in messages. Raises OSError if `command` cannot be started.
     """
 
     def __init__(self, command: list[str], name: str, environment: Mapping[str, str]) -> None:
@@ -60,7 +60,7 @@ class Conversation:
         return self._process.pid
 
     def exchange(self, request: Mapping[str, Any], limit: float = threading.TIMEOUT_MAX) -> dict[str, Any]:
-        """Return the answer to a request; a process that gives none within `limit` s is killed. Raises DiedError."""
+        """Return the answer to a request. Kill the process if it takes more than `limit` s. Raises DiedError."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         late = threading.Event()
@@ -108,7 +108,7 @@ class Conversation:
             status = self._process.wait(timeout=_PATIENCE)
             ended = f"ended with {status}"
         except subprocess.TimeoutExpired:
-            status, ended = None, "sent something that is no answer"
+            status, ended = None, "sent an invalid answer"
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()[-_LAST_LINES:]
         message = f"{self.name} {ended}; its last words: {' / '.join(lines) or 'none'}"
@@ -116,15 +116,15 @@ class Conversation:
 
 
 def nemo_python(python: str) -> str:
-    """The program that `--nemo-python` names. Raises NestError."""
+    """Return the full path of the program that `--nemo-python` names. Raises NestError."""
     found = shutil.which(python)
     if found is None:
-        raise NestError(f"--nemo-python {python}: there is no such program. Give the path of a Python that has NeMo.")
+        raise NestError(f"--nemo-python {python}: program not found. Give the path of a Python that has NeMo.")
     return found
 
 
 def nemo_unusable(python: str, why: object) -> MissingDependencyError:
-    """What to raise where that program has no NeMo that works."""
+    """Return the error for a Python in which NeMo does not work."""
     return MissingDependencyError(
-        f"--nemo-python {python}: NeMo cannot be used there: {why}. Install it there: {INSTALL_NEMO}"
+        f"--nemo-python {python}: NeMo does not work there: {why}. Install it there: {INSTALL_NEMO}"
     )

@@ -1,12 +1,12 @@
-"""What can go wrong for a user, as exceptions whose text is the whole message.
+"""Exceptions for users' mistakes. The text of each is the complete message.
 
-Every message says what is wrong, where (file, line, key), and what to do about it. `nestcli.cli.app` prints it
-as it stands; anything that is not a `NestError` is a bug of ours.
+Every message says what is wrong, where (file, line, key), and how to fix it. `nestcli.cli.app` prints it unchanged.
+Any exception that is not a `NestError` is a bug in nest.
 """
 
 
 class NestError(Exception):
-    """A mistake in the call, its input or its surroundings. The command ends with `exit_code`."""
+    """A mistake in the call, its input or its environment. The command ends with `exit_code`."""
 
     exit_code = 2
 
@@ -20,11 +20,11 @@ class DataError(NestError):
 
 
 class CheckpointError(NestError):
-    """A checkpoint that cannot be read, written or fitted to the model."""
+    """A checkpoint that cannot be read or written, or does not fit the model."""
 
 
 class MissingDependencyError(NestError):
-    """An optional package or program that this action needs and this machine lacks."""
+    """An optional package or program that this action needs and that is not installed."""
 
 
 class RunFailedError(NestError):

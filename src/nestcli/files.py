@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, and none outside of the folder that they are for.
+"""Write files completely or not at all, and never outside their folder.
 
-A folder for results may come from somebody else, with links planted in it: nothing is written through one.
+A results folder may come from somebody else with links planted in it: nothing is written through a link.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 def atomic_file(
     path: str | os.PathLike[str], error: type[NestError] = NestError, remedy: str = "", *, sync: bool = True
 ) -> Iterator[BinaryIO]:
-    """A temporary file in the folder of `path`, synced and given that name when the block ends without an exception.
+    """Yield a temporary file beside `path`; sync it and rename it to `path` if the block ends without an exception.
 
-    What stood at `path` before is untouched until then. An OSError of this file becomes `error`, with `remedy` as its
-    last words; one of another file, such as a source that the block cannot read, passes as it is.
-    Without `sync` a file is whole after a kill, and perhaps not after a power cut: for many that can be made again.
+    An existing file at `path` stays untouched until then. An OSError of this file becomes `error`, with `remedy` at
+    the end of its message; one of another file, such as a source that the block cannot read, passes unchanged.
+    Without `sync`, a file is complete after a kill but perhaps not after a power cut: use it for many files that can
+    be made again.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -41,7 +42,7 @@ def atomic_file(
     raw: _Watched | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a killed process, or a planted link
+        temporary.unlink(missing_ok=True)  # left by a killed process, or a planted link
         raw = _Watched(temporary, "x+b")
         with io.BufferedRandom(raw) as file:
             try:
@@ -58,7 +59,7 @@ def atomic_file(
     except OSError as problem:
         if problem is foreign:
             raise
-        cause = problem if raw is None or raw.failed is None else raw.failed  # a library may have another word for it
+        cause = problem if raw is None or raw.failed is None else raw.failed  # libraries may raise another error
         raise error(f"{target} cannot be written: {cause.strerror or cause}. {remedy}".rstrip()) from None
     finally:
         with suppress(OSError):
@@ -66,7 +67,7 @@ def atomic_file(
 
 
 class _Watched(io.FileIO):
-    """A file that remembers its own failure: what calls it may raise another error for that."""
+    """A file that remembers its own OSError: the library that writes to it may raise a different error."""
 
     failed: OSError | None = None
 
@@ -92,7 +93,7 @@ class _Watched(io.FileIO):
 
 
 def _is_of(problem: OSError, place: Path) -> bool:
-    """Whether an error is one of writing to a file or folder: it names it, or names none and is no error of reading."""
+    """Return True if an error comes from writing to `place`: it names a path there, or none and is a write error."""
     if problem.filename is None:
         return problem.errno in _WRITE_ERRORS
     return Path(os.fsdecode(problem.filename)).absolute().is_relative_to(place.absolute())
@@ -105,17 +106,17 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def new_folder(
     path: str | os.PathLike[str], error: type[NestError] = NestError, *, force: bool = False
 ) -> Iterator[Path]:
-    """A temporary folder beside `path`, given that name when the block ends without an exception.
+    """Yield a temporary folder beside `path`; rename it to `path` if the block ends without an exception.
 
-    A folder that is there already and not empty stays as it is, unless `force` replaces it. An OSError of this folder
-    becomes `error`; one of another file passes as it is.
+    An existing folder that is not empty stays unchanged and raises `error`, unless `force` replaces it. An OSError of
+    this folder becomes `error`; one of another file passes unchanged.
     """
     foreign: OSError | None = None
     target = Path(path)
     temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         if target.exists() and not force and (not target.is_dir() or any(target.iterdir())):
-            raise error(f"{target} is there already. Name a new folder, or add --force to replace it.")
+            raise error(f"{target} already exists. Name a new folder, or add --force to replace it.")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         try:
@@ -140,10 +141,10 @@ def new_folder(
 
 
 def user_path(path: str) -> str:
-    """A path as a person writes it, in a call, a configuration or a manifest, as one of this machine.
+    """Expand a path that a user wrote in a call, a configuration or a manifest.
 
-    A `~` or `~USER` in front is that user's home, and `file:///a%20b` is `/a b`. Environment variables are not looked
-    at: a shell replaces them. An address of another kind, and `~USER` of nobody, stay as they are.
+    A leading `~` or `~USER` becomes that user's home, and `file:///a%20b` becomes `/a b`. Environment variables are
+    not expanded: the shell does that. Other addresses, and `~USER` of an unknown user, stay unchanged.
     """
     if path.startswith("file:"):
         address = path.removeprefix("file:")
@@ -151,7 +152,7 @@ def user_path(path: str) -> str:
             address.removeprefix("//localhost") if address.startswith("//localhost/") else address.removeprefix("//")
         )
         return unquote(local) if local.startswith("/") and not local.startswith("//") else path
-    try:  # pathlib's raises where there is no such user, and os.path's for a name with a zero byte or not in UTF-8
+    try:  # pathlib raises for an unknown user; os.path raises only for a zero byte or a name that is not UTF-8
         return os.path.expanduser(path)  # noqa: PTH111
     except ValueError:
         return path
@@ -160,15 +161,15 @@ def user_path(path: str) -> str:
 def write_text(
     path: str | os.PathLike[str], pieces: Iterable[str], error: type[NestError] = NestError, remedy: str = ""
 ) -> None:
-    """Write pieces of text in UTF-8, whole or not at all."""
+    """Write pieces of text in UTF-8, completely or not at all."""
     with atomic_file(path, error, remedy) as file:
         file.writelines(piece.encode() for piece in pieces)
 
 
 def open_kept(path: str | os.PathLike[str], mode: str, error: type[NestError] = NestError, **options: Any) -> IO[Any]:
-    """Open a file that is added to, such as a journal, never through a link or a second name.
+    """Open a file that is kept and appended to, such as a journal, but never through a symbolic or hard link.
 
-    Raises `error` for those and for what is no file, OSError where the disk fails.
+    Raises `error` for a link and for anything that is not a regular file, OSError if the disk fails.
     """
     try:
         file = open(path, mode, opener=_own_file, **options)  # noqa: SIM115  # the caller closes it
@@ -182,10 +183,10 @@ def open_kept(path: str | os.PathLike[str], mode: str, error: type[NestError] = 
 
 @contextmanager
 def held_alone(folder: Path, refusal: NestError, patience: float = 0.0) -> Iterator[None]:
-    """Hold a folder, by a lock on its file `.lock`; raises `refusal` while another process does.
+    """Lock a folder through its file `.lock`. Raises `refusal` if another process holds it.
 
-    `patience` s are waited for it: what a killed process has forked may hold it until it finds out. Where the disk
-    knows no locks, nobody is kept out.
+    Waits up to `patience` s: children of a killed process may hold the lock until they notice. On a file system
+    without locks, nothing is locked.
     """
     with open_kept(folder / ".lock", "a", type(refusal)) as lock:
         deadline = time.monotonic() + patience
@@ -197,7 +198,7 @@ def held_alone(folder: Path, refusal: NestError, patience: float = 0.0) -> Itera
             yield
         finally:
             with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_UN)  # at once, even if a process that was forked with it still lives
+                fcntl.flock(lock, fcntl.LOCK_UN)  # at once, even if a process that inherited it by fork still lives
 
 
 def _is_taken(lock: IO[Any]) -> bool:
@@ -208,12 +209,12 @@ def _is_taken(lock: IO[Any]) -> bool:
     return False
 
 
-_NOT_OURS = {errno.ELOOP: "it is a link", errno.EMLINK: "it is a link, or has a second name elsewhere",
-             **dict.fromkeys((errno.EINVAL, errno.ENXIO, errno.EISDIR), "it is no file")}  # fmt: skip
+_NOT_OURS = {errno.ELOOP: "it is a link", errno.EMLINK: "it is a link, or has a second hard link elsewhere",
+             **dict.fromkeys((errno.EINVAL, errno.ENXIO, errno.EISDIR), "it is not a regular file")}  # fmt: skip
 
 
 def _own_file(path: str, flags: int) -> int:
-    """A descriptor of a regular file with one name; nothing waits for the other end of a pipe."""
+    """Open a regular file with a single hard link; O_NONBLOCK keeps a pipe from blocking."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     status = os.fstat(descriptor)
     wrong = errno.EINVAL if not stat.S_ISREG(status.st_mode) else errno.EMLINK if status.st_nlink > 1 else 0
@@ -224,12 +225,12 @@ def _own_file(path: str, flags: int) -> int:
 
 
 def refuse_links(folder: Path, error: type[NestError] = NestError, *, itself: bool = True) -> None:
-    """Raise `error` if a folder for results, or one below it, is a link: what goes there would land elsewhere.
+    """Raise `error` if a results folder, or one below it, is a link: files written there would land elsewhere.
 
-    With `itself` False the folder is one that the user named, which may be a link.
+    With `itself` False, the folder itself may be a link: the user named it.
     """
     if itself and folder.is_symlink():
-        raise error(f"{folder} is a link, and nothing is written through one. Remove it, or choose another folder.")
+        raise error(f"{folder} is a link, and nest writes nothing through links. Remove it, or choose another folder.")
     waiting = [folder] if folder.is_dir() else []
     while waiting:
         try:
@@ -237,17 +238,17 @@ def refuse_links(folder: Path, error: type[NestError] = NestError, *, itself: bo
                 for entry in entries:
                     if entry.is_symlink() and entry.is_dir():
                         raise error(
-                            f"{entry.path} is a link, and nothing is written through one. Remove it, or choose another "
-                            "folder."
+                            f"{entry.path} is a link, and nest writes nothing through links. Remove it, or choose "
+                            "another folder."
                         )
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(Path(entry.path))
         except OSError as problem:
-            raise error(f"{folder} cannot be looked through: {problem.strerror}.") from None
+            raise error(f"{folder} cannot be searched: {problem.strerror}.") from None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder; none may be writing there."""
+    """Remove the temporary files that killed processes left in a folder. No process may be writing there."""
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             with suppress(OSError):
@@ -263,7 +264,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def file_name(key: str, identity: str) -> str:
-    """A name below the folder of converted files: as the input calls it, and that of no other identity."""
+    """Return a name for a converted file: readable parts of `key`, and a hash that is unique to `identity`."""
     parts = [part for part in Path(os.path.splitext(key)[0]).parts if part not in ("/", "..", ".")]  # noqa: PTH122
     readable = "/".join(_plain(part) for part in parts[-3:]) or "audio"
     return f"{readable}-{blake2b(identity.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"

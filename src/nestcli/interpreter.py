@@ -1,6 +1,6 @@
-"""Another Python of ours: it imports what this process imports, and nothing out of the folder that it stands in.
+"""Command and environment of a child Python that imports the same modules, but none from the current folder.
 
-`python -c` and `python -m` look there before anywhere else: a corpus that holds a `json.py` would run it.
+`python -c` and `python -m` look in the current folder first: a `json.py` inside a corpus would be run.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import sys
 
 
 def command(code: str) -> list[str]:
-    """What starts it, to run `code`."""
+    """Return the command line that runs `code`."""
     return [sys.executable, "-c", f"import sys; sys.path[:] = filter(None, sys.path); {code}"]
 
 
 def environment() -> dict[str, str]:
-    """Its environment, with the places of imports of this process."""
+    """Return this process' environment with its import path in PYTHONPATH."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -1,10 +1,10 @@
-"""Keys of a configuration: those that nest has beside NeMo's file, and those of others that it does not have."""
+"""Configuration keys beyond NeMo's file: those that nest adds, and those of NeMo or Lightning that it lacks."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Keys that are understood although NeMo's file does not carry them. docs/configuration.md describes each.
+# Keys that nest supports although NeMo's file does not have them. docs/configuration.md describes each.
 _OF_DATASETS = (
     "batch_augmentor.nemo_exact", "max_failed_share", "read_timeout", "channel_selector",
     "concat_sampling_scale", "concat_sampling_probabilities", "concat_sampling_seed", "concat_shuffle",
@@ -12,7 +12,7 @@ _OF_DATASETS = (
     "use_lhotse", "cuts_path", "shar_path", "input_cfg", "reweight_temperature", "use_bucketing", "batch_duration",
     "quadratic_duration", "num_buckets", "bucket_duration_bins", "bucket_batch_size", "shuffle_buffer_size",
 )  # fmt: skip
-_OF_TRAINING_DATA = (  # that NeMo's file has in train_ds alone
+_OF_TRAINING_DATA = (  # NeMo's file has these in train_ds only
     "drop_last", "trim_silence", "is_concat", "concat_sampling_technique", "concat_sampling_temperature", "is_tarred",
     "tarred_audio_filepaths", "shuffle_n", "bucketing_strategy", "bucketing_batch_size",
 )  # fmt: skip
@@ -28,7 +28,7 @@ _OF_SAFETY = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_l
 START_KEYS = (
     "init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_encoder", "init_from_pretrained_model",
 )  # fmt: skip
-START_PARTS = ("path", "include", "exclude")  # of NeMo's form init_from_...: {name: {path: ..., include: [...]}}
+START_PARTS = ("path", "include", "exclude")  # in NeMo's form init_from_...: {name: {path: ..., include: [...]}}
 EXTRA_KEYS = frozenset(
     (
         "seed",
@@ -51,7 +51,7 @@ EXTRA_KEYS = frozenset(
     )
 )
 
-# Keys that NeMo, Lightning or PyTorch honour and nest does not have.
+# Keys that NeMo, Lightning or PyTorch support and nest does not.
 _NAMES = {
     "trainer": (
         "callbacks fast_dev_run min_epochs min_steps limit_test_batches limit_predict_batches overfit_batches "
@@ -119,27 +119,27 @@ _DATASET_NAMES = (
     "clipping_prob_hard clipping_prob text_field lang_field metadata_only force_finite force_map_dataset "
     "force_iterable_dataset slice_length defer_setup dataset dataloader_params collate_fn"
 )
-_ELSEWHERE = {  # what does it here
-    "trainer.callbacks": "exp_manager makes the callbacks.",
+_ELSEWHERE = {  # the equivalent in nest
+    "trainer.callbacks": "exp_manager configures the callbacks.",
     "trainer.fast_dev_run": "Use --dry-run.",
     "trainer.overfit_batches": "Give model.train_ds.manifest_filepath a manifest with a few lines.",
     "trainer.min_steps": "Set trainer.max_steps.",
     "trainer.min_epochs": "Set trainer.max_epochs.",
     "trainer.default_root_dir": "Set exp_manager.exp_dir.",
-    "trainer.resume_from_checkpoint": "A run goes on by itself: exp_manager.resume_if_exists. "
+    "trainer.resume_from_checkpoint": "A run resumes by itself: exp_manager.resume_if_exists. "
     "To start from other weights, set init_from_ptl_ckpt.",
     "trainer.gpus": "Set trainer.devices.",
     "trainer.num_processes": "Set trainer.devices.",
-    "trainer.strategy": "Write the name alone: trainer.strategy: ddp.",
+    "trainer.strategy": "Write only the name: trainer.strategy: ddp.",
     "trainer.profiler": "`nest bench` measures the parts of a step.",
     "exp_manager.explicit_log_dir": "Set exp_manager.exp_dir and exp_manager.name.",
     "exp_manager.version": "Set another exp_manager.name.",
     "exp_manager.use_datetime_version": "Set another exp_manager.name.",
-    "exp_manager.resume_from_checkpoint": "A run goes on from the newest checkpoint in its folder. "
+    "exp_manager.resume_from_checkpoint": "A run resumes from the newest checkpoint in its folder. "
     "To start from other weights, set init_from_ptl_ckpt.",
     "exp_manager.max_time_per_run": "Set trainer.max_time.",
     "exp_manager.create_preemption_callback": "A run always saves on SIGTERM and SIGUSR1.",
-    "exp_manager.log_step_timing": "metrics.jsonl always holds the seconds of a step.",
+    "exp_manager.log_step_timing": "metrics.jsonl always contains the seconds per step.",
     "exp_manager.create_early_stopping_callback": "checkpoint_callback_params.save_top_k keeps the best model.",
     "exp_manager.early_stopping_callback_params": "checkpoint_callback_params.save_top_k keeps the best model.",
     "exp_manager.checkpoint_callback_params.dirpath": "Set exp_manager.exp_dir and exp_manager.name.",
@@ -148,19 +148,19 @@ _ELSEWHERE = {  # what does it here
     "exp_manager.checkpoint_callback_params.save_nemo_on_train_end": "Set always_save_nemo.",
     "model.init_from_nemo_model": "Write it without `model.`.",
     "model.init_from_ptl_ckpt": "Write it without `model.`.",
-    "model.skip_nan_grad": "nest.max_bad_steps leaves such steps out.",
+    "model.skip_nan_grad": "nest.max_bad_steps skips such steps.",
     "model.test_ds": "Give its manifest to model.validation_ds.",
     "model.optim.sched.max_steps": "Set trainer.max_steps.",
     "model.preprocessor.n_window_size": "Set window_size, in seconds.",
     "model.preprocessor.n_window_stride": "Set window_stride, in seconds.",
-    "seed": "Set `seed`, at the top of the configuration.",
-    "shard_seed": "Set `seed`, at the top of the configuration.",
+    "seed": "Set `seed` at the top level of the configuration.",
+    "shard_seed": "Set `seed` at the top level of the configuration.",
     "noise_path": "Set noise_manifest and batch_augmentor.",
     "noise_snr": "Set batch_augmentor.min_r_noise and max_r_noise.",
     "noise_mix_prob": "Set batch_augmentor.prob.",
     "augmentor": "Set batch_augmentor.",
-    "bucket_buffer_size": "Buckets are formed from all lines here.",
-    "num_cuts_for_bins_estimate": "Bins are computed from all lines here.",
+    "bucket_buffer_size": "nest forms buckets from all lines.",
+    "num_cuts_for_bins_estimate": "nest computes bins from all lines.",
 }
 _FOREIGN = frozenset(
     (
@@ -171,16 +171,16 @@ _FOREIGN = frozenset(
     )
 )
 
-# Keys that are no feature: false asks for something else than what nest does.
+# For these keys, false does not mean "off": it asks for behaviour that nest does not have.
 _NOT_OFF = frozenset(("create_preemption_callback", "log_step_timing", "init_strict"))
-_NEUTRAL = {  # what NeMo's own files give them, and what nest does
+_NEUTRAL = {  # the values in NeMo's own files, which match what nest does
     "model.encoder.reduction_factor": (1,),
     "model.encoder.subsampling_conv_chunking_factor": (1, -1),
 }
 
 
 def is_off(key: str, value: Any) -> bool:
-    """Whether a key of others is there and asks for nothing: it is null or false, or as NeMo's files have it."""
+    """Return True if a key that nest lacks asks for nothing: it is null, false, or the value in NeMo's own files."""
     if foreign(key) is None:
         return False
     off = value is None or (value is False and key.rpartition(".")[2] not in _NOT_OFF)
@@ -188,11 +188,11 @@ def is_off(key: str, value: Any) -> bool:
 
 
 def foreign(key: str) -> str | None:
-    """What to do about a key, or a part of one, that NeMo, Lightning or PyTorch honour and nest does not; else None."""
+    """Return the remedy for a key, or its parent, that NeMo, Lightning or PyTorch support and nest lacks; else None."""
     parts = key.split(".")
     for count in range(1, len(parts) + 1):
         whole = ".".join(parts[:count])
         if whole in _FOREIGN:
             other = _ELSEWHERE.get(whole) or _ELSEWHERE.get(parts[count - 1] if whole.startswith("model.") else whole)
-            return other or "Leave it out; docs/from-nemo.md lists what nest does not have."
+            return other or "Remove it; docs/from-nemo.md lists the features that nest does not have."
     return None

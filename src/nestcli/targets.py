@@ -1,8 +1,8 @@
-"""The classes that a configuration may name: a table of strings. Nothing that a `_target_` says is imported."""
+"""The classes that a configuration may name, as a table of strings. A `_target_` is never imported."""
 
 from __future__ import annotations
 
-# NeMo's public names and ours, with what they stand for and the keys under which they may stand.
+# NeMo's public names and ours: the kind of each, and the keys under which each kind is allowed.
 _NEMO = "nemo.collections.asr"
 _SSL = f"{_NEMO}.modules.ssl_modules"
 CLASSES = {
@@ -33,6 +33,6 @@ PLACES = {
 
 
 def nemo_target(name: str) -> str:
-    """The name under which NeMo imports a class of `TARGETS`; a name of NeMo's stays as it is."""
+    """Return the name under which NeMo imports a class of `TARGETS`. NeMo's own names stay unchanged."""
     class_name, packages = CLASSES[TARGETS[name]]
     return name if name.startswith(f"{_NEMO}.") else f"{packages[0]}.{class_name}"

@@ -369,9 +369,9 @@ def test_the_command(tmp_path, speech, noise):
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["porb=1"], ConfigError, "porb is no key of the augmentation. Did you mean prob?"),
-        (["what=1"], ConfigError, "Known are _target_, prob, noise_ratio"),
-        (["prob"], ConfigError, "is no key=value"),
+        (["porb=1"], ConfigError, "unknown augmentation setting porb. Did you mean prob?"),
+        (["what=1"], ConfigError, "Known: _target_, prob, noise_ratio"),
+        (["prob"], ConfigError, "must be key=value"),
         (["prob=2"], ConfigError, "^prob: 2.0 must be from 0 to 1"),
         (["--copies", "0"], SystemExit, "2"),
         (["--jobs", "-1"], SystemExit, "2"),

@@ -220,7 +220,7 @@ def test_which_errors_mean_no_memory(error: BaseException, verdict: bool) -> Non
 
 
 def test_a_gpu_that_is_full(corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the error is caught, the cache emptied, and the next step goes on. The device is this processor."""
+    """The error is caught, the cache emptied, and the next step runs, as on a GPU. The device is this CPU."""
     monkeypatch.setattr(trial, "_limit", lambda device, memory: None)
     step = trial.TrainingStep(tiny_config(corpus), "cpu", 8 << 30)
     freed: list[bool] = []

@@ -1,4 +1,4 @@
-"""The section `scale`: long manifests, fresh processes, and a run that goes on."""
+"""The section `scale`: long manifests, new processes, and a resumed run."""
 
 import json
 from pathlib import Path

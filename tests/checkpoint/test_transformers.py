@@ -134,7 +134,7 @@ def test_what_the_class_cannot_express_is_refused(tmp_path: Path, words: list[st
 def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine").write_text("x")
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         written(tmp_path / "a", drawn([]), [])
     write_transformers(tmp_path / "a", load_config("small", TINY), drawn([]).state_dict(), force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]

@@ -124,9 +124,9 @@ def test_a_failure_is_told_beside_the_rest(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "loading"], "no such section. Known: loader, scale, train_step"),
+        (["--only", "loading"], "unknown section. Known: loader, scale, train_step"),
         (["--only", "loader", "model.train_ds.manifest_filepath=missing.json"], "missing.json"),
-        (["--only", "loader", "--nemo-python", "/no/such/python"], "/no/such/python: there is no such program"),
+        (["--only", "loader", "--nemo-python", "/no/such/python"], "/no/such/python: program not found"),
         (["smal"], "Did you mean 'small'"),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_checkpoint_becomes_a_nemo_file(nest: Nest, folder: Path) -> None:
 
     again = nest("export", "out/a.nemo", "--to", "nemo", "--out", "out/a.nemo", cwd=folder)
     assert again.code == 2
-    assert "out/a.nemo is there already. Add --force" in again.stderr
+    assert "out/a.nemo already exists. Add --force" in again.stderr
     before = (folder / "out" / "a.nemo").read_bytes()
     forced = nest("export", "out/a.nemo", "--to", "nemo", "--out", "out/a.nemo", "--force", cwd=folder)
     assert forced.stdout.startswith(f"out/a.nemo: 59 tensors, {size:,} bytes\n")
@@ -83,18 +83,18 @@ def test_a_checkpoint_becomes_a_nemo_file(nest: Nest, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["x.ckpt", "--to", "onnx", "--out", "x"], "the name of such a file ends with .onnx"),
+        (["x.ckpt", "--to", "onnx", "--out", "x"], "the file name must end with .onnx"),
         (["x.ckpt", "--to", "onnx", "--out", "x.onnx", "--part", "half"], "only --to onnx has parts: all and encoder"),
         (["x.ckpt", "--to", "nemo", "--out", "x.nemo", "--part", "encoder"], "only --to onnx has parts"),
         (
             ["x.ckpt", "--to", "transformers", "--out", "bad.nemo"],
-            "--out bad.nemo is a file. Transformers wants a folder",
+            "--out bad.nemo is a file. transformers needs a folder",
         ),
         (
             ["x.ckpt", "--to", "docx", "--out", "x"],
-            "--to docx: there is no such format. Known: nemo, safetensors, transformers, onnx.",
+            "--to docx: unknown format. Known: nemo, safetensors, transformers, onnx.",
         ),
-        (["x.ckpt", "--to", "nemo", "--out", "x.tar"], "the name of such a file ends with .nemo"),
+        (["x.ckpt", "--to", "nemo", "--out", "x.tar"], "the file name must end with .nemo"),
         (["x.ckpt", "--to", "nemo", "--out", "x.nemo"], "x.ckpt: no such checkpoint."),
         (["small", "--to", "nemo", "--out", "x.nemo"], "small is not a checkpoint"),
         (["bad.nemo", "--to", "nemo", "--out", "x.nemo"], "bad.nemo is no tar file"),
@@ -200,7 +200,7 @@ def _writing_others(write: Callable[..., None]) -> Callable[..., None]:
         ("transformers", ".", "name a new folder in it"),
         ("transformers", "..", "name a new folder in it"),
         ("nemo", "x" * 300 + ".nemo", "File name too long"),
-        ("transformers", "mine", "mine holds notes.txt, which is no file of an export"),
+        ("transformers", "mine", "mine contains notes.txt, which is not part of an export"),
     ],
 )
 def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_read(

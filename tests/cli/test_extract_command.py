@@ -39,7 +39,7 @@ def test_extract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert (document["layers"], document["dim"], document["seconds"]) == ([0], 16, 1.0)
     assert nest(monkeypatch, *words, "--strict") == 1
     shown = capsys.readouterr()
-    assert "nothing was done" in shown.err
+    assert "nothing to do" in shown.err
     assert "rejected  1, with reasons in out/rejected.jsonl" in shown.out
     assert nest(monkeypatch, *words, "--layers", "7") == 2
     assert "there is no layer 7" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def test_every_option_and_argument(command, param, written, meant, monkeypatch):
 
 
 def test_no_path_was_forgotten():
-    """A new option that takes a text must have a path's metavar, or stand above as one that is no path."""
+    """A new option that takes a text must have a path's metavar, or be listed above as not a path."""
     texts = values_of(lambda param: param.type.name in ("str", "path", "file"))
     others = [param for _, param in texts if (param.metavar or "") not in PATHS]
     assert all(param.type.name == "str" for param in others)

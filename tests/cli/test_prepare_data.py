@@ -37,7 +37,7 @@ def test_the_table_and_the_next_command(folder, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     for word in ("accepted", "10", "hours", "speakers", "0.25 s / 1.38 s / 2.50 s", "16 (10)"):
         assert word in result.stdout
-    assert "Shorter than 1 s: 3." in result.stderr
+    assert "Utterances shorter than 1 s: 3." in result.stderr
     expected = "nest pretrain small 'model.train_ds.manifest_filepath=my out/train_manifest.json'"
     assert expected in result.stderr
     assert "model.validation_ds.manifest_filepath=my out/val_manifest.json" in result.stderr
@@ -88,7 +88,7 @@ def test_nothing_accepted_still_says_so_in_json(tmp_path, words):
     (tmp_path / "in" / "bad.wav").write_text("<html>")
     result = call(tmp_path / "in", "--out", tmp_path / "out", "--json", *words)
     assert isinstance(result.exception, RunFailedError)
-    assert "nothing can be used (1 unreadable)" in str(result.exception)
+    assert "no input is usable (1 unreadable)" in str(result.exception)
     document = json.loads(result.stdout)
     assert (document["accepted"], document["rejections"]) == (0, {"unreadable": 1})
     assert document["manifests"] == {"train": None, "val": None}

@@ -49,7 +49,7 @@ def test_completion_loads_nothing_heavy() -> None:
         (["pretrain", "small", "model.encoder.n_layer=4"], "Did you mean model.encoder.n_layers?"),
         (["pretrain", "small"], "model.train_ds.manifest_filepath is not set"),
         (["count-params", "gone.ckpt"], "error: gone.ckpt: no such checkpoint."),
-        (["count-params", "small", "--all"], "leave out 'small'"),
+        (["count-params", "small", "--all"], "remove 'small'"),
         (["prepare-data", "nowhere", "--out", "out"], "nowhere"),
         (["pretrain", "small", "model.train_ds.manifest_filepath=gone.json"], "gone.json"),
     ],

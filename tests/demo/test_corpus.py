@@ -33,7 +33,7 @@ def synthesizer() -> Synthesizer:
 
 @pytest.fixture(scope="module")
 def heard() -> list[tuple[int, int]]:
-    """What `progress` was called with while `made` was made."""
+    """The arguments of the calls of `progress` while `made` was made."""
     return []
 
 

@@ -1,4 +1,4 @@
-"""What can be said of a page's blocks without running them; what is not run is held to it too."""
+"""Checks of a page's blocks that need not run them; they apply to blocks that are never run too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MENDING = "CONTRIBUTING.md says how blocks are marked"
 
 
 def faults(page: Page, text: str) -> list[str]:
-    """What is wrong with a page's blocks and with the commands in its text."""
+    """Return the faults of a page's blocks and of the commands in its text."""
     found = [f"{block.where}: {fault}" for block in page.blocks for fault in _block(block)]
     used = sum(bool(block.not_run) + bool(block.tests) for block in page.blocks)
     if len(re.findall(r"^\s*<!-- (?:not run|test):", text, re.MULTILINE)) != used:
@@ -96,11 +96,11 @@ def _of_nest(words: list[str]) -> list[str] | None:
 
 
 def _call(words: list[str]) -> Iterator[str]:
-    """Whether `nest` takes these words; of the files in them it wants nothing."""
+    """Yield what `nest` would refuse in these words; the files in them need not exist."""
     command = _group().commands.get(words[0]) if words else None
     if command is None:
         if not words or not words[0].startswith("-"):
-            yield f"nest {' '.join(words[:1])}: there is no such command"
+            yield f"nest {' '.join(words[:1])}: unknown command"
         return
     given = [word for word in words[1:] if word not in ("--debug", "--help")]
     if "--help" in words:
@@ -123,7 +123,7 @@ def _configuration(words: list[str]) -> Iterator[str]:
 
 
 def _mentioned(code: str) -> Iterator[str]:
-    """Of a command in the text, with words that stand for others: its name and options."""
+    """Yield the faults of a command in the text, which may contain placeholders: its name and options."""
     words = code.split()
     if words[:1] != ["nest"] or len(words) < 2 or not re.fullmatch(r"[a-z-]+", words[1]):
         return

@@ -107,7 +107,7 @@ def _read_text(token: Token, line: int, found: Page) -> None:
 
 
 def _anchors(tokens: list[Token]) -> Iterator[str]:
-    """Those of the headings, as code hosts make them; of two alike only the first can be linked to."""
+    """Yield the anchors of the headings as code hosts make them; of two equal ones, only the first can be linked to."""
     for before, token in pairwise(tokens):
         if before.type == "heading_open":
             yield slug("".join(child.content for child in token.children or []))

@@ -77,7 +77,7 @@ class Rig:
             _seed(thing, folder / thing.name, made)
 
     def run(self, block: Block) -> str:
-        """What went wrong with a block; nothing if all is well."""
+        """Run a block; return its fault, or nothing if it is fine."""
         if block.language == "python":
             return self._python(block)
         wanted = next((int(word[-1]) for word in block.tests if word.startswith("ends with")), 0)
@@ -160,7 +160,7 @@ def is_run(block: Block) -> bool:
 
 
 def is_slow(block: Block) -> bool:
-    """Whether a block waits for the slow tests: by its mark, or by its command."""
+    """Return True if a block belongs to the slow tests, by its mark or its command."""
     if "slow" in block.tests:
         return True
     return block.language != "python" and any(
@@ -169,7 +169,7 @@ def is_slow(block: Block) -> bool:
 
 
 def smaller(words: list[str]) -> list[str]:
-    """What is put behind the words of a `nest` command."""
+    """Return the words to append to a `nest` command."""
     if "--help" in words:
         return []
     added = SMALLER.get(words[0], [])
@@ -212,7 +212,7 @@ def _seed(thing: Path, into: Path, made: set[str], name: str = "") -> None:
 
 
 def make_seeds(folder: Path, zygote: Zygote) -> Path:
-    """What pages may name: audio, manifests, and a tiny model's run."""
+    """Make the files that pages may name: audio, manifests, and a tiny model's run."""
     for number in range(18):
         seconds = 1.4 + 0.1 * (number % 5)
         write_noise_wav(folder / "my_speech" / f"speaker{number % 3}" / f"{number}.wav", seconds, number)

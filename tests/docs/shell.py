@@ -20,7 +20,7 @@ _VARIABLE = re.compile(r"[A-Za-z_]\w*=")
 
 
 class ShellError(Exception):
-    """What cannot be read here."""
+    """A construct that this parser does not support."""
 
 
 @dataclass

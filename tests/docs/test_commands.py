@@ -43,7 +43,7 @@ def test_commands_run(name: str, seeds: Path, zygote: Zygote, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_SLOW)
 def test_all_commands_run(name: str, seeds: Path, zygote: Zygote, tmp_path: Path) -> None:
-    """Those that take long too, after all that stands before them."""
+    """Slow blocks run too, after all blocks before them."""
     faults = faults_of(page(name), tmp_path / "here", seeds, zygote, slow=True)
     assert not faults, "\n".join(faults)
 

@@ -43,7 +43,7 @@ def faults(name: str, target: str) -> Iterator[str]:
     address = urllib.parse.urlsplit(target)
     if address.scheme or address.netloc:
         if address.scheme not in ("http", "https", "mailto") or not re.fullmatch(r"[\w.-]+\.[a-z]+", address.netloc):
-            yield f"{target} is no address of the web"
+            yield f"{target} is not a web address"
         return
     if target.startswith("/"):
         yield f"{target}: write it relative to the page; code hosts and the site differ in what / is"
@@ -123,8 +123,8 @@ def test_every_picture_is_shown() -> None:
         ("[x](/docs/data.md)", "relative"),
         ("[x](../configs/small.yaml)", "the site holds"),
         ("[x](../../shared)", "leads out"),
-        ("[x](https:/example.org)", "no address"),
-        ("[x](htps://example.org)", "no address"),
+        ("[x](https:/example.org)", "not a web address"),
+        ("[x](htps://example.org)", "not a web address"),
     ],
 )
 def test_a_link_that_leads_nowhere_is_found(link: str, told: str, tmp_path: Path) -> None:

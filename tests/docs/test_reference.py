@@ -22,7 +22,7 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_the_page_depends_on_the_code_alone_and_is_made_without_the_heavy_libraries() -> None:
-    """Of a terminal's width and of variables that options read it knows nothing."""
+    """The page does not depend on the terminal's width or on variables that options read."""
     code = (
         "import sys; from nestcli.cli import reference; reference.main()\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"

@@ -24,7 +24,7 @@ _IMPORTS = (
 
 
 def run(order: dict[str, Any]) -> NoReturn:
-    """In the child: the command, then this process' end; taking all the modules down would cost two seconds."""
+    """Run the command in the child, then end the process at once: unloading all modules would cost two seconds."""
     code: Any = 0
     try:
         start(order)
@@ -51,14 +51,14 @@ def start(order: dict[str, Any]) -> None:
     sys.argv = list(order["words"])
     name = sys.argv[0]
     if order["kind"] == "module":
-        sys.modules.pop(name, None)  # it shall run as a program
+        sys.modules.pop(name, None)  # it must run as a program
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(name, run_name="__main__")
 
 
 def into(order: dict[str, Any]) -> None:
-    """In the child: its folder, environment and files."""
+    """Set the child's folder, environment and files."""
     os.setsid()
     os.chdir(order["cwd"])
     sys.path.insert(0, "")

@@ -83,14 +83,14 @@ def test_a_broken_installation_still_gives_the_table(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == ""
     for words in (
-        "PROBLEM  2", "libtorch_cpu.so", "died of SIGSEGV", "-> Mend torch first", "no omegaconf", "no numpy",
+        "PROBLEM  2", "libtorch_cpu.so", "killed by SIGSEGV", "-> Fix torch first", "no omegaconf", "no numpy",
         "apt-get install sox", "6400 threads", "asks for NeMo's encoder", "not UTF-8", "no C++ compiler", "problems: ",
     ):  # fmt: skip
         assert words in done.stdout, words
     as_json = doctor("--json", cwd=work, **variables)
     assert as_json.returncode == 1
     checks = check_document(json.loads(as_json.stdout))
-    assert checks["soundfile"]["found"].endswith("the process died of SIGSEGV")
+    assert checks["soundfile"]["found"].endswith("the process was killed by SIGSEGV")
     assert not list(work.iterdir()), "something was written"
 
 
@@ -124,7 +124,7 @@ def test_a_wrong_call(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for words, message in (
         (["--out", "file"], "error: --out file: this is a file."),
-        (["--nemo-python", "nowhere"], "error: --nemo-python nowhere: there is no such program."),
+        (["--nemo-python", "nowhere"], "error: --nemo-python nowhere: program not found."),
     ):
         done = doctor(*words, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")

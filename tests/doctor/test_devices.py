@@ -76,11 +76,11 @@ def test_open_files(limit: int, state: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "driver", "cards", "environ", "state", "found", "remedy"),
     [
-        ({}, None, 0, {}, "ok", "training goes on the CPU", ""),
-        ({}, "550.54", 1, {}, "problem", "driver 550.54, but this is PyTorch's CPU build", "installation page"),
+        ({}, None, 0, {}, "ok", "training runs on the CPU", ""),
+        ({}, "550.54", 1, {}, "problem", "driver 550.54, but PyTorch's CPU build", "installation page"),
         ({}, None, 2, {}, "note", "2 NVIDIA cards without a driver", "installation page"),
         ({"cuda": "12.8"}, None, 0, {}, "note", "none, and no driver", "docker run --gpus all"),
-        ({"cuda": "12.8"}, None, 1, {}, "problem", "1 NVIDIA card and no driver", "Install NVIDIA's driver"),
+        ({"cuda": "12.8"}, None, 1, {}, "problem", "1 NVIDIA card, but no driver", "Install NVIDIA's driver"),
         ({"cuda": "13.0", "cuda_error": "too old"}, "470.1", 1, {}, "problem", "cannot use it: too old", "Update"),
         ({"cuda": "12.8"}, "550", 1, {"CUDA_VISIBLE_DEVICES": ""}, "note", "hidden", "Unset CUDA_VISIBLE_DEVICES"),
         ({"cuda": "12.8", "gpus": [CARD, CARD]}, "550", 2, {}, "ok", "2 x NVIDIA H100; PyTorch's CUDA 12.8", ""),
@@ -120,7 +120,7 @@ def test_precisions() -> None:
     assert check.remedy == "Set trainer.precision to one of 32, bf16-true, 16-mixed."
     unsupported = {"failures": dict.fromkeys(PRECISIONS, "CUDA error: no kernel image")}
     assert precision_check("cuda", Answer(unsupported), [CARD]).state == "problem"
-    assert precision_check("cuda", Answer(error="the process died of SIGABRT"), [CARD]).state == "problem"
+    assert precision_check("cuda", Answer(error="the process was killed by SIGABRT"), [CARD]).state == "problem"
 
 
 def test_processes() -> None:

@@ -76,7 +76,7 @@ def test_a_file_system_that_folds_capitals(tmp_path: Path, monkeypatch: pytest.M
     touch = Path.touch
     monkeypatch.setattr(Path, "touch", lambda path: (touch(path), touch(path.with_name(path.name.upper()))))
     check = look(tmp_path)["capitals"]
-    assert (check.state, "capitals alone" in check.remedy) == ("note", True)
+    assert (check.state, "upper and lower case" in check.remedy) == ("note", True)
 
 
 def test_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

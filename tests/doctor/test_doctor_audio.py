@@ -19,7 +19,7 @@ def fake_sox(folder: Path, script: str) -> str:
 
 
 def test_libsndfile() -> None:
-    assert formats_check(FINE).found == "1.2.2: wav, mp3 written and read again"
+    assert formats_check(FINE).found == "1.2.2: wav, mp3 written and read back"
     old = formats_check(Answer({"libsndfile": "1.0.31", "failures": {"wav": "", "mp3": "ValueError: no MP3"}}))
     assert old.state == "problem"
     assert "mp3: ValueError: no MP3" in old.found
@@ -39,7 +39,7 @@ def test_soxr() -> None:
     [
         ("echo 'sox: SoX v14.4.2'; echo 'AUDIO FILE FORMATS: amr-nb amr-wb gsm wv'", "ok", "14.4.2: AMR, AMR-WB"),
         ("echo 'AUDIO FILE FORMATS: gsm wav wv'", "note", "without AMR, AMR-WB"),
-        ("exit 127", "problem", "it ended with 127"),
+        ("exit 127", "problem", "exit code 127"),
     ],
 )  # fmt: skip
 def test_sox(script: str, state: str, found: str, tmp_path: Path) -> None:
@@ -54,4 +54,4 @@ def test_without_sox_and_ffmpeg(tmp_path: Path) -> None:
     assert checks["SoX"].state == "note"
     assert "apt-get install sox" in checks["SoX"].remedy
     assert checks["ffmpeg"].state == "ok"
-    assert "not needed" in checks["ffmpeg"].found
+    assert "optional" in checks["ffmpeg"].found

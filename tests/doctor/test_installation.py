@@ -63,11 +63,11 @@ def test_a_package_that_is_fine() -> None:
     ("name", "version", "answer", "has_nemo", "state", "found", "remedy"),
     [
         ("torch", None, Answer(), False, "problem", "not installed", 'pip install "torch<2.14,>=2.10"'),
-        ("torch", "2.9.0", FINE, False, "problem", "weights_only=True can be got round", "torch<2.14,>=2.10"),
+        ("torch", "2.9.0", FINE, False, "problem", "weights_only=True can be bypassed", "torch<2.14,>=2.10"),
         ("torch", "2.9.0", FINE, True, "problem", "2.9.0 is not <2.14,>=2.10", 'install "torch<2.14,>=2.10"'),
-        ("lightning", "2.6.3", FINE, False, "problem", "malicious", "Remove it at once"),
-        ("lightning", "2.6.2", FINE, True, "problem", "malicious", "Remove it at once"),
-        ("lightning", "2.6.5", FINE, False, "problem", "runs code out", 'pip install "lightning<2.7,>=2.6.6"'),
+        ("lightning", "2.6.3", FINE, False, "problem", "malicious", "Replace it at once"),
+        ("lightning", "2.6.2", FINE, True, "problem", "malicious", "Replace it at once"),
+        ("lightning", "2.6.5", FINE, False, "problem", "runs code from", 'pip install "lightning<2.7,>=2.6.6"'),
         ("lightning", "2.7.0", FINE, False, "problem", "2.7.0 is not <2.7,>=2.6.6: nest uses private", "<2.7,>=2.6.6"),
         ("torch", "2.14.0+cpu", FINE, False, "problem", "2.14.0+cpu is not <2.14,>=2.10: nest uses private", "<2.14"),
         ("lightning", "2.4.0", FINE, True, "note", "2.4.0 is not <2.7,>=2.6.6", "NeMo pins it"),
@@ -98,7 +98,7 @@ def test_the_first_package_that_fails_is_the_cause() -> None:
     answers = {"import:torch": error, "import:lightning.pytorch": error}
     checks = {check.name: check for check in dependencies_checks(answers)}
     assert "--force-reinstall torch" in checks["torch"].remedy
-    assert checks["lightning"].remedy == "Mend torch first: its import fails in the same way."
+    assert checks["lightning"].remedy == "Fix torch first: its import fails in the same way."
 
 
 def test_extras() -> None:
@@ -119,7 +119,7 @@ def test_a_source_tree_that_pip_does_not_know(tmp_path: Path) -> None:
     package = tmp_path / "src" / "nestcli"
     assert nest_check(package, nestcli.__version__, None).state == "ok"
     assert "pip install -e" in nest_check(package, None, None).remedy
-    assert nest_check(package, "0.0.1", None).remedy == "Install it again: pip install ."
+    assert nest_check(package, "0.0.1", None).remedy == "Reinstall it: pip install ."
     other = nest_check(package, nestcli.__version__, "/elsewhere")
     assert (other.state, "/elsewhere" in other.found, "PYTHONPATH" in other.remedy) == ("note", True, True)
     assert "installed in /site" in nest_check(Path("/site/nestcli"), nestcli.__version__, None).found

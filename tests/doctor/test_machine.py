@@ -1,4 +1,4 @@
-"""What container and kernel say, from planted files."""
+"""Facts that the container and the kernel report, from planted files."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_nvidia(tmp_path: Path) -> None:
         "sys/bus/pci/devices/0000:01:00.1/class": "0x040300\n",
     })  # fmt: skip
     assert machine.nvidia_driver(root) == "550.54.15"
-    assert machine.nvidia_cards(root) == 1, "its sound is no graphics card"
+    assert machine.nvidia_cards(root) == 1, "its sound device is not a graphics card"
 
 
 def test_nvidia_under_wsl(tmp_path: Path) -> None:

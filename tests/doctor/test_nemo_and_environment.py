@@ -73,7 +73,7 @@ def test_nemo_is_damaged_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_nemo_of_another_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = list(nemo_checks({"NEST_NEMO_PYTHON": "/nowhere/python"}, None))[1:]
     assert (check.name, check.state) == ("$NEST_NEMO_PYTHON", "problem")
-    assert "To make one" in check.remedy
+    assert "To create one" in check.remedy
     assert "-m pip install" in elsewhere_check(sys.executable, "--nemo-python").remedy
     assert "path of a Python" in elsewhere_check("/bin/false", "--nemo-python").remedy
     link = tmp_path / "python"  # another path, so that it is another environment's
@@ -84,7 +84,7 @@ def test_nemo_of_another_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("value", "found"),
-    [("64", "64 threads on 4 cores"), ("1", "1 of 4 cores"), ("many", "no number"), ("0", "no number")],
+    [("64", "64 threads on 4 cores"), ("1", "1 of 4 cores"), ("many", "not a number"), ("0", "not a number")],
 )
 def test_threads(value: str, found: str) -> None:
     (check,) = threads_check({"OMP_NUM_THREADS": value}, 4)
@@ -147,7 +147,7 @@ def test_slurm(environ: dict[str, str], surprises: bool) -> None:
 def test_a_jail(tmp_path: Path) -> None:
     assert not list(jail_check({}))
     (check,) = jail_check({"NEST_JAIL": f"{tmp_path}:/gone"})
-    assert (check.state, check.found) == ("problem", "no such folder: /gone")
+    assert (check.state, check.found) == ("problem", "folder not found: /gone")
     (check,) = jail_check({"NEST_JAIL": str(tmp_path)})
     assert check.state == "note"
 
@@ -161,7 +161,7 @@ def test_the_cache_of_remote_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_tmpdir_that_is_gone(tmp_path: Path) -> None:
     (check,) = temporary_check({"TMPDIR": "/gone"})
-    assert "Make that folder" in check.remedy
+    assert "Create that folder" in check.remedy
     assert not list(temporary_check({"TMPDIR": str(tmp_path)}))
 
 
@@ -174,5 +174,5 @@ def test_encodings() -> None:
 def test_nothing_that_surprises() -> None:
     quiet = {"PATH": os.environ["PATH"], "NEST_CACHE": "/tmp"}
     checks: list[Check] = list(environment_checks(quiet))
-    assert checks[0].found == "none that surprises"
+    assert checks[0].found == "none with an unexpected effect"
     assert [check.name for check in checks] == ["variables", "locale"]

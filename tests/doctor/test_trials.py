@@ -35,8 +35,8 @@ def test_a_crash_costs_one_answer(modules: Path) -> None:
     assert list(answers) == [f"import:{name}" for name in names] == begun
     assert answers["import:json"].facts["file"].endswith("json/__init__.py")
     assert answers["import:crashes"].died
-    assert answers["import:crashes"].error == "the process died of SIGSEGV"
-    assert answers["import:exits"].error == "the process ended with 7: it said nothing"
+    assert answers["import:crashes"].error == "the process was killed by SIGSEGV"
+    assert answers["import:exits"].error == "the process ended with exit code 7: no output"
     assert answers["import:stops"].error == "SystemExit: 3"
     assert answers["import:fails"].error == "OSError: libsndfile.so.1: cannot open shared object file"
     assert answers["import:talks"].facts["file"] == str(modules / "talks.py")

@@ -95,7 +95,7 @@ def test_segments_of_kaldi_without_end(tmp_path: Path, end: str) -> None:
 
 @pytest.mark.parametrize("value", ["[1]", "{a: 1}", "[]"])
 def test_a_class_that_is_no_name(value: str) -> None:
-    with pytest.raises(ConfigError, match=r"not a class that nest knows|unknown key"):
+    with pytest.raises(ConfigError, match=r"not a supported class|unknown key"):
         load_config("demo", [f"model.encoder._target_={value}"])
 
 

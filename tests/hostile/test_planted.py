@@ -104,7 +104,7 @@ def test_a_second_name_of_a_file_is_not_written_to(manifest: Path, elsewhere: Pa
     os.link(elsewhere / "file", out / ".prepared.jsonl")
     outcome = run(tmp_path, "prepare-data", str(manifest), "--out", str(out), "--jobs", "1")
     assert outcome.code == 2
-    assert "second name" in outcome.errors
+    assert "second hard link" in outcome.errors
     assert untouched(elsewhere)
 
 

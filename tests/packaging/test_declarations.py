@@ -1,4 +1,4 @@
-"""What the project says of itself once: its version, its dependencies, their licences and pins."""
+"""Facts that the project states once: its version, its dependencies, their licences and pins."""
 
 import ast
 import re
@@ -49,7 +49,7 @@ def test_the_version_stands_in_one_place() -> None:
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_every_dependency_is_in_the_notices(name: str) -> None:
-    """And with the licence that the installed package declares as an SPDX expression, where it does."""
+    """The notice names the licence that the installed package declares as an SPDX expression, if it does."""
     row = re.search(rf"^\| {re.escape(name)} \|.*$|(?<![\w-]){re.escape(name)} \([A-Z][^)]+\)", NOTICES, re.MULTILINE)
     assert row, f"{name} is in pyproject.toml and not in THIRD_PARTY.md"
     try:

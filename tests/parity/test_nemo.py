@@ -34,13 +34,13 @@ def test_no_nemo_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_program_that_is_not_there() -> None:
-    with pytest.raises(NestError, match="there is no such program"):
+    with pytest.raises(NestError, match="program not found"):
         find_nemo("/nowhere/python")
 
 
 def test_an_environment_without_nemo() -> None:
     with pytest.raises(
-        MissingDependencyError, match=r"NeMo cannot be used there: .*No module named 'nemo'.*nemo_toolkit"
+        MissingDependencyError, match=r"NeMo does not work there: .*No module named 'nemo'.*nemo_toolkit"
     ):
         BridgedNemo(sys.executable)
 
@@ -68,7 +68,7 @@ def test_a_program_that_is_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
             "print('out of memory', file=sys.stderr); os.kill(os.getpid(), signal.SIGKILL)",
             r"ended with -9.*out of memory",
         ),
-        ("input(); print('a banner', flush=True)", "ended with 0|no answer"),
+        ("input(); print('a banner', flush=True)", "ended with 0|sent an invalid answer"),
     ],
 )
 def test_nemo_dies_or_talks_out_of_turn(tmp_path: Path, body: str, message: str) -> None:

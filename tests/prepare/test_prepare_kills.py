@@ -109,7 +109,9 @@ class Runs:
         else:  # its workers find out by themselves, and may still be at it when the next run starts
             process.send_signal(how)
         code = process.wait()
-        done = how == signal.SIGINT and "are drawn in" in self.said()  # the last that a run says; Python was leaving
+        done = (
+            how == signal.SIGINT and "shows durations and levels" in self.said()
+        )  # the last that a run says; Python was leaving
         if code == 0 or (code == -how and done):  # it was quicker
             return False
         assert code == (130 if how == signal.SIGINT else -how), (code, self.said())

@@ -273,7 +273,7 @@ EMPTY = [
 @pytest.mark.parametrize("key", EMPTY)
 @pytest.mark.parametrize("text", ["", " "])
 def test_nothing_behind_a_key_is_not_set(base: Any, key: str, text: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{key.lstrip('+')} is not set: nothing stands behind"):
+    with pytest.raises(ConfigError, match=f"^{key.lstrip('+')} is not set: .* has no value"):
         with_overrides(base, [f"{key}={text}"], "small")  # refused before it is applied
 
 
@@ -281,7 +281,7 @@ def test_nothing_behind_a_key_is_not_set(base: Any, key: str, text: str) -> None
 def test_an_empty_text_in_a_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("base: demo\nmodel:\n  train_ds:\n    noise_manifest: ''\n")
-    with pytest.raises(ConfigError, match=r"x\.yaml: model\.train_ds\.noise_manifest is not set: its text is empty"):
+    with pytest.raises(ConfigError, match=r"x\.yaml: model\.train_ds\.noise_manifest is not set: the value is empty"):
         load_config(str(path))
     monkeypatch.setenv("TRAIN", "")
     with pytest.raises(ConfigError, match=r"model\.train_ds\.manifest_filepath is not set"):
@@ -309,21 +309,21 @@ def test_noise_without_a_name(corpus: dict[str, Path], value: str) -> None:
 @pytest.mark.parametrize(
     ("key", "instead"),
     [
-        ("exp_manager.ema.enable", "Leave it out"),
+        ("exp_manager.ema.enable", "Remove it"),
         ("exp_manager.create_early_stopping_callback", "save_top_k"),
         ("exp_manager.version", "exp_manager.name"),
         ("exp_manager.checkpoint_callback_params.dirpath", "exp_manager.exp_dir"),
         ("trainer.overfit_batches", "a few lines"),
         ("trainer.profiler", "nest bench"),
         ("trainer.min_steps", "trainer.max_steps"),
-        ("model.optim.eps", "Leave it out"),
+        ("model.optim.eps", "Remove it"),
         ("model.optim.sched.max_steps", "trainer.max_steps"),
-        ("model.encoder.reduction", "Leave it out"),
-        ("model.preprocessor.preemph", "Leave it out"),
+        ("model.encoder.reduction", "Remove it"),
+        ("model.preprocessor.preemph", "Remove it"),
         ("model.test_ds.manifest_filepath", "model.validation_ds"),
-        ("model.train_ds.perturb_speed", "Leave it out"),
+        ("model.train_ds.perturb_speed", "Remove it"),
         ("model.train_ds.seed", "Set `seed`"),
-        ("hydra.run.dir", "Leave it out"),
+        ("hydra.run.dir", "Remove it"),
     ],
 )
 def test_keys_of_others_are_refused_with_a_plus_too(base: Any, tmp_path: Path, key: str, instead: str) -> None:
@@ -339,7 +339,7 @@ def test_keys_of_others_are_refused_with_a_plus_too(base: Any, tmp_path: Path, k
         with pytest.raises(ConfigError) as raised:
             call()
         message = str(raised.value)
-        assert f"nest does not have {key}" in message
+        assert f"nest does not support {key}" in message
         assert instead in message
         assert f"+{key}" not in message
 
@@ -528,8 +528,8 @@ def test_a_time_limit_in_a_file_reaches_lightning(corpus: dict[str, Path], tmp_p
         (["trainer.max_time={fortnights: 1}"], "trainer.max_time: .* must be a time such as"),
         (["exp_manager.create_preemption_callback=false"], "A run always saves on SIGTERM"),
         (["trainer.fast_dev_run=true"], "Use --dry-run"),
-        (["model.encoder.reduction_factor=2"], "nest does not have model.encoder.reduction_factor"),
-        (["trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy}"], "Write the name alone: .*ddp"),
+        (["model.encoder.reduction_factor=2"], "nest does not support model.encoder.reduction_factor"),
+        (["trainer.strategy={_target_: lightning.pytorch.strategies.DDPStrategy}"], "Write only the name: .*ddp"),
         (["trainer.max_steps=1e6"], r"trainer.max_steps: 1000000.0 is not of type int or null. Write 1000000\."),
         (["model.encoder.att_context_size=null"], "att_context_size: None is not of type list"),
         (["model.encoder.att_context_size=[[70,13],[70,0]]"], r"att_context_size: \[70, 13\] is not of type int"),
@@ -553,7 +553,7 @@ def test_a_block_that_is_none(tmp_path: Path, key: str, value: Any) -> None:
     for part in reversed(key.split(".")):
         whole = {part: whole}
     path.write_text(json.dumps({"base": "small"} | whole))
-    with pytest.raises(ConfigError, match=rf"x\.yaml: {key}: .* is no block of keys"):
+    with pytest.raises(ConfigError, match=rf"x\.yaml: {key}: .* must be a block of keys"):
         load_config(str(path))
 
 

@@ -1,4 +1,4 @@
-"""What every section is given."""
+"""The input of every section: configuration, options, a temporary folder, a progress callback."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Told = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What a call asks for beside the configuration.
+    """Options of a call beyond the configuration.
 
-    `rounds` and `seconds` (of each side in a round) are None for a section's own; `memory` is in bytes, None for
-    a share of what the device has; `lines` are the lengths of the manifests of the section `scale`; `audio_seconds`
-    those of the batches of the section `precisions`.
+    `rounds` and `seconds` (per side and round) are None for the section's default; `memory` is in bytes, None for a
+    share of the device's free memory; `lines` are the manifest lengths of section `scale`; `audio_seconds` the batch
+    sizes of section `precisions`.
     """
 
     nemo_python: str | None = None
@@ -39,7 +39,7 @@ class Options:
 
 @dataclass
 class BenchContext:
-    """The configuration, the options, a folder for files that go away afterwards, and `tell` for what is going on."""
+    """The configuration, the options, a temporary folder, and `tell`, which reports the current step."""
 
     config: DictConfig
     options: Options
@@ -55,25 +55,25 @@ class BenchContext:
 
     @property
     def nemo(self) -> str | None:
-        """The version of NeMo to measure beside us, if one is named. Raises NestError if it cannot be used."""
+        """Version of the NeMo to compare with, None without --nemo-python. Raises NestError if it does not work."""
         if self._nemo is None and self.options.nemo_python is not None:
             self.tell("starting NeMo")
             self._nemo = nemo_version(self.options.nemo_python)
         return self._nemo
 
     def check_nemo(self) -> None:
-        """Raise NestError before anything is measured, if a NeMo is named that cannot be used."""
+        """Raise NestError before any measurement if the named NeMo does not work."""
         _ = self.nemo
 
     def made(self) -> tuple[Path, Path]:
-        """Manifests of speech-like sounds and of noise, made on first use."""
+        """Return manifests of synthetic speech-like sounds and of noise, made on first use."""
         if self._made is None:
-            self.tell("making sounds to measure on")
+            self.tell("making synthetic audio")
             self._made = make_bench_corpus(self.folder / "corpus")
         return self._made
 
     def loader_config(self, **train_ds: Any) -> DictConfig:
-        """The configuration for one loader process without validation, on made sounds where it names no manifest."""
+        """Return the configuration with one loader process, no validation, and synthetic audio if it has no data."""
         changes: dict[str, Any] = {"num_workers": 1, "pin_memory": False, **train_ds}
         if not self.has_manifest and "manifest_filepath" not in changes:
             speech, noise = self.made()
@@ -86,5 +86,5 @@ class BenchContext:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """A configuration as it travels to a process of ours."""
+    """Return a configuration as plain dictionaries, for JSON requests to our processes."""
     return resolved(config)

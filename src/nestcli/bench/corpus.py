@@ -1,4 +1,4 @@
-"""Audio to measure on where the user names none: sounds with the level and the rhythm of speech, and noise."""
+"""Synthetic audio for measurements without a manifest: sounds with the level and rhythm of speech, and noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nestcli.audio.load import Samples
 from nestcli.data.manifest import write_manifest
 
 RATE = 16_000  # Hz
-_SYLLABLES = 4.0  # a second
+_SYLLABLES = 4.0  # per second
 
 
 def make_bench_corpus(
@@ -24,7 +24,7 @@ def make_bench_corpus(
     noise_seconds: tuple[float, float] = (20.0, 30.0),
     seed: int = 0,
 ) -> tuple[Path, Path]:
-    """Write FLAC files of 16 kHz and 16 bits, and the manifests of the speech and of the noise."""
+    """Write 16 kHz, 16-bit FLAC files, and return the paths of the speech manifest and the noise manifest."""
     rng = np.random.default_rng(seed)
     manifests = []
     for kind, count, (shortest, longest) in (("speech", speech, seconds), ("noise", noise, noise_seconds)):
@@ -44,8 +44,8 @@ def _written(folder: Path, number: int, seconds: float, kind: str, rng: np.rando
 
 
 def _sound(count: int, has_syllables: bool, rng: np.random.Generator) -> Samples:
-    """Noise whose spectrum falls by 6 dB an octave, which FLAC packs about as well as speech."""
-    length = 1 << (count - 1).bit_length()  # other lengths take the transform far longer
+    """Return noise whose spectrum falls by 6 dB per octave: FLAC compresses it about as well as speech."""
+    length = 1 << (count - 1).bit_length()  # the FFT of other lengths is far slower
     spectrum = np.fft.rfft(rng.standard_normal(length))
     spectrum /= np.maximum(1.0, np.arange(len(spectrum)) * (RATE / length / 200))  # flat below 200 Hz
     sound = np.fft.irfft(spectrum, length)[:count]

@@ -1,4 +1,4 @@
-"""The section `buckets`: duration bins of the training manifest, and the largest batch of each on this device."""
+"""Section `buckets`: duration bins of the training manifest, and the largest batch of each on this device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KEYS = "model.train_ds"
 
 
 def buckets_section(context: BenchContext) -> SectionReport:
-    """Bins from the manifest's durations, then trials of the training step in a process of its own."""
+    """Estimate bins from the manifest's durations, then try training steps in a separate process."""
     config = context.loader_config()
     durations = read_material(config).speech.durations
     bins = estimate_bins(durations, default_buckets(len(durations), context.options.buckets))
@@ -36,8 +36,8 @@ def buckets_section(context: BenchContext) -> SectionReport:
     memory = trials.memory or 0
     if not all(sizes):
         raise RunFailedError(
-            f"one utterance of {bins[-1]:g} s does not fit into {memory >> 20:,} MiB. Lower {_KEYS}.max_duration, or "
-            "set trainer.precision=bf16-mixed, or give more with --memory."
+            f"one utterance of {bins[-1]:g} s does not fit into {memory >> 20:,} MiB. Lower {_KEYS}.max_duration, "
+            "set trainer.precision=bf16-mixed, or raise --memory."
         )
     padding = {
         "plain": padding_of_plain(durations, batch_size(config)),
@@ -47,9 +47,9 @@ def buckets_section(context: BenchContext) -> SectionReport:
 
 
 class Trials:
-    """Tries batches in a process that may die of it: then the batch did not fit, and a new process goes on.
+    """Tries batches in a process that may run out of memory and die: then the batch does not fit, and a new one starts.
 
-    `memory` in bytes; None until the process has looked how much there is.
+    `memory` is in bytes; None until the process has measured how much is free.
     """
 
     def __init__(self, config: DictConfig, device: str, memory: int | None, tell: Told) -> None:
@@ -65,7 +65,7 @@ class Trials:
             self._end()
             return Trial(batch, seconds, None)
         if not facts["fits"]:
-            if self.device == "cpu":  # what the C library's allocator was given it does not give back
+            if self.device == "cpu":  # the C library's allocator does not return freed memory to the system
                 self._end()
             return Trial(batch, seconds, None)
         return Trial(batch, seconds, facts["used"], facts["seconds"], facts["peak"])
@@ -76,7 +76,7 @@ class Trials:
             try:
                 facts = peer.ask("open_step", config=plain(self.config), device=self.device, memory=self.memory)
             except DiedError as error:
-                raise ConfigError(f"--memory: the training step cannot even start within it ({error}).") from None
+                raise ConfigError(f"--memory: too little to start the training step ({error}). Raise it.") from None
             self.memory = facts["memory"]
         return self._peer
 

@@ -1,4 +1,4 @@
-"""The floor under every loader: the same files read by plain calls, and mixed by one multiply-add."""
+"""The lower bound of any loader's time: read the same files with plain calls and mix them with one multiply-add."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AT_MOST = 4096  # utterances
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A stretch of speech and one of noise, in frames of their files; `seconds` of speech."""
+    """An excerpt of speech and one of noise, in sample frames of their files; `seconds` is the length of the speech."""
 
     speech: str
     speech_start: int
@@ -32,7 +32,7 @@ class Read:
 
 
 def chosen_reads(config: dict[str, Any], seed: int = 0) -> list[Read]:
-    """Utterances in random order, for each a line of noise and a place in it: all that is random is drawn here."""
+    """Return utterances in random order, each with a random noise line and offset. All random draws happen here."""
     material = read_material(DictConfig(config))
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(material.speech))[:_AT_MOST]
@@ -55,7 +55,7 @@ def _read(material: Material, item: int, rng: np.random.Generator) -> Read:
 
 
 def read_and_mix(reads: list[Read], seconds: float) -> dict[str, Any]:
-    """Read and mix utterance after utterance for `seconds`; the seconds of audio, and where the time went."""
+    """Read and mix one utterance after another for `seconds`; return the seconds of audio and the time by stage."""
     stages = {"read speech": 0.0, "read noise": 0.0, "mix": 0.0}
     audio, number, start, processor = 0.0, 0, time.perf_counter(), time.process_time()
     end = start

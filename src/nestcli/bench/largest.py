@@ -1,19 +1,19 @@
-"""The largest batch of each bucket, found with few trials."""
+"""Find the largest batch of each bucket with few trials."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-TOLERANCE = 0.05  # a batch that may be too small by this share is not looked into
-_GROWTH = 8  # at most from one trial to the next: what one utterance takes says little about hundreds
+TOLERANCE = 0.05  # stop when the batch is at most this share too small
+_GROWTH = 8  # maximum growth from one trial to the next: the memory of one utterance says little about hundreds
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How a training step on `batch` utterances of `seconds` each ended.
+    """The result of a training step on `batch` utterances of `seconds` each.
 
-    `used` is the share that the batch took of the memory left beside the model, None if it did not fit.
+    `used` is the share of the memory beside the model that the batch took, None if it did not fit.
     """
 
     batch: int
@@ -29,19 +29,19 @@ class Trial:
 
 @dataclass
 class Search:
-    """Trials of a training step, and what follows from them for other batches.
+    """Trials of a training step, and the conclusions about other batches.
 
-    A batch fits if one fitted that was neither smaller nor shorter, and does not if one failed that was neither
-    larger nor longer.
+    A batch fits if a batch that was neither smaller nor shorter has fitted. It does not fit if a batch that was
+    neither larger nor longer has failed.
     """
 
     attempt: Callable[[int, float], Trial]
     trials: list[Trial] = field(default_factory=list)
 
     def largest(self, bins: Sequence[float], most: Sequence[int]) -> list[int]:
-        """The largest batch for utterances as long as each bin, at most `most`; 0 where not even one fits.
+        """Return the largest batch for utterances as long as each bin, at most `most`; 0 if not even one fits.
 
-        From the longest bin to the shortest, each search starts where the seconds of audio of the last one lead.
+        Goes from the longest bin to the shortest. Each search starts with the seconds of audio that fitted last.
         """
         found, guess = [], 1
         for number in reversed(range(len(bins))):
@@ -65,7 +65,7 @@ class Search:
                 continue
             low = guess
             guess = int(min(low / max(trial.used, 1e-9), low * _GROWTH))
-            if guess <= low * (1 + TOLERANCE):  # as full as it will get
+            if guess <= low * (1 + TOLERANCE):  # the memory is full
                 break
             guess = min(guess, max((low + high) // 2, low + 1)) if high <= most else guess
         return low

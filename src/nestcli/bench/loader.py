@@ -1,4 +1,4 @@
-"""The section `loader`: seconds of audio a second out of the training loader, beside NeMo's and beside the floor."""
+"""Section `loader`: seconds of audio per second from the training loader, compared with NeMo's and with the floor."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from nestcli.data.manifest import Manifest
 from nestcli.targets import nemo_target
 
 ROUNDS, SECONDS = 5, 5.0
-_QUEUE = 3  # batches made before a round: two that wait for each loader process, and the one in its hands
-_LEAST = 4  # batches in a round
-_SETTLING = 60.0  # s at most until a loader process has filled its queue
-_NEMO_EPOCH = 50_000.0  # s of audio: NeMo's loader starts its process anew with each epoch
-_WARMED = 20_000  # lines of a manifest whose files are read beforehand
-_OURS_ALONE = ("nemo_exact",)  # keys of the augmentation that NeMo does not know
+_QUEUE = 3  # batches made before a round: two in the queue of the loader process, and the one it is working on
+_LEAST = 4  # minimum batches in a round
+_SETTLING = 60.0  # maximum s until a loader process has filled its queue
+_NEMO_EPOCH = 50_000.0  # s of audio: NeMo's loader restarts its process in every epoch
+_WARMED = 20_000  # manifest lines whose files are read beforehand
+_OURS_ALONE = ("nemo_exact",)  # augmentation keys that NeMo does not have
 
 Facts = dict[str, Any]
 
 
 class _Side:
-    """One way to get the audio, in a process of its own."""
+    """One way to load the audio, in a separate process."""
 
     def __init__(self, name: str, peer: Peer, operation: str, **parameters: Any) -> None:
         self.name, self.peer, self.operation, self.parameters = name, peer, operation, parameters
@@ -43,36 +43,36 @@ class _Side:
             self.peer.ask("settle", seconds=_SETTLING)
 
     def speeds(self) -> list[float]:
-        """Seconds of audio a second, round by round."""
+        """Return the seconds of audio per second of each round."""
         return [facts["audio_seconds"] / facts["seconds"] for facts in self.rounds]
 
     def per_processor_second(self) -> float:
-        """Seconds of audio for a second of processor time, over all rounds: what other programs take is left out."""
+        """Return the seconds of audio per second of CPU time over all rounds. Other programs do not affect it."""
         busy: float = sum(facts["processor_seconds"] for facts in self.rounds)
         audio: float = sum(facts["audio_seconds"] for facts in self.rounds)
         return audio / max(busy, 1e-6)
 
     def times(self, other: _Side) -> float:
-        """How many times as fast as another side: the median of the rounds, each by itself."""
+        """Return the speed relative to another side: the median of the ratios of all rounds."""
         return statistics.median(ours / theirs for ours, theirs in zip(self.speeds(), other.speeds(), strict=True))
 
     def stages(self) -> dict[str, float]:
-        """Microseconds of each stage for a second of audio, over all rounds."""
+        """Return the microseconds of each stage per second of audio, over all rounds."""
         audio = sum(facts["audio_seconds"] for facts in self.rounds)
         names = {name: None for facts in self.rounds for name in facts["stages"]}
         return {name: 1e6 * sum(facts["stages"].get(name, 0.0) for facts in self.rounds) / audio for name in names}
 
     def peak(self) -> int:
-        """Bytes at most, of the process and its loader process; pages that they share count twice."""
+        """Return the peak memory in bytes of the process plus its loader process. Shared pages count twice."""
         facts = self.peer.ask("memory")
         return sum(process["peak"] for process in [facts["main"], *facts["workers"]])
 
 
 def loader_section(context: BenchContext) -> SectionReport:
-    """Rounds in turn of our loader, the floor, our data set without a loader process, and NeMo's loader."""
+    """Measure in turn our loader, the floor, our dataset without a loader process, and NeMo's loader."""
     config = context.loader_config()
     material = read_material(config)
-    context.tell("loader: reading every file once, so that none comes from the disk")
+    context.tell("loader: reading every file once, to fill the disk cache")
     _warm(material)
     rounds = context.options.rounds or ROUNDS
     with ExitStack() as stack:
@@ -85,7 +85,7 @@ def loader_section(context: BenchContext) -> SectionReport:
 
 
 def _opened(context: BenchContext, config: DictConfig, material: Material, stack: ExitStack) -> dict[str, _Side]:
-    """The sides, each with its files open and its first batches behind it."""
+    """Start the sides: each has opened its files and delivered its first batches."""
     seconds = context.options.seconds or SECONDS
     counted = {"seconds": seconds, "skip": _QUEUE, "least": _LEAST}
     ours, inline, floor = (stack.enter_context(our_peer()) for _ in range(3))
@@ -111,7 +111,7 @@ def _opened(context: BenchContext, config: DictConfig, material: Material, stack
 
 
 def nemo_block(config: DictConfig, seconds: float | None = None) -> Facts:
-    """`model.train_ds` in NeMo's words; with `seconds` of audio, the manifest as often as makes a long epoch."""
+    """Return `model.train_ds` for NeMo. With `seconds` of audio, repeat the manifest until an epoch is long enough."""
     block: Facts = plain(config)["model"]["train_ds"]
     if block["batch_augmentor"] is None:
         del block["batch_augmentor"]

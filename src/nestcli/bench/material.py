@@ -1,4 +1,4 @@
-"""The lines that a configuration's training set is made of, for those who read them without the loader."""
+"""The manifest lines of a configuration's training set, for measurements that do not use the loader."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ _NOT_FILES = ("is_tarred", "shar_path", "input_cfg", "cuts_path")
 
 @dataclass(frozen=True)
 class Material:
-    """Utterances of a duration that training takes, and noise."""
+    """Utterances whose duration training accepts, and noise."""
 
     speech: Manifest
     noise: Manifest | None
 
 
 def read_material(config: DictConfig) -> Material:
-    """The manifests of `model.train_ds`; ConfigError where it reads something else."""
+    """Read the manifests of `model.train_ds`. Raises ConfigError for other kinds of data, DataError if none is left."""
     block = config.model.train_ds
     for key in _NOT_FILES:
         if block.get(key):
-            raise ConfigError(f"nest bench measures on loose files: leave out model.train_ds.{key}, name a manifest.")
+            raise ConfigError(
+                f"nest bench measures on single audio files: remove model.train_ds.{key} and set "
+                "model.train_ds.manifest_filepath."
+            )
     speech = read_manifests(_paths(block.manifest_filepath))
     shortest, longest = block.get("min_duration") or 0.0, block.get("max_duration") or np.inf
     kept = speech.select((speech.durations >= shortest) & (speech.durations <= longest))

@@ -1,4 +1,4 @@
-"""Our side of a measurement: a process that answers the requests of `peer.py`."""
+"""Our side of a measurement: the process that answers the requests of `peer.py`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ENDLESS = 10**9  # batches
 
 
 def open_loader(parameters: Facts) -> Facts:
-    """The training loader of `config` and its first batch; seconds that each part took.
+    """Open the training loader of `config` and fetch its first batch; return the seconds of each part.
 
-    With `consumed` batches behind it, the loader of a run that goes on, from the `state` in its checkpoint.
+    With `consumed` batches, it is the loader of a resumed run, from the `state` in its checkpoint.
     """
     start = time.perf_counter()
     import torch
 
-    import nestcli.data.datamodule  # noqa: F401  # counted as an import
+    import nestcli.data.datamodule  # noqa: F401  # its time counts as imports
 
     torch.set_num_threads(1)
     imported = time.perf_counter()
@@ -41,14 +41,14 @@ def open_loader(parameters: Facts) -> Facts:
 
 
 def state_at(parameters: Facts) -> Facts:
-    """What the checkpoint of a run would hold of its loader after `consumed` batches."""
+    """Return the loader state that a run's checkpoint would contain after `consumed` batches."""
     data, _ = _data(parameters)
     data.train_dataloader()
     return {"state": data.state_dict()}
 
 
 def _data(parameters: Facts) -> tuple[NestDataModule, int]:
-    """The data module of an endless run that stands at `consumed`, and the batches of its first epoch."""
+    """Return the data module of an endless run after `consumed` batches, and the batches per epoch."""
     from omegaconf import DictConfig
 
     from nestcli.data.datamodule import NestDataModule
@@ -74,7 +74,7 @@ def _seconds_of(sample_rate: int) -> Any:
 
 
 def staged_round(parameters: Facts) -> Facts:
-    """A round, and where its time went."""
+    """Measure a round and the time of each stage."""
     from nestcli.bench.stages import StageClock
 
     with StageClock() as clock:
@@ -83,7 +83,7 @@ def staged_round(parameters: Facts) -> Facts:
 
 
 def open_floor(parameters: Facts) -> Facts:
-    """Choose what the floor reads: the utterances of `config` in random order, a stretch of noise of each length."""
+    """Choose the floor's reads: the utterances of `config` in random order, each with an equally long noise excerpt."""
     from nestcli.bench.floor import chosen_reads
 
     side.STATE["reads"] = chosen_reads(parameters["config"])
@@ -97,7 +97,7 @@ def floor_round(parameters: Facts) -> Facts:
 
 
 def open_step(parameters: Facts) -> Facts:
-    """Build the training step of `config` on `device`, within `memory` bytes; null: a share of what is free."""
+    """Build the training step of `config` on `device`, within `memory` bytes; null means a share of the free memory."""
     from omegaconf import DictConfig
 
     from nestcli.bench.trial import TrainingStep, default_memory
@@ -113,7 +113,7 @@ def try_step(parameters: Facts) -> Facts:
 
 
 def open_training(parameters: Facts) -> Facts:
-    """The model with given weights, its optimiser, and a batch. With `weights` of null: draw and write both."""
+    """Build the model, its optimizer and a batch from the files `weights` and `batch`; draw and write missing ones."""
     from nestcli.bench.stepping import Stepper
 
     stepper = Stepper(parameters)
@@ -147,5 +147,5 @@ OPERATIONS = {
 
 
 def serve() -> None:
-    """What the process does: it answers until there are no more requests."""
+    """Answer requests until there are no more."""
     side.converse(OPERATIONS, (NestError,))

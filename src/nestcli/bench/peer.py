@@ -1,4 +1,4 @@
-"""Processes that are measured: ours, and NeMo's in the Python of another environment."""
+"""Start the processes that are measured: ours, and NeMo's in the Python of another environment."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _RETURNED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLO
 
 
 class Peer(Conversation):
-    """A process that answers one request after another; a context manager that ends it.
+    """A process that answers one request after another. The context manager ends it.
 
-    `one_thread` keeps libraries from starting threads of their own, as loader processes are run. `returns_memory`
-    has the C library give memory back when it is freed.
+    `one_thread` keeps libraries from starting threads, as in loader processes. `returns_memory` makes the C library
+    return freed memory to the system.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Peer(Conversation):
         return self
 
     def ask(self, operation: str, **parameters: Any) -> dict[str, Any]:
-        """The facts that answer a request. Raises DataError, RunFailedError or DiedError."""
+        """Send a request and return the facts of the answer. Raises DataError, RunFailedError or DiedError."""
         reply = self.exchange({"operation": operation, "parameters": parameters})
         if "error" in reply:
             if reply["kind"] is None:
@@ -50,19 +50,19 @@ class Peer(Conversation):
 
 
 def our_peer(*, one_thread: bool = True, returns_memory: bool = False) -> Peer:
-    """A fresh process of this environment."""
+    """Start a process of this environment."""
     command, name = interpreter.command("from nestcli.bench.ours import serve; serve()"), "the measuring process"
     return Peer(command, name, interpreter.environment(), one_thread=one_thread, returns_memory=returns_memory)
 
 
 def nemo_peer(python: str, *, one_thread: bool = True) -> Peer:
-    """A fresh process of the Python of an environment with NeMo."""
+    """Start a process of the Python of an environment with NeMo."""
     command = [nemo_python(python), str(Path(side.__file__))]
     return Peer(command, f"the NeMo process ({python})", one_thread=one_thread)
 
 
 def nemo_version(python: str) -> str:
-    """The version of NeMo in another environment. Raises MissingDependencyError."""
+    """Return the version of NeMo in another environment. Raises MissingDependencyError."""
     with nemo_peer(python) as peer:
         try:
             return str(peer.ask("hello")["version"])

@@ -1,7 +1,7 @@
-"""The section `precisions`: speed, memory and utilisation of training steps over precisions and batch sizes.
+"""Section `precisions`: speed, memory and utilization of training steps over precisions and batch sizes.
 
-Made to run on a GPU without anybody watching: every row is a process of its own, and one that fails is a row that says
-so. It runs on processors too, where it is slow.
+It runs unattended on a GPU: every row is a separate process, and a process that fails becomes a row with the error.
+It also runs on CPUs, where it is slow.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from nestcli.errors import RunFailedError
 from nestcli.training.settings import accelerator
 
 CLIP_SECONDS = 20.0
-AUDIO_SECONDS = (160.0, 320.0, 640.0, 1280.0)  # in a batch
+AUDIO_SECONDS = (160.0, 320.0, 640.0, 1280.0)  # per batch
 PRECISIONS = ("32", "tf32", "bf16-mixed", "bf16-true")
 _STEPS, _WARM_UP = 10, 4
-# Operations a second of dense products, by NVIDIA's data sheets; a name stands in that of the device.
+# Operations per second of dense matrix products, from NVIDIA's data sheets; the key is part of the device's name.
 _DATA_SHEETS = {
     "H200": {"32": 67e12, "tf32": 494e12, "bf16": 989e12},
     "H100": {"32": 67e12, "tf32": 494e12, "bf16": 989e12},
@@ -33,7 +33,7 @@ Facts = dict[str, Any]
 
 
 def precisions_section(context: BenchContext) -> SectionReport:
-    """A row for every precision, batch size, and layers plain or compiled; the loader feeds a second timing of each."""
+    """Measure every combination of precision, batch size, and plain or compiled layers, also when fed by the loader."""
     audio = context.options.audio_seconds or AUDIO_SECONDS
     ways = [
         (precision, seconds, compiled)
@@ -48,7 +48,7 @@ def precisions_section(context: BenchContext) -> SectionReport:
         rows.append(_row(context, precision, seconds, compiled))
     done = [row for row in rows if "error" not in row]
     if not done:
-        raise RunFailedError(f"precisions: no step could be run: {rows[0]['error']}")
+        raise RunFailedError(f"precisions: every step failed. The first error: {rows[0]['error']}")
     best = max(done, key=lambda row: row["audio_per_second"])
     return SectionReport(
         name="precisions",
@@ -62,7 +62,7 @@ def precisions_section(context: BenchContext) -> SectionReport:
 
 
 def _row(context: BenchContext, precision: str, seconds: float, compiled: bool) -> Facts:
-    """One process: its steps without a loader, then fed by one."""
+    """Measure one process: steps on a fixed batch, then steps fed by the loader."""
     row: Facts = {"precision": precision, "audio_seconds": seconds, "compiled": compiled}
     clips = max(1, round(seconds / CLIP_SECONDS))
     config = _config(context, precision, clips, compiled)

@@ -1,4 +1,4 @@
-"""What a section measured, in the form that scripts read."""
+"""Results of a section, in the JSON form that scripts read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Spread:
-    """The same thing measured several times."""
+    """Median, minimum and maximum of repeated measurements."""
 
     median: float
     min: float
@@ -27,9 +27,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class SectionReport:
-    """One section; `ratio` above 1 means that this project is better, memory is in bytes.
+    """Results of one section. A `ratio` above 1 means that nest is better than NeMo; memory is in bytes.
 
-    `extra` stands beside the contract's keys in the JSON document.
+    `extra` adds keys to those that every section has in the JSON document.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""All of `nest bench`: the sections by name."""
+"""Run `nest bench`: the table of sections, and the loop over them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SECTIONS: dict[str, Callable[[BenchContext], SectionReport]] = {
     "precisions": precisions_section,
     "buckets": buckets_section,
 }
-_ON_GPUS = ("precisions", "buckets")  # take hours on a processor
+_ON_GPUS = ("precisions", "buckets")  # these take hours on a CPU
 _WITH_NEMO = ("loader", "scale", "train_step", "quantizer")
 
 
 @dataclass
 class BenchReport:
-    """The sections that were measured, and why others could not be."""
+    """The measured sections, and the errors of those that failed."""
 
     sections: list[SectionReport] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -48,10 +48,9 @@ class BenchReport:
 def run_bench(
     config: DictConfig, names: Sequence[str], options: Options, advance: Callable[[int, int, str], None]
 ) -> BenchReport:
-    """Measure the named sections, or those that suit this machine, one after another; one that fails stops no other.
+    """Measure the named sections, or those that suit this machine, in order. A section that fails stops no other one.
 
-    `advance` is told (sections done, sections in all, what is being done). Raises NestError for what is wrong in
-    the call.
+    `advance` is called with (sections done, total sections, current step). Raises NestError for a mistake in the call.
     """
     names = names or default_sections(config)
     report, folder = BenchReport(), Path(tempfile.mkdtemp(prefix="nest-bench-"))
@@ -60,7 +59,7 @@ def run_bench(
     try:
         if any(name in _WITH_NEMO for name in names):
             context.check_nemo()
-        for number, name in enumerate(names):  # noqa: B007  # the context's lambda tells it
+        for number, name in enumerate(names):  # noqa: B007  # the context's lambda uses it
             try:
                 report.sections.append(SECTIONS[name](context))
             except RunFailedError as error:
@@ -71,5 +70,5 @@ def run_bench(
 
 
 def default_sections(config: DictConfig) -> list[str]:
-    """All that suit this machine."""
+    """Return the sections that suit this machine."""
     return [name for name in SECTIONS if name not in _ON_GPUS or accelerator(config) == "gpu"]

@@ -1,4 +1,4 @@
-"""The section `scale`: what a long manifest costs until the first batch is there, in time and in memory."""
+"""Section `scale`: time and memory that long manifests cost before the first batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nestcli.bench.report import SectionReport, Spread
 from nestcli.files import write_text
 
 ROUNDS = 3
-_EPOCH = 3  # epochs behind a run that is continued
+_EPOCH = 3  # epochs that the resumed run has completed
 _FILES = 8
 _WRITTEN_AT_ONCE = 10_000  # lines
 
@@ -28,7 +28,7 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class StartUp:
-    """One fresh process up to its first batch, in seconds; memory then, in bytes, and its peak until then."""
+    """Seconds from the start of a process to its first batch, by part; its memory and peak memory then, in bytes."""
 
     total: float
     imports: float
@@ -40,7 +40,7 @@ class StartUp:
 
 
 def scale_section(context: BenchContext) -> SectionReport:
-    """Fresh processes on manifests of growing length, and one that continues late in its fourth epoch."""
+    """Start processes on manifests of growing length, and one that resumes late in its fourth epoch."""
     speech, noise = make_bench_corpus(
         context.folder / "scale", speech=_FILES, noise=_FILES, seconds=(20.0, 20.0), noise_seconds=(20.0, 20.0)
     )
@@ -58,7 +58,7 @@ def scale_section(context: BenchContext) -> SectionReport:
             theirs = started(partial(nemo_peer, context.options.nemo_python), train_ds=nemo_block(config))
             rows[-1]["nemo"] = _row(count, [theirs])
     batches = starts[-1].batches_per_epoch or 1
-    context.tell(f"scale: {lengths[-1]:,} lines, continued in epoch {_EPOCH}")
+    context.tell(f"scale: {lengths[-1]:,} lines, resumed in epoch {_EPOCH}")
     consumed = _EPOCH * batches + batches * 9 // 10
     with our_peer() as peer:
         state = peer.ask("state_at", config=plain(config), consumed=consumed)["state"]
@@ -67,7 +67,7 @@ def scale_section(context: BenchContext) -> SectionReport:
 
 
 def write_long_manifest(path: Path, audio: Sequence[Path], lines: int, seed: int = 0) -> None:
-    """Utterances of 1 to 19 s, each a stretch of one of a few files of 20 s, by one of 5,000 speakers."""
+    """Write a manifest of utterances of 1 to 19 s, each an excerpt of one of a few 20 s files, by 5,000 speakers."""
     rng = np.random.default_rng(seed)
 
     def pieces() -> Any:
@@ -86,7 +86,7 @@ def write_long_manifest(path: Path, audio: Sequence[Path], lines: int, seed: int
 
 
 def started(make: Callable[[], Peer], **parameters: Any) -> StartUp:
-    """Make a process, take it to its first batch, and end it."""
+    """Start a process, take it to its first batch, and end it."""
     begin = time.perf_counter()
     with make() as peer:
         facts = peer.ask("open_loader", **parameters)
@@ -105,7 +105,7 @@ def started(make: Callable[[], Peer], **parameters: Any) -> StartUp:
 
 
 def _row(lines: int, starts: Sequence[StartUp]) -> Facts:
-    """The medians of several starts: seconds, microseconds a line, memory of the last one."""
+    """Return the medians of several starts, in seconds and microseconds per line, and the memory of the last one."""
 
     def median(name: str) -> float:
         return Spread.of(getattr(start, name) for start in starts).median

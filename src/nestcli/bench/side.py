@@ -1,12 +1,12 @@
-"""One side of a measurement: a process that answers requests. By itself: NeMo's side.
+"""One side of a measurement: a process that answers requests. Run as a program, it is NeMo's side.
 
-This file stands alone: it imports nothing of nestcli, so that the python of another environment can run it.
+This file is self-contained: it imports nothing from nestcli, so that the Python of another environment can run it.
 
     NEMO_PYTHON side.py
 
-reads one JSON request a line from standard input, {"operation": NAME, "parameters": {...}}, and answers each with one
-line {"facts": {...}} or {"error": TEXT, "kind": NAME}; NAME is the class of an error of ours, null for any other.
-Both sides are timed by the functions of this file.
+reads JSON requests from standard input, one per line, {"operation": NAME, "parameters": {...}}, and answers each with
+one line {"facts": {...}} or {"error": TEXT, "kind": NAME}; NAME is the class of a nest error, null for any other error.
+Both sides use the timing functions of this file.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ import types
 from pathlib import Path
 from typing import Any
 
-STATE: dict[str, Any] = {}  # what "open_loader" made: "batches", an endless iterator of seconds of audio
-_IDLE = 0.05  # s of looking at the processes' clocks, to see that nothing is being computed any more
+STATE: dict[str, Any] = {}  # set by "open_loader": "batches", an endless iterator of seconds of audio
+_IDLE = 0.05  # s without CPU time in the loader's processes, after which they count as idle
 
 
 # ---- timing ------------------------------------------------------------------------------------------------------
 
 
 def timed_round(parameters):
-    """Seconds of audio delivered between the end of one batch and the end of another, at least `seconds` later.
+    """Measure the audio delivered from the end of one batch to the end of another, at least `seconds` later.
 
-    The first `skip` batches are not counted: they were made while nobody waited.
+    The first `skip` batches do not count: they were made before the measurement.
     """
     batches = STATE["batches"]
     for _ in range(parameters["skip"]):
@@ -45,7 +45,7 @@ def timed_round(parameters):
 
 
 def settle(parameters):
-    """Wait until the loader's processes have filled their queue and rest, so that they do not slow the other side."""
+    """Wait until the loader's processes have filled their queue and are idle, and no longer slow the other side."""
     deadline = time.monotonic() + parameters["seconds"]
     while time.monotonic() < deadline:
         before = _ticks()
@@ -56,13 +56,13 @@ def settle(parameters):
 
 
 def _processor_seconds():
-    """Of this process and its loader's processes."""
+    """Return the CPU time of this process and its loader's processes, in seconds."""
     ticks = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
     return time.process_time() + _ticks() / ticks
 
 
 def _ticks():
-    """Processor time of the loader's processes in clock ticks."""
+    """Return the CPU time of the loader's processes in clock ticks."""
     total = 0
     for process in multiprocessing.active_children():
         with contextlib.suppress(OSError, IndexError):
@@ -72,13 +72,13 @@ def _ticks():
 
 
 def memory(_parameters):
-    """Bytes of this process and of each of its children: peak, resident, shared pages divided among those who share."""
+    """Return the memory in bytes of this process and of each child: peak, resident, proportional (PSS), private."""
     children = [process.pid for process in multiprocessing.active_children()]
     return {"main": memory_of("self"), "workers": [memory_of(pid) for pid in children]}
 
 
 def memory_of(pid):
-    """Memory of one process; where the system has no /proc, only this process's peak is known."""
+    """Return the memory of one process in bytes. Without /proc, only this process' peak is known."""
     try:
         status = _kibibytes(Path(f"/proc/{pid}/status"))
         shares = _kibibytes(Path(f"/proc/{pid}/smaps_rollup"))
@@ -102,7 +102,7 @@ def _kibibytes(path):
 
 
 def endless(loader, seconds_of):
-    """Seconds of audio of one batch after another, epoch after epoch."""
+    """Yield the seconds of audio of one batch after another, epoch after epoch."""
     while True:
         for batch in loader:
             yield seconds_of(batch)
@@ -114,7 +114,7 @@ BATCH = ("clean", "clean_len", "noisy", "noisy_len")
 
 
 def step_round(parameters):
-    """Training steps of STATE["step"], a function of a seed that returns the loss: seconds and loss of each."""
+    """Run training steps with STATE["step"], a function from a seed to the loss; return seconds and loss of each."""
     seconds, losses = [], []
     for number in range(parameters["steps"]):
         start = time.perf_counter()
@@ -124,7 +124,7 @@ def step_round(parameters):
 
 
 def quantizer_round(parameters):
-    """Runs of STATE["tokens"], a function that returns tokens of STATE["features"]: seconds of each, and a digest."""
+    """Run STATE["tokens"] on STATE["features"] several times; return the seconds of each run and a digest."""
     import hashlib
 
     seconds = []
@@ -137,9 +137,9 @@ def quantizer_round(parameters):
 
 
 def peak_of(parameters):
-    """The peak of this process while an operation runs, and what it held before; bytes."""
+    """Return the peak memory of this process during an operation, and its memory before, in bytes."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = memory_of("self")["resident"]
     {"step_round": step_round, "quantizer_round": quantizer_round}[parameters["measured"]](parameters)
     return {"before": before, "peak": memory_of("self")["peak"]}
@@ -149,10 +149,10 @@ def peak_of(parameters):
 
 
 def converse(operations, known=()):
-    """Answer requests until whoever asks is gone."""
+    """Answer requests until the other side closes the connection."""
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries print to standard output, which is ours alone
+    os.dup2(2, 1)  # libraries may print to standard output, which must carry answers only
     with contextlib.suppress(BrokenPipeError):
         for line in requests:
             answers.write(json.dumps(_reply(operations, json.loads(line), known)) + "\n")
@@ -190,7 +190,7 @@ def _hello(_parameters):
 
 
 def _open_loader(parameters):
-    """The training loader, made by the model's own method; the model itself plays no part in it."""
+    """Open the training loader with the method of NeMo's model; the model itself is not needed."""
     start = time.perf_counter()
     from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
     from omegaconf import OmegaConf
@@ -208,7 +208,7 @@ def _open_loader(parameters):
 
 
 def _open_training(parameters):
-    """NeMo's model with given weights, its optimiser, and a batch; a step is forward, backward and update."""
+    """Build NeMo's model with given weights, its optimizer, and a batch; a step is forward, backward and update."""
     import torch
     from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
     from omegaconf import OmegaConf
@@ -241,6 +241,6 @@ def _open_training(parameters):
 
 
 if __name__ == "__main__":
-    # Python puts this file's folder first, where a file of ours could hide a module of theirs.
+    # Python puts this file's folder first in sys.path, where our files could hide their modules.
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     converse({**TIMING, "hello": _hello, "open_loader": _open_loader, "open_training": _open_training})

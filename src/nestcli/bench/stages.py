@@ -1,4 +1,4 @@
-"""Where the loader's time goes, by stage."""
+"""Measure the loader's time by stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from types import FrameType, TracebackType
 
-_EVERY = 0.0007  # s; no divisor of anything regular
+_EVERY = 0.0007  # s; does not coincide with regular events
 _MODULES = {
     "data/manifest.py": "manifest entry",
     "data/batch.py": "collate",
@@ -21,10 +21,10 @@ STAGES = (
 
 
 class StageClock:
-    """Looks every 0.7 ms at what the main thread is doing, and books the time since the last look on that stage.
+    """A sampling profiler: every 0.7 ms it adds the time since the last sample to the current stage of the main thread.
 
-    A profiler that counts every call would make the small calls look slow. Nothing but the names of our modules is
-    known here, so that the modules may change. `seconds` by stage, of the time inside the `with` block.
+    A profiler that counts every call would make small calls look slow. This class knows only the names of our modules,
+    so that the modules may change. `seconds` holds the time inside the `with` block by stage.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class StageClock:
 
 
 def stage_of(frame: FrameType | None) -> str:
-    """The stage that the innermost frame of a module with a stage belongs to."""
+    """Return the stage of the innermost frame whose module has one."""
     stage = ""
     while frame is not None:
         found = _stage_of_code(frame.f_code.co_filename, frame.f_code.co_name)

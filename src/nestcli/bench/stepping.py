@@ -1,4 +1,4 @@
-"""Training steps to be timed: a model, its optimiser and one batch, without a loader and without Lightning."""
+"""Training steps for timing: a model, its optimizer and one batch, without a loader and without Lightning's loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nestcli.model.nest import NestOutput
 from nestcli.model.optim import build_optimizer
 from nestcli.training.settings import Length, trainer_options
 
-_KINDS = {  # of PyTorch's operators, for the account of a step
+_KINDS = {  # PyTorch operators by kind, for the profile of a step
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"),
     "convolutions": ("convolution",),
     "compiled layers": ("CompiledFxGraph", "CompiledFunction", "triton_", "cpp_fused"),
@@ -30,15 +30,15 @@ _KINDS = {  # of PyTorch's operators, for the account of a step
     "optimiser": ("adamw", "AdamW"),
     "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::_to_copy", "aten::stack"),
 }
-# Rows and columns of the products by which the device's speed is measured, and how long one may take.
+# Rows and columns of the matrix products that measure the device's speed, and the maximum seconds of one.
 _SMALLEST_PRODUCT, _LARGEST_PRODUCT, _PRODUCT_SECONDS = 256, 16384, 0.2
 
 
 class Stepper:
-    """Steps of the configuration's model in its precision, on `device`.
+    """Runs steps of the configuration's model in its precision, on `device`.
 
-    `clips` of `seconds` each and the weights are drawn from a seed and written where `weights` and `batch` say, if
-    there are none there yet; both sides of a comparison read the same.
+    If the files `weights` and `batch` do not exist, the weights and a batch of `clips` of `seconds` each are drawn from
+    a seed and written there, so that both sides of a comparison read the same values.
     """
 
     def __init__(self, parameters: dict[str, Any]) -> None:
@@ -66,14 +66,14 @@ class Stepper:
         self.optimizer = build_optimizer(self.model, config)
 
     def step(self, seed: int) -> float:
-        """Forward, backward and update; the loss."""
+        """Run forward, backward and update; return the loss."""
         torch.manual_seed(seed)
         output = self._updated(*(self.batch[name] for name in ("clean", "clean_len", "noisy", "noisy_len")))
         self._selected = int(output.selected)
         return float(output.loss.detach())
 
     def fed(self, steps: int) -> dict[str, float]:
-        """Steps on what the training loader delivers, after one to start it; seconds, and seconds of audio."""
+        """Run steps on batches from the training loader, after one to start it; return seconds and seconds of audio."""
         data = NestDataModule(self.config)
         data.batches = steps + 1
         audio, start = 0.0, 0.0
@@ -93,7 +93,7 @@ class Stepper:
             output: NestOutput = self.model(*waveforms)
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        self.optimizer.zero_grad()  # as in training: the next forward pass has their memory
+        self.optimizer.zero_grad()  # as in training: frees the gradients' memory for the next forward pass
         return output
 
     def tokens(self, features_BDT: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Stepper:
         }
 
     def profile(self) -> dict[str, Any]:
-        """Where a step's time goes, by kind of operator; the arithmetic in it, and how fast the device can be."""
+        """Return a step's seconds by kind of operator, its floating-point operations, and the device's speed."""
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
         with profile(activities=activities) as record:
             self.step(0)
@@ -128,12 +128,12 @@ class Stepper:
         }
 
     def _fastest(self) -> float:
-        """Floating-point operations a second in a large product, in the precision of training."""
+        """Measure floating-point operations per second of a large matrix product in the precision of training."""
         with self.precision.forward_context():
             dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
         dtype = dtype or self.model.decoder.layer.weight.dtype
         size, best, shortest = _SMALLEST_PRODUCT, 0.0, 0.0
-        while size <= _LARGEST_PRODUCT and 8 * shortest < _PRODUCT_SECONDS:  # some processors take minutes in fp16
+        while size <= _LARGEST_PRODUCT and 8 * shortest < _PRODUCT_SECONDS:  # some CPUs take minutes in fp16
             factor = torch.randn(size, size, device=self.device).to(dtype)
             shortest = min(self._seconds_of_product(factor) for _ in range(5))
             best = max(best, 2 * size**3 / shortest)
@@ -158,7 +158,7 @@ class Stepper:
 
 
 def _drawn(clips: int, seconds: float, nest: NestConfig) -> dict[str, Tensor]:
-    """Noise with the envelope of nothing in particular: what a step costs does not depend on what is said."""
+    """Draw a batch of noise and features from a fixed seed: the cost of a step does not depend on the content."""
     generator = torch.Generator().manual_seed(0)
     samples = round(seconds * nest.preprocessor.sample_rate)
     clean = 0.1 * torch.randn(clips, samples, generator=generator)
@@ -166,5 +166,5 @@ def _drawn(clips: int, seconds: float, nest: NestConfig) -> dict[str, Tensor]:
     lengths = torch.full((clips,), samples)
     steps = nest.quantizer.combine_time_steps
     frames = -(-samples // nest.preprocessor.hop_length // steps) * steps
-    features = torch.randn(clips, nest.quantizer.feat_in, frames, generator=generator)  # no windows of padding
+    features = torch.randn(clips, nest.quantizer.feat_in, frames, generator=generator)  # full windows, without padding
     return {"clean": clean, "clean_len": lengths, "noisy": noisy, "noisy_len": lengths.clone(), "features": features}

@@ -1,4 +1,4 @@
-"""The sections `train_step` and `quantizer`: the same step, from the same weights, of ours and of NeMo's."""
+"""Sections `train_step` and `quantizer`: the same step from the same weights, in nest and in NeMo."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from nestcli.training.settings import accelerator
 
 ROUNDS, STEPS, TIMES = 5, 2, 5
 CLIPS, SECONDS = 4, 16.0
-MEMORY_CLIPS, MEMORY_SECONDS = 8, 20.0  # the batch whose memory is compared
+MEMORY_CLIPS, MEMORY_SECONDS = 8, 20.0  # the batch for the comparison of memory
 _WARM_UP = 2  # steps
-_RATE = 1e-4  # of the optimiser, small enough for losses to stay comparable
-_SAME_DRAWS = 1e-4  # of losses, relative: no more than rounding between steps with the same random numbers
+_RATE = 1e-4  # learning rate, small enough for losses to stay comparable
+_SAME_DRAWS = 1e-4  # maximum relative difference of losses: with the same random numbers, only rounding differs
 
 Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to train: how its process is started and opened."""
+    """One way to train: plain, compiled, or NeMo."""
 
     name: str
     config: DictConfig
@@ -37,7 +37,7 @@ class _Way:
 
 
 def train_step_section(context: BenchContext) -> SectionReport:
-    """Steps in turn: plain, compiled, and NeMo's; then the memory of each, and where our time goes."""
+    """Measure steps in turn: plain, compiled, and NeMo's; then the memory of each, and a profile of ours."""
     ways = _ways(context)
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     losses: dict[str, list[float]] = {way.name: [] for way in ways}
@@ -59,7 +59,7 @@ def train_step_section(context: BenchContext) -> SectionReport:
 
 
 def quantizer_section(context: BenchContext) -> SectionReport:
-    """Tokens of the same features, in turn; the memory that they take beyond what is there."""
+    """Measure in turn the time to compute tokens of the same features; then the additional memory."""
     ways = [way for way in _ways(context) if way.name != "compiled"]
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     digests = {}
@@ -75,7 +75,7 @@ def quantizer_section(context: BenchContext) -> SectionReport:
     memory = {way.name: _memory(context, way, "quantizer_round") for way in ways}
     ours, nemo = Spread.of(seconds["plain"]), Spread.of(seconds["nemo"]) if "nemo" in seconds else None
     if nemo is not None and digests["plain"] != digests["nemo"]:
-        raise RunFailedError("quantizer: NeMo's tokens are others than ours; nest compare --only quantizer says where.")
+        raise RunFailedError("quantizer: the tokens differ from NeMo's. nest compare --only quantizer shows where.")
     return SectionReport(
         name="quantizer",
         unit=f"seconds for {CLIPS} clips of {SECONDS:g} s",
@@ -118,7 +118,7 @@ def _opened(context: BenchContext, way: _Way, stack: ExitStack, clips: int, seco
 
 
 def _memory(context: BenchContext, way: _Way, operation: str) -> Facts:
-    """Of a fresh process with a batch of the size that is compared: what it held, and its peak, in bytes."""
+    """Measure a new process with the batch for the comparison of memory: its memory before and its peak, in bytes."""
     with ExitStack() as stack:
         peer = _opened(context, way, stack, MEMORY_CLIPS, MEMORY_SECONDS)
         context.tell(f"memory: {way.name}")
@@ -126,7 +126,7 @@ def _memory(context: BenchContext, way: _Way, operation: str) -> Facts:
 
 
 def _times(seconds: dict[str, list[float]], ours: str) -> float | None:
-    """How many times as fast as NeMo: the median of the rounds, each by itself."""
+    """Return the speed relative to NeMo: the median of the ratios of all rounds."""
     if "nemo" not in seconds:
         return None
     return statistics.median(nemo / our for our, nemo in zip(seconds[ours], seconds["nemo"], strict=True))
@@ -142,7 +142,9 @@ def _step_report(
     if "nemo" in losses:
         worst = max(abs(our / nemo - 1) for our, nemo in zip(losses["plain"], losses["nemo"], strict=True))
         if worst > _SAME_DRAWS:
-            raise RunFailedError(f"train_step: the losses are not NeMo's, by {worst:.1e}; nest compare says where.")
+            raise RunFailedError(
+                f"train_step: the losses differ from NeMo's by {worst:.1e} (relative). nest compare shows where."
+            )
     ways = {
         name: {
             "seconds": Spread.of(seconds[name]).to_json(),
@@ -171,6 +173,6 @@ def _step_report(
 
 
 def _share(account: Facts, seconds: list[float]) -> float:
-    """Of the speed at which the device multiplies large matrices."""
+    """Return the step's speed as a share of the device's speed in large matrix products."""
     limit: float = account["floating_point_operations"] / account["device_operations_a_second"]
     return limit / statistics.median(seconds)

@@ -1,4 +1,4 @@
-"""One training step after another in a process whose memory is limited, to see which batches fit."""
+"""Run training steps in a process with limited memory, to find out which batches fit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from nestcli.training.settings import Length, trainer_options
 
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "out of memory")
 _SHARE = {"cuda": 0.9, "cpu": 0.8}
-_SMALL = (1, 1.0)  # a step after which everything is allocated that stays: clips, seconds
+_SMALL = (1, 1.0)  # clips, seconds of a first step, which allocates all permanent memory
 
 
 class TrainingStep:
-    """The model, its optimiser and the trainer's precision on one device, within `memory` bytes."""
+    """The model, its optimizer and the trainer's precision on one device, within `memory` bytes."""
 
     def __init__(self, config: DictConfig, device: str, memory: int) -> None:
         self.device, self.memory = torch.device(device), memory
@@ -45,10 +45,10 @@ class TrainingStep:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise RunFailedError(f"the model and its optimiser alone take more than {memory >> 20:,} MiB.") from None
+            raise RunFailedError(f"the model and its optimizer alone need more than {memory >> 20:,} MiB.") from None
 
     def attempt(self, batch: int, seconds: float) -> dict[str, Any]:
-        """Try a step; whether it fitted, the share of the free memory that it took, its seconds, its peak in bytes."""
+        """Try a step; return if it fitted, its share of the free memory, its seconds, and its peak in bytes."""
         before = self._peak_after_reset()
         start = time.perf_counter()
         try:
@@ -60,10 +60,10 @@ class TrainingStep:
             failed = True
         else:
             failed = False
-        if failed:  # outside the except block, whose traceback holds on to the tensors
+        if failed:  # outside the except block, whose traceback keeps the tensors alive
             self.optimizer.zero_grad()
             self._free()
-            self._step(*_SMALL)  # gradients stay between steps: they take room in the next trial too
+            self._step(*_SMALL)  # gradients stay between steps, so that the next trial needs memory for them too
             return {"fits": False}
         elapsed, peak = time.perf_counter() - start, self._peak()
         self._free()
@@ -71,7 +71,7 @@ class TrainingStep:
         return {"fits": True, "used": used, "seconds": elapsed, "peak": peak}
 
     def _step(self, clips: int, seconds: float) -> None:
-        """In the order of Lightning: the last gradients go after the forward pass."""
+        """Run a step in Lightning's order: the previous gradients are freed after the forward pass."""
         batch = _noise(clips, round(seconds * self.sample_rate)).to(self.device)
         with self.precision.forward_context():
             output = self.model(batch.audio, batch.audio_len, batch.noisy_audio, batch.noisy_audio_len)
@@ -101,7 +101,7 @@ class TrainingStep:
                 ctypes.CDLL(None).malloc_trim(0)
 
     def _peak_after_reset(self) -> int:
-        """Forget the peak so far; bytes that are taken now."""
+        """Reset the peak; return the bytes in use now."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device)
@@ -116,7 +116,7 @@ class TrainingStep:
 
 
 def default_memory(device: str) -> int:
-    """Bytes to use: 90% of a GPU's free memory, 80% of the main memory that is free. The rest is a margin."""
+    """Return the bytes to use: 90% of a GPU's free memory, 80% of the free main memory. The rest is a margin."""
     if device == "cuda":
         return int(_SHARE[device] * torch.cuda.mem_get_info()[0])
     try:
@@ -128,7 +128,7 @@ def default_memory(device: str) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up, whichever it was."""
+    """Return True if an error means that an allocator, of any library, ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error).lower() for words in _NO_MEMORY)
@@ -146,7 +146,7 @@ def _limit(device: torch.device, memory: int) -> None:
 
 
 def _noise(clips: int, samples: int) -> NoiseBatch:
-    """Full clips: the batch that takes most memory in its bucket."""
+    """Return a batch of full-length clips, which takes the most memory in its bucket."""
     audio, noise = 0.1 * torch.randn(clips, samples), 0.1 * torch.randn(clips, samples)
     lengths = torch.full((clips,), samples)
     return NoiseBatch(audio, lengths, noise, lengths, audio + noise, lengths)

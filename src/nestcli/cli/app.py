@@ -1,6 +1,6 @@
 """The Typer application: registers the commands and turns errors into one message and an exit code.
 
-Nothing heavy is imported here: the command modules import torch, lightning and lhotse inside the functions that
+This module imports nothing heavy: the command modules import torch, lightning and lhotse inside the functions that
 need them, so that help and shell completion stay fast.
 """
 
@@ -31,7 +31,7 @@ from nestcli.errors import NestError
 
 app = typer.Typer(
     name="nest",
-    help="Self-supervised speech pretraining with NEST: NVIDIA NeMo's model, without NeMo.",
+    help="Pretrain speech encoders with NEST: NVIDIA NeMo's model, without NeMo.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -51,7 +51,7 @@ def root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    console.check_ranks()  # --debug is taken from the words of the call in `main`, so that it may stand anywhere
+    console.check_ranks()  # `main` handles --debug itself, so that it works anywhere in the call
 
 
 app.command("prepare-data", cls=PathsCommand)(prepare_data.prepare_data)
@@ -76,7 +76,7 @@ def main() -> None:
         try:
             app(prog_name="nest")
         finally:
-            sys.stdout.flush()  # here, where a reader that went away is no error
+            sys.stdout.flush()  # here, because a closed pipe is handled below
     except NestError as error:
         if debug:
             console.trace(traceback.format_exc())
@@ -85,14 +85,16 @@ def main() -> None:
     except KeyboardInterrupt:
         console.error("stopped by Ctrl-C")
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as in `nest ... | head`
+    except BrokenPipeError:  # the reader of our output has ended, as in `nest ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         if debug:
             console.trace(traceback.format_exc())
-        if isinstance(error, OSError) and error.filename:  # of the disk, or of who may use it
-            console.error(f"{error.filename}: {error.strerror}. --debug shows where.")
+        if isinstance(error, OSError) and error.filename:  # a full disk, missing permissions
+            console.error(f"{error.filename}: {error.strerror}. Add --debug for the traceback.")
             sys.exit(1)
-        console.error(f"internal error, {type(error).__name__}: {error}\nThis is a bug in nest; --debug shows where.")
+        console.error(
+            f"internal error, {type(error).__name__}: {error}\nThis is a bug in nest. Add --debug for the traceback."
+        )
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""`nest augment`: noise and foreign speech mixed into a corpus, written out."""
+"""`nest augment`: mix noise and other speakers into a corpus and write the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.options import Patience
+from nestcli.cli.options import AsJson, Patience, Strict
 from nestcli.errors import ConfigError, RunFailedError
 
 if TYPE_CHECKING:
@@ -19,45 +19,47 @@ _BLOCK = "model.train_ds.batch_augmentor"
 
 
 def augment(
-    speech: Annotated[str, typer.Option("--speech", metavar="MANIFEST", help="Utterances to mix something into.")],
+    speech: Annotated[str, typer.Option("--speech", metavar="MANIFEST", help="Utterances to augment.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the noisy audio and its manifest.")],
     noise: Annotated[
         str | None,
-        typer.Option("--noise", metavar="MANIFEST", help="Noise. Without it, only other speakers are mixed in."),
+        typer.Option("--noise", metavar="MANIFEST", help="Noise clips. Default: mix in other speakers only."),
     ] = None,
     words: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[key=value ...]",
-            help="Keys of the augmentation: prob, noise_ratio, min_r_speech, max_r_noise, max_num_segments, ...",
+            help="Augmentation settings: prob, noise_ratio, min_r_speech, max_r_noise, max_num_segments, ...",
             show_default=False,
         ),
     ] = None,
     copies: Annotated[
-        int, typer.Option("--copies", metavar="N", min=1, max=1000, help="Noisy versions of every utterance.")
+        int, typer.Option("--copies", metavar="N", min=1, max=1000, help="Noisy copies of each utterance.")
     ] = 1,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Of all draws.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Seed of all random draws.")
+    ] = 0,
     preview: Annotated[
         int,
         typer.Option(
-            "--preview", metavar="N", min=0, max=10_000, help="Pictures of the first N that something was mixed into."
+            "--preview", metavar="N", min=0, max=10_000, help="Draw pictures of the first N augmented utterances."
         ),
     ] = 0,
     sample_rate: Annotated[
-        int, typer.Option("--sample-rate", metavar="HZ", min=1000, max=192_000, help="Of what is written.")
+        int, typer.Option("--sample-rate", metavar="HZ", min=1000, max=192_000, help="Sample rate of the output.")
     ] = 16000,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", "-j", metavar="N", min=1, max=1024, help="Processes that work. Default: one a core."),
+        typer.Option("--jobs", "-j", metavar="N", min=1, max=1024, help="Worker processes. Default: one per core."),
     ] = None,
     patience: Patience = 120.0,
-    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Mix noise and other speakers into speech and write it.
+    """Mix noise and other speakers into speech files.
 
-    DIR/manifest.json says of every utterance what was mixed in, where, and how loud. Mixing is what `nest pretrain`
-    does while it trains; its keys and defaults are those of model.train_ds.batch_augmentor.
+    DIR/manifest.json records for each utterance what was mixed in, where, and how loud. `nest pretrain` applies the
+    same mixing during training; keys and defaults are those of model.train_ds.batch_augmentor.
     """
     from dataclasses import asdict, replace
 
@@ -73,7 +75,7 @@ def augment(
         _show(summary, out, pictures)
     bad = summary.rejected + summary.noise_rejected
     if not summary.written or (strict and bad):
-        why = " (--strict)" if summary.written else "; nothing is left"
+        why = " (--strict)" if summary.written else "; no utterance is left"
         raise RunFailedError(f"{bad} inputs were rejected{why}; see {out / 'rejected.jsonl'}")
 
 
@@ -101,11 +103,11 @@ def _check_keys(words: list[str], known: list[str]) -> None:
     for word in words:
         key, equals, _ = word.partition("=")
         if not equals:
-            raise ConfigError(f"{word!r} is no key=value; give keys of the augmentation, such as prob=1.0")
+            raise ConfigError(f"{word!r} must be key=value: an augmentation setting, such as prob=1.0")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(known)}."
-            raise ConfigError(f"{key} is no key of the augmentation. {hint}")
+            hint = f"Did you mean {close[0]}?" if close else f"Known: {', '.join(known)}."
+            raise ConfigError(f"unknown augmentation setting {key}. {hint}")
 
 
 def _previews(summary: AugmentSummary, out: Path, count: int, sample_rate: int) -> list[str]:
@@ -119,17 +121,17 @@ def _previews(summary: AugmentSummary, out: Path, count: int, sample_rate: int) 
 
 def _show(summary: AugmentSummary, out: Path, pictures: list[str]) -> None:
     rows = [("written", f"{summary.written:,}"), ("hours", f"{summary.hours:,.2f}")]
-    named = {"noise": "  with noise", "speech": "  with other speakers", "none": "  left as they are"}
+    named = {"noise": "  with noise", "speech": "  with other speakers", "none": "  unchanged"}
     rows += [(label, f"{summary.modes[mode]:,}") for mode, label in named.items() if mode in summary.modes]
     if summary.rejected:
         rows.append(("rejected", f"{summary.rejected:,}"))
         rows.extend((f"  {reason}", f"{count:,}") for reason, count in summary.reasons.items())
     if summary.noise_rejected:
-        rows.append(("noise that cannot be read", f"{summary.noise_rejected:,}"))
+        rows.append(("unreadable noise files", f"{summary.noise_rejected:,}"))
     console.table("", [f"noisy speech in {out}", ">"], rows)
     if summary.rejected or summary.noise_rejected:
-        console.note(f"{out / 'rejected.jsonl'} says what is wrong with what was rejected.")
+        console.note(f"{out / 'rejected.jsonl'} gives the reason for each rejected input.")
     if pictures:
         console.note(f"pictures: {pictures[0]} ... {pictures[-1]}" if len(pictures) > 1 else f"picture: {pictures[0]}")
     if summary.manifest:
-        console.note(f"{summary.manifest} says what was mixed where, and how loud.")
+        console.note(f"{summary.manifest} records what was mixed in, where, and how loud.")

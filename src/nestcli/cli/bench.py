@@ -1,4 +1,4 @@
-"""`nest bench`: speed and memory on this machine."""
+"""`nest bench`: measure speed and memory on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from nestcli.cli import console
 from nestcli.cli.bench_tables import show
-from nestcli.cli.options import amount
+from nestcli.cli.options import AsJson, amount
 from nestcli.errors import ConfigError
 
 _SECTIONS = ("loader", "scale", "train_step", "quantizer", "precisions", "buckets")
@@ -19,7 +19,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [key=value ...]",
-            help="A preset, a YAML file, a .ckpt or a .nemo, then overrides, e.g. "
+            help="A preset, a YAML file, a .ckpt or a .nemo, followed by overrides, e.g. "
             "model.train_ds.manifest_filepath=train.json model.train_ds.noise_manifest=noise.json.",
             show_default=False,
         ),
@@ -34,30 +34,30 @@ def bench(
             "--nemo-python",
             metavar="PATH",
             envvar="NEST_NEMO_PYTHON",
-            help="Python of an environment with NeMo, to measure beside us.",
+            help="Python of an environment with NeMo; measures NeMo too.",
             show_default=False,
         ),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", min=1, max=1000, help="Times that each side is measured, in turn.")
+        int | None, typer.Option("--rounds", min=1, max=1000, help="Measurements of each side; the sides take turns.")
     ] = None,
     seconds: Annotated[
         float | None,
-        amount("--seconds", "Of each side in a round, section loader.", most=3600),
+        amount("--seconds", "Section loader: seconds per side and round.", most=3600),
     ] = None,
     lines: Annotated[
         list[int] | None,
-        typer.Option("--lines", min=1, max=10**8, help="Lines of a manifest, section scale. May be repeated."),
+        typer.Option("--lines", min=1, max=10**8, help="Section scale: lines of a manifest. May be repeated."),
     ] = None,
     buckets: Annotated[
-        int, typer.Option("--buckets", min=1, max=1000, help="Duration bins at most, section buckets.")
+        int, typer.Option("--buckets", min=1, max=1000, help="Section buckets: maximum number of duration bins.")
     ] = 30,
     memory: Annotated[
         float | None,
         amount(
             "--memory",
-            "GiB that a training step may take, section buckets; without it 90% of what the GPU has free, "
-            "or 80% of the main memory that is free.",
+            "Section buckets: GiB that a training step may use. Default: 90% of the free GPU memory, "
+            "or 80% of the free main memory.",
             most=1e5,
             show_default=False,
         ),
@@ -66,18 +66,22 @@ def bench(
         list[float] | None,
         amount(
             "--audio-seconds",
-            "Of a batch, section precisions. May be repeated.",
+            "Section precisions: seconds of audio per batch. May be repeated.",
             least=1,
             most=1e5,
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure the data loader, the start on long manifests, and the largest batches that fit; beside NeMo if named."""
+    """Measure the speed and memory of training on this machine.
+
+    Measures the data loader, the start on long manifests, training steps, the quantizer, and on a GPU the precisions
+    and the largest batches that fit. With --nemo-python, measures NeMo in the same way.
+    """
     for name in only or []:
         if name not in _SECTIONS:
-            raise ConfigError(f"--only {name}: there is no such section. Known: {', '.join(_SECTIONS)}.")
+            raise ConfigError(f"--only {name}: unknown section. Known: {', '.join(_SECTIONS)}.")
     from nestcli.cli.named import read_config
 
     config = read_config(words or [], training=True).config

@@ -1,4 +1,4 @@
-"""What `nest bench` measured, as tables."""
+"""Print the results of `nest bench` as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def show(report: BenchReport) -> None:
-    """All that a report holds, a table for each section."""
+    """Print a table for each section of a report."""
     shown = {
         "loader": _show_loader,
         "scale": _show_scale,
@@ -30,19 +30,21 @@ def _show_loader(section: dict[str, Any]) -> None:
     if section["nemo"]:
         sides[f"NeMo {section['nemo_version']}"] = section["nemo"]
     rows = [(name, *(f"{spread[key]:,.0f}" for key in ("median", "min", "max"))) for name, spread in sides.items()]
-    console.table("loader: seconds of audio a second", ["", ">median", ">least", ">most"], rows)
+    console.table("loader: seconds of audio per second", ["", ">median", ">min", ">max"], rows)
     if section["ratio"]:
         console.line(f"{section['ratio']:.1f} times NeMo's speed.")
     console.line(f"{section['floor']['share']:.0%} of the floor.")
     busy = section["per_processor_second"]
     theirs = f"; {busy['ratio']:.1f} times NeMo" if busy["ratio"] else ""
-    console.line(f"By processor time: {busy['ours']:,.0f} a second, {busy['share_of_floor']:.0%} of the floor{theirs}.")
+    console.line(
+        f"Per second of CPU time: {busy['ours']:,.0f} s of audio, {busy['share_of_floor']:.0%} of the floor{theirs}."
+    )
     console.line(_memory(section))
     cost = section["microseconds_per_second_of_audio"]
     for side in ("ours", "floor"):
         stages = [(name, f"{value:,.1f}") for name, value in cost[side].items()]
-        stages.append(("in all", f"{cost[f'{side}_total']:,.1f}"))
-        console.table(f"{side}: microseconds for a second of audio", ["stage", ">µs"], stages)
+        stages.append(("total", f"{cost[f'{side}_total']:,.1f}"))
+        console.table(f"{side}: microseconds per second of audio", ["stage", ">µs"], stages)
 
 
 def _show_scale(section: dict[str, Any]) -> None:
@@ -51,9 +53,9 @@ def _show_scale(section: dict[str, Any]) -> None:
         rows += [_scale_row(f"{row['lines']:,}", row)]
         rows += [_scale_row("  NeMo", row["nemo"])] if "nemo" in row else []
     rows.append(_scale_row("resumed", section["resume"]))
-    columns = ["lines", ">all", ">imports", ">manifest", ">batch", ">µs/line", ">MiB", ">worker"]
-    console.table("scale: seconds from a fresh process to its first batch", columns, rows)
-    console.line("resumed: the longest manifest, nine tenths through the fourth epoch. MiB: at most.")
+    columns = ["lines", ">total", ">imports", ">manifest", ">batch", ">µs/line", ">MiB", ">worker"]
+    console.table("scale: seconds from the start of a process to its first batch", columns, rows)
+    console.line("resumed: the longest manifest, nine tenths through the fourth epoch. MiB: peak memory.")
 
 
 def _scale_row(label: str, row: dict[str, Any]) -> tuple[str, ...]:
@@ -71,10 +73,11 @@ def _show_train_step(section: dict[str, Any]) -> None:
     if section["nemo"]:
         memory = section["peak_memory_bytes"]["nemo"] / 2**20
         rows.append((f"NeMo {section['nemo_version']}", *_spread(section["nemo"]), "", "", f"{memory:,.0f}"))
-    columns = ["", ">median", ">least", ">most", ">times NeMo", ">of the limit", ">MiB"]
+    columns = ["", ">median", ">min", ">max", ">times NeMo", ">of the limit", ">MiB"]
     console.table(f"train_step: {section['unit']}", columns, rows)
     batch = f"{section['memory_clips']} clips of {section['memory_clip_seconds']:g} s"
-    console.line(f"MiB: the whole process at its peak, with {batch}. Limit: its products at the speed of a large one.")
+    console.line(f"MiB: peak memory of the process, with {batch}.")
+    console.line("Limit: all operations at the speed of a large matrix product.")
     for name, way in section["ways"].items():
         spent = way["seconds_by_kind"]
         parts = (f"{kind} {value / sum(spent.values()):.0%}" for kind, value in spent.items() if value)
@@ -85,16 +88,16 @@ def _show_quantizer(section: dict[str, Any]) -> None:
     rows = [("ours", *_spread(section["ours"]))]
     if section["nemo"]:
         rows.append((f"NeMo {section['nemo_version']}", *_spread(section["nemo"])))
-    console.table(f"quantizer: {section['unit']}", ["", ">median", ">least", ">most"], rows)
+    console.table(f"quantizer: {section['unit']}", ["", ">median", ">min", ">max"], rows)
     peaks = section["peak_memory_bytes"]
     theirs = (
         f"; NeMo's {peaks['nemo'] / 2**20:,.0f} MiB, {section['ratio']:.0f} times the time" if peaks["nemo"] else ""
     )
-    console.line(f"Memory beyond the model's: {peaks['ours'] / 2**20:,.0f} MiB{theirs}.")
+    console.line(f"Additional memory while it runs: {peaks['ours'] / 2**20:,.0f} MiB{theirs}.")
 
 
 def _show_precisions(section: dict[str, Any]) -> None:
-    columns = ["", ">s a batch", ">s/s", ">s/s, loader", ">of a product", ">of the sheet", ">GiB"]
+    columns = ["", ">s/batch", ">s/s", ">s/s, loader", ">of a product", ">of data sheet", ">GiB"]
     rows = [_precision_row(row) for row in section["rows"] if "error" not in row]
     console.table(f"precisions on {section['device']}", columns, rows)
     for row in section["rows"]:
@@ -121,11 +124,11 @@ def _show_buckets(section: dict[str, Any]) -> None:
     rows = [
         (f"{row['upto_seconds']:g}", f"{row['utterances']:,}", row["batch_size"]) for row in section["bins"]
     ]  # fmt: skip
-    console.table("buckets: the largest batches that fit", [">up to s", ">utterances", ">batch"], rows)
+    console.table("buckets: the largest batches that fit", [">up to (s)", ">utterances", ">batch"], rows)
     console.line(f"Within {section['memory_budget_bytes'] / 2**30:.1f} GiB of {section['device']} memory.")
     padding = section["padding"]
     console.line(f"Padding: {padding['plain']:.1%} in plain batches, {padding['buckets']:.1%} in these buckets.")
-    console.line("Put into the configuration, or on the command line of nest pretrain:")
+    console.line("Add to the configuration, or to the command line of nest pretrain:")
     for word in section["words"]:
         console.line(f"  {word}")
 
@@ -133,4 +136,4 @@ def _show_buckets(section: dict[str, Any]) -> None:
 def _memory(section: dict[str, Any]) -> str:
     peaks = section["peak_memory_bytes"]
     theirs = f"; NeMo's {peaks['nemo'] / 2**20:,.0f} MiB" if peaks["nemo"] else ""
-    return f"Peak memory, process and loader process: {peaks['ours'] / 2**20:,.0f} MiB{theirs}."
+    return f"Peak memory of the process and its loader process: {peaks['ours'] / 2**20:,.0f} MiB{theirs}."

@@ -1,4 +1,4 @@
-"""`nest compare`: is this NeMo's model?"""
+"""`nest compare`: check that this is NeMo's model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import AsJson
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG or CHECKPOINT] [key=value ...]",
-            help="A preset, a YAML file, a .ckpt or a .nemo, then overrides.",
+            help="A preset, a YAML file, a .ckpt or a .nemo, followed by overrides.",
             show_default=False,
         ),
     ] = None,
@@ -46,21 +47,22 @@ def compare(
     ] = None,
     audio: Annotated[
         list[Path] | None,
-        typer.Option("--audio", metavar="FILE", help="Speech to compare on, with --nemo. May be repeated."),
+        typer.Option("--audio", metavar="FILE", help="Speech to compare on; needs --nemo. May be repeated."),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page of results.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML report.")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Compare configuration, parameters, forward, loss, gradients, training and checkpoints with NeMo 3.0.0.
+    """Compare a model with NeMo 3.0.0, part by part.
 
-    Without --nemo: with facts recorded from NeMo. Ends with 1 if anything differs.
+    Compares configuration, parameters, forward pass, loss, gradients, training and checkpoints. Without --nemo, it
+    compares with facts recorded from NeMo. Exits with 1 if anything differs.
     """
     for name in only or []:
         if name not in _SECTIONS:
-            raise ConfigError(f"--only {name}: there is no such section. Known: {', '.join(_SECTIONS)}.")
+            raise ConfigError(f"--only {name}: unknown section. Known: {', '.join(_SECTIONS)}.")
     live = live or nemo_python is not None
     if audio and not live:
-        raise ConfigError("--audio needs a live NeMo: the recorded facts hold for their own audio. Add --nemo.")
+        raise ConfigError("--audio needs a live NeMo: the recorded facts are for their own audio. Add --nemo.")
     report = _compared(words or [], live=live, python=nemo_python, only=only or [], audio=audio or [])
     if as_json:
         console.emit_json(report.to_json())
@@ -70,7 +72,7 @@ def compare(
         from nestcli.parity.page import write_page
 
         write_page(report, html)
-        console.note(f"page {html}")
+        console.note(f"report {html}")
     if not report.passed:
         raise typer.Exit(1)
 
@@ -105,7 +107,7 @@ def _show(report: Report) -> None:
         rows.append((section.name, verdict, len(section.checks), *_shown(tightest)))
         rows += [("", "DIFFERS", "", check.name, *_shown(check)[1:]) for check in section.checks if not check.passed]
     columns = ["section", "", ">checks", "closest to its limit", ">difference", ">allowed"]
-    console.table(f"{report.config} beside NeMo {report.nemo_version}", columns, rows)
+    console.table(f"{report.config} compared with NeMo {report.nemo_version}", columns, rows)
     is_whole = len(report.sections) == len(_SECTIONS)
     for difference in report.known_differences if is_whole else []:
         mark = {True: "shown", False: "NOT AS DESCRIBED", None: "known"}[difference.reproduced]
@@ -117,7 +119,7 @@ def _show(report: Report) -> None:
 
 def _verdict(report: Report) -> str:
     count = sum(len(section.checks) for section in report.sections)
-    same = "The same model as" if len(report.sections) == len(_SECTIONS) else "In these sections the same as"
+    same = "The same model as" if len(report.sections) == len(_SECTIONS) else "In these sections, the same as"
     source = f"NeMo {report.nemo_version}" + ("" if report.live else " as recorded")
     if report.first_divergence is not None:
         section, check = report.first_divergence

@@ -1,6 +1,6 @@
-"""Everything that the commands print: all of Rich lives here, and is imported when first needed.
+"""All output of the commands. Only this module uses Rich, and it imports Rich when first needed.
 
-Results that a script may read go to stdout; messages, tables' company, progress bars and logs go to stderr.
+Results that a script may read go to stdout; messages, progress bars and logs go to stderr.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # what launchers tell a process of its place
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # set by launchers to a process' rank
 _WIDE = 125  # columns
-_WORDS = 10  # letters that a column of words keeps in a table at least
+_WORDS = 10  # minimum width of a text column in a table, in characters
 
 
 class Advance(Protocol):
-    """Called with (items done, items in all) as work goes on, and what is being done where that has a name."""
+    """A progress callback: called with the items done, the total, and the name of the current item if it has one."""
 
     def __call__(self, done: int, total: int, doing: str = "") -> None: ...
 
@@ -41,7 +41,7 @@ def stderr() -> Console:
 
 
 def error(message: str) -> None:
-    """Print an error to stderr as it stands; no markup is interpreted in it."""
+    """Print an error to stderr unchanged; markup in it is not interpreted."""
     print(f"error: {plain.message(message)}", file=sys.stderr)
 
 
@@ -51,18 +51,18 @@ def trace(text: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print a line for the person at the terminal to stderr; of several processes of a run only the first does."""
+    """Print a line for the user to stderr. In a run of several processes, only the first one prints."""
     if is_first_process():
         print(plain.message(message), file=sys.stderr, flush=True)
 
 
 def is_first_process() -> bool:
-    """Whether this is rank 0 of a distributed run, or no such run at all."""
+    """Return True if this process is rank 0 of a distributed run, or not part of one."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def check_ranks() -> None:
-    """Raise ConfigError for a place that is no number; Lightning would end with an internal error as it is loaded."""
+    """Raise ConfigError if a rank variable is not a number: importing Lightning would fail with an internal error."""
     for name in _RANKS:
         text = os.environ.get(name, "0")
         if not text.isdecimal():
@@ -72,12 +72,12 @@ def check_ranks() -> None:
 
 
 def line(text: str) -> None:
-    """Print a line of a command's answer to stdout."""
+    """Print a line of a command's result to stdout."""
     print(plain.shown(text))
 
 
 def emit_json(document: Any) -> None:
-    """Print the one JSON document of a `--json` call to stdout; in ASCII where stdout does not take its characters."""
+    """Print the JSON document of a `--json` call to stdout, in ASCII if stdout cannot encode its characters."""
     text = json.dumps(document, ensure_ascii=False, indent=2)
     try:
         text.encode(sys.stdout.encoding)
@@ -89,7 +89,7 @@ def emit_json(document: Any) -> None:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False) -> None:
     """Print a table; columns whose name starts with '>' are aligned to the right.
 
-    Where numbers would have to be broken to fit the terminal, every row is printed as lines instead.
+    If the terminal is too narrow to keep every number on one line, each row is printed as several lines instead.
     """
     from rich import box
     from rich.console import Console
@@ -112,7 +112,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 def _least_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Of a table whose numbers stay whole; words may wrap."""
+    """Return the minimum width, in columns, of a table in which text wraps but numbers do not."""
     longest = (max((len(row[place]) for row in rows), default=0) for place in range(len(columns)))
     numbers = (column.startswith(">") for column in columns)
     return sum(3 + (each if number else min(each, _WORDS)) for each, number in zip(longest, numbers, strict=True))
@@ -128,7 +128,7 @@ def _as_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def histogram(title: str, values: Mapping[str, float], width: int = 30) -> None:
-    """Print a bar for each label, without the empty ones at both ends."""
+    """Print a bar for each label, omitting empty bars at both ends."""
     labels = list(values)
     filled = [number for number, value in enumerate(values.values()) if value]
     if not filled:
@@ -142,16 +142,16 @@ def histogram(title: str, values: Mapping[str, float], width: int = 30) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value of an option, if it is a number or several; bounds alone let `nan` pass. Raises BadParameter."""
+    """Return the number or numbers of an option if all are finite: bounds let `nan` pass. Raises BadParameter."""
     for each in value if isinstance(value, list) else [value]:
         if each is not None and not math.isfinite(each):
-            raise typer.BadParameter(f"{each} is not a number that can be used.")
+            raise typer.BadParameter(f"{each} must be a finite number.")
     return value
 
 
 @contextmanager
 def progress(description: str) -> Iterator[Advance]:
-    """A progress bar on stderr; nothing is drawn where stderr is no terminal."""
+    """Show a progress bar on stderr; draw nothing if stderr is not a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -171,7 +171,7 @@ def progress(description: str) -> Iterator[Advance]:
 
 
 class TrainingDisplay:
-    """Shows a run: a live line on a terminal, a line of text now and then elsewhere (a log of a cluster's job)."""
+    """Shows a training run: a live line on a terminal; elsewhere (a job's log) a line of text now and then."""
 
     def __init__(self, lines_every: float = 15.0, *, bar: bool = True) -> None:
         self._lines_every = lines_every  # seconds
@@ -212,7 +212,7 @@ class TrainingDisplay:
 
 
 def _training_bar(steps: int | None) -> Progress:
-    """Steps, a bar where the terminal is wide enough for one, and a line of numbers, the end of which may be cut."""
+    """Build a line with steps, a bar if the terminal is wide enough, and numbers, which may be cut at the end."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Column
 
@@ -224,30 +224,30 @@ def _training_bar(steps: int | None) -> Progress:
 
 
 def _numbers(report: Any) -> str:
-    """Loss and accuracy beside what guessing by frequency would give; with step and steps it fits 100 columns."""
+    """Format loss and accuracy, each with the value of guessing by frequency; with the steps it fits 100 columns."""
     parts = [
         f"loss {report.loss:.3f}{_beside(' (base {:.3f})', report.unigram_loss)}",
         f"acc {report.accuracy:.1%}{_beside(' ({:.1%})', report.unigram_accuracy)}",
         f"lr {report.learning_rate:.1e}",
         _beside("wait {:.0%}", report.data_wait_share),
-        _beside("{:,.0f}x", report.audio_per_second),  # seconds of audio a second
+        _beside("{:,.0f}x", report.audio_per_second),  # seconds of audio per second
         "" if report.seconds_left is None else f"{_short(report.seconds_left)} left",
     ]
     return "  ".join(part for part in parts if part)
 
 
 def _beside(text: str, value: float) -> str:
-    """The text with the value in it; nothing as long as the value is not known."""
+    """Format the text with the value, or return an empty string while the value is unknown (NaN)."""
     return "" if math.isnan(value) else text.format(value)
 
 
 def _short(seconds: float) -> str:
-    """A time to wait: 1:02:03, from ten hours on 12h."""
+    """Format a remaining time: 1:02:03, or 12h from ten hours on."""
     return clock(seconds) if seconds < 36_000 else f"{seconds / 3600:.0f}h"
 
 
 def clock(seconds: float) -> str:
-    """A duration as 1:02:03."""
+    """Format a duration as 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}"

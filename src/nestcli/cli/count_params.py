@@ -1,4 +1,4 @@
-"""`nest count-params`: parameters by module beside NeMo's figure, and what training costs."""
+"""`nest count-params`: parameters by module compared with NeMo's count, and the cost of training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from nestcli.cli import console
 from nestcli.cli.named import read_config
-from nestcli.cli.options import amount
+from nestcli.cli.options import AsJson, amount
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,28 +20,26 @@ def count_params(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG or CHECKPOINT] [key=value ...]",
-            help="A preset, a YAML file, a .ckpt of `nest pretrain` or a .nemo file, then overrides.",
+            help="A preset, a YAML file, a .ckpt of `nest pretrain` or a .nemo file, followed by overrides.",
             show_default=False,
         ),
     ] = None,
-    depth: Annotated[
-        int, typer.Option("--depth", min=1, max=100, help="Parts of the parameters' names to count by.")
-    ] = 1,
+    depth: Annotated[int, typer.Option("--depth", min=1, max=100, help="Levels of module names to list.")] = 1,
     seconds: Annotated[
-        float, amount("--seconds", "Length of the clips for which FLOPs are counted.", most=3600)
+        float, amount("--seconds", "Length in seconds of the clips for which FLOPs are counted.", most=3600)
     ] = 15.0,
-    every: Annotated[bool, typer.Option("--all", help="Every preset.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Count every preset.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Count parameters by module, trainable and frozen, against NeMo's count for the same configuration.
+    """Count parameters by module and compare with NeMo's count.
 
-    Also the memory that training holds and its arithmetic per second of audio.
+    Lists trainable and frozen parameters, the memory that training holds, and FLOPs per second of audio.
     """
     from nestcli.config import PRESETS, split_words
 
     name, overrides = split_words(words or [])
     if every and words and "=" not in words[0]:
-        raise ConfigError(f"--all counts every preset; leave out {words[0]!r}.")
+        raise ConfigError(f"--all counts every preset; remove {words[0]!r}.")
     counts = [_counted(preset, overrides, depth, seconds) for preset in (PRESETS[1:] if every else [name])]
     if as_json:
         console.emit_json(counts if every else counts[0])
@@ -83,7 +81,7 @@ def _memory(config: DictConfig) -> dict[str, Any]:
 
 
 def _flops(config: DictConfig, seconds: float) -> dict[str, Any]:
-    """Per second of audio, rounded to whole operations."""
+    """Return the floating-point operations per second of audio, rounded to integers."""
     from nestcli.model.cost import Work, batch_size, work_per_second
 
     parts = work_per_second(config, seconds)
@@ -111,10 +109,10 @@ def _show(count: dict[str, Any]) -> None:
     console.table(f"Parameters of {count['config']}", ["module", ">parameters", ">trainable", ">frozen"], rows)
     memory, flops = count["memory"], count["flops"]
     held = [(part, f"{memory[part]:,}", _mib(memory[part])) for part in ("weights", "gradients", "optimizer", "total")]
-    console.table("Held in training", [f"precision {memory['precision']}", ">bytes", ">MiB"], held)
+    console.table("Memory held in training", [f"precision {memory['precision']}", ">bytes", ">MiB"], held)
     work = [(part, _giga(numbers["forward"]), _giga(numbers["training_step"])) for part, numbers in _by_part(flops)]
     batch = f"{flops['batch_size']} clips of {flops['clip_seconds']:g} s"
-    console.table("GFLOP by the second of audio", [batch, ">forward", ">training step"], work)
+    console.table("GFLOP per second of audio", [batch, ">forward", ">training step"], work)
 
 
 def _by_part(flops: dict[str, Any]) -> list[tuple[str, dict[str, int]]]:
@@ -143,7 +141,7 @@ def _show_all(counts: list[dict[str, Any]]) -> None:
     ]
     columns = ["preset", ">weights", ">gradients", ">optimizer", ">total", ">forward", ">step"]
     clip = counts[0]["flops"]["clip_seconds"]
-    console.table(f"MiB held in training; GFLOP by the second of audio, clips of {clip:g} s", columns, costs)
+    console.table(f"MiB held in training; GFLOP per second of audio, clips of {clip:g} s", columns, costs)
 
 
 def _nemo_total(nemo: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`nest demo`: the whole workflow on speech that it makes itself."""
+"""`nest demo`: run the whole workflow on synthetic speech."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")] = Path("nest_demo"),
     minutes: Annotated[
         float,
-        amount("--minutes", "Minutes of speech to make.", least=4.0, most=1440.0),
+        amount("--minutes", "Minutes of speech to synthesize.", least=4.0, most=1440.0),
     ] = 12.0,
 ) -> None:
-    """The whole way on speech that it makes itself: prepare, augment, pretrain for minutes, compare, probe.
+    """Run the whole workflow on synthetic speech.
 
-    DIR/index.html shows what came of it.
+    Synthesizes speech and noise, then runs prepare, augment, a pretraining of a few minutes, compare and probe.
+    DIR/index.html shows the results.
     """
     console.note("loading ...")
 
@@ -41,7 +42,7 @@ def demo(
 
 
 class _TerminalGuide:
-    """Chapters as headings, a progress bar for each, the training display for the training."""
+    """Prints each chapter's heading and progress bar, and the training display during training."""
 
     def __init__(self) -> None:
         self._bar = ExitStack()
@@ -76,15 +77,16 @@ def _guide() -> Iterator[_TerminalGuide]:
 def _show(results: Results) -> None:
     learned = results.learned
     console.note(
-        f"\nThe loss fell from {learned.even_loss:.2f}, knowing nothing, to {learned.last_loss:.2f}; guessing by how "
-        f"often each token comes gives {learned.frequency_loss:.2f}. {learned.last_accuracy:.1%} of the masked tokens "
-        f"are predicted right, by frequency {learned.frequency_accuracy:.1%}."
+        f"\nThe loss fell from {learned.even_loss:.2f} (a uniform guess) to {learned.last_loss:.2f}; guessing by token "
+        f"frequency gives {learned.frequency_loss:.2f}. {learned.last_accuracy:.1%} of the masked tokens are predicted "
+        f"correctly; guessing by frequency gives {learned.frequency_accuracy:.1%}."
     )
     for name, (mean, _, clear) in results.probe.margins.items():
-        console.note(f"Who speaks: {100 * mean:+.1f} points beside {name}{'' if clear else ', no clear lead'}.")
-    console.note("So short a training knows little yet: docs/probe.md, docs/training.md.")
-    for what, where in (("PAGE OF RESULTS", results.page), *results.files()):
+        lead = "" if clear else ", not a clear lead"
+        console.note(f"Speaker probe: {100 * mean:+.1f} points compared with {name}{lead}.")
+    console.note("Such a short training learns little: see docs/probe.md and docs/training.md.")
+    for what, where in (("RESULTS", results.page), *results.files()):
         console.note(f"  {what:21}  {where}")
     console.note(
-        "\nNext, your own speech:\n  nest prepare-data FOLDER --out data && nest pretrain small ... (see README.md)"
+        "\nNext, use your own speech:\n  nest prepare-data FOLDER --out data && nest pretrain small ... (see README.md)"
     )

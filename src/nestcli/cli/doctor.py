@@ -1,4 +1,4 @@
-"""`nest doctor`: what this machine and installation can do, and what is missing."""
+"""`nest doctor`: check this machine and installation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import AsJson
 from nestcli.errors import NestError
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ _STATES = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
 
 
 def doctor(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder that results are to go to; need not exist.")
-    ] = Path("nest_experiments"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for results; it need not exist.")] = Path(
+        "nest_experiments"
+    ),
     nemo_python: Annotated[
         str | None,
         typer.Option(
@@ -32,22 +33,21 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Look at installation, devices, audio, disk, NeMo and environment; say what is missing and what to do about it.
+    """Check this machine and installation for problems.
 
-    Ends with 1 if there is a problem; notes are good to know.
+    Checks installation, devices, audio, disk, NeMo and environment variables, and says how to fix what it finds. Exits
+    with 1 if there is a problem; notes are for information.
     """
     if out.exists() and not out.is_dir():
-        raise NestError(f"--out {out}: this is a file. Name the folder that results are to go to.")
+        raise NestError(f"--out {out}: this is a file. Name a folder for the results.")
     if nemo_python is not None and shutil.which(nemo_python) is None:
-        raise NestError(
-            f"--nemo-python {nemo_python}: there is no such program. Give the path of a Python that has NeMo."
-        )
+        raise NestError(f"--nemo-python {nemo_python}: program not found. Give the path of a Python that has NeMo.")
     from nestcli.doctor.run import examine
 
     if _has_rich():
-        with console.progress("looking at") as advance:
+        with console.progress("checking") as advance:
             report = examine(out, nemo_python, advance)
     else:
         report = examine(out, nemo_python)
@@ -69,21 +69,21 @@ def _show(report: Report) -> None:
             section = check.section
             rows.append((section, "", ""))
         rows.append((f"  {check.name}", _STATES[check.state], _words(check)))
-    _table(["looked at", "", "found, and -> what to do"], rows)
+    _table(["check", "", "found, and -> what to do"], rows)
     problems, notes = report.of("problem"), report.of("note")
     if problems:
         console.line(f"{len(problems)} problem{_s(problems)}: {', '.join(check.name for check in problems)}.")
     if notes:
         console.line(f"{len(notes)} note{_s(notes)}: {', '.join(check.name for check in notes)}.")
     if not problems:
-        console.line("nest can work here.")
+        console.line("nest works here.")
 
 
 def _table(columns: list[str], rows: list[tuple[str, str, str]]) -> None:
     if _has_rich():
         console.table("nest doctor", columns, rows)
         return
-    for name, state, words in rows:  # what draws tables is broken as well
+    for name, state, words in rows:  # Rich is broken too
         console.line(f"{name:<24}{state:<9}{words}".rstrip())
 
 
@@ -91,7 +91,7 @@ def _has_rich() -> bool:
     try:
         import rich.progress
         import rich.table
-    except Exception:  # of a package that is broken in whatever way
+    except Exception:  # a broken package may raise anything
         return False
     return bool(rich)
 

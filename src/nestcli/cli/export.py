@@ -1,4 +1,4 @@
-"""`nest export`: a checkpoint in another tool's format."""
+"""`nest export`: write a checkpoint in the format of another tool."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from nestcli.cli import console
+from nestcli.cli.options import AsJson
 from nestcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # For each of WRITERS in checkpoint/export.py, which this module does not import at start-up; empty for a folder.
 _SUFFIXES = {"nemo": ".nemo", "safetensors": ".safetensors", "transformers": "", "onnx": ".onnx"}
 _PARTS = ("all", "encoder")
-_OF_EXPORT = re.compile(  # names in a folder of transformers, and what its users put beside them
+_OF_EXPORT = re.compile(  # files of a transformers folder, and files that users commonly add there
     r"(preprocessor_|generation_|processor_|tokenizer_)?config\.json|model.*\.safetensors(\.index\.json)?|README\.md"
 )
 
@@ -28,8 +29,8 @@ def export(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A .ckpt of `nest pretrain`, a .nemo or .safetensors file; for transformers and onnx also another "
-            "model with a FastConformer encoder (.nemo, or a folder of transformers).",
+            help="A .ckpt of `nest pretrain`, a .nemo or a .safetensors file. For transformers and onnx, also another "
+            "model with a FastConformer encoder (.nemo, or a transformers folder).",
             show_default=False,
         ),
     ],
@@ -38,18 +39,21 @@ def export(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="nemo: the whole model, for NeMo. safetensors: the whole model without pickle. transformers: a folder "
-            "for ParakeetEncoder. onnx: the encoder as a graph.",
+            help="nemo: the whole model, for NeMo. safetensors: the whole model, without pickle. transformers: a "
+            "folder for ParakeetEncoder. onnx: the encoder as a graph.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The file, or for transformers the folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="Output file; for transformers, a folder.")],
     part: Annotated[
-        str, typer.Option("--part", help="Of onnx. all: from audio on; encoder: from log-mel features on.")
+        str, typer.Option("--part", help="For onnx. all: takes audio; encoder: takes log-mel features.")
     ] = "all",
-    force: Annotated[bool, typer.Option("--force", help="Replace PATH if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace PATH if it exists.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Hand a model on in the format of another tool; what was written is read again and compared."""
+    """Export a model to the format of another tool.
+
+    Reads the written file back and compares it with the model.
+    """
     _check(to, out, part, force)
     console.note("loading ...")
     from nestcli.checkpoint import export as formats
@@ -67,39 +71,38 @@ def export(
 
 def _check(to: str, out: Path, part: str, force: bool) -> None:
     if to not in _SUFFIXES:
-        raise ConfigError(f"--to {to}: there is no such format. Known: {', '.join(_SUFFIXES)}.")
+        raise ConfigError(f"--to {to}: unknown format. Known: {', '.join(_SUFFIXES)}.")
     if part not in _PARTS or (part != "all" and to != "onnx"):
         raise ConfigError(f"--part {part}: only --to onnx has parts: {' and '.join(_PARTS)}.")
     suffix = _SUFFIXES[to]
     if suffix and out.suffix != suffix:
-        raise ConfigError(f"--out {out}: the name of such a file ends with {suffix}.")
+        raise ConfigError(f"--out {out}: the file name must end with {suffix}.")
     try:
         _check_place(out, suffix, force)
-    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+    except (OSError, ValueError) as error:  # a name that is too long or contains a zero byte
         raise ConfigError(f"--out {out}: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def _check_place(out: Path, suffix: str, force: bool) -> None:
-    """Refuse a place where nothing can be written, or where something would be lost, before anything is computed."""
+    """Raise ConfigError for a place that cannot be written to or whose files would be lost, before any computation."""
     if out.name in ("", ".."):
         raise ConfigError(f"--out {out}: name a {'file' if suffix else 'new folder'} in it.")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ConfigError(f"--out {out}: {above} is a file, not a folder. Name another place.")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"--out {out}: nothing may be written to {above}. Name another place, or change its permissions."
-        )
+        raise ConfigError(f"--out {out}: {above} is not writable. Name another place, or change its permissions.")
     if suffix and out.is_dir():
         raise ConfigError(f"--out {out} is a folder. Name a file in it: {out / f'model{suffix}'}")
     if not suffix and out.is_file():
-        raise ConfigError(f"--out {out} is a file. Transformers wants a folder: name one that is not there yet.")
+        raise ConfigError(f"--out {out} is a file. transformers needs a folder: name a new one.")
     if not out.exists():
         return
     there = [] if suffix else sorted(each.name for each in out.iterdir())
     if not force and (suffix or there):
-        raise ConfigError(f"--out {out} is there already. Add --force to overwrite it.")
+        raise ConfigError(f"--out {out} already exists. Add --force to overwrite it.")
     if others := [name for name in there if not _OF_EXPORT.fullmatch(name)]:
         raise ConfigError(
-            f"--out {out} holds {others[0]}, which is no file of an export; --force would remove it. Name a new folder."
+            f"--out {out} contains {others[0]}, which is not part of an export; --force would delete it. "
+            "Name a new folder."
         )

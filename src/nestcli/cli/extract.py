@@ -1,4 +1,4 @@
-"""`nest extract`: features of chosen layers."""
+"""`nest extract`: write features of chosen layers."""
 
 from __future__ import annotations
 
@@ -9,37 +9,44 @@ from typing import Annotated
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.options import BatchDuration, amount
+from nestcli.cli.options import AsJson, BatchDuration, Strict, amount
 
 
 def extract(
     given: Annotated[
         str,
         typer.Argument(
-            metavar="INPUT", help="A manifest, Lhotse cuts, a folder of audio, or one file.", show_default=False
+            metavar="INPUT", help="A manifest, Lhotse cuts, a folder of audio, or one audio file.", show_default=False
         ),
     ],
     checkpoint: Annotated[
         str,
         typer.Option(
-            "--checkpoint", metavar="FILE", help="A .nemo, .ckpt or .safetensors file, or a folder of transformers."
+            "--checkpoint", metavar="FILE", help="A .nemo, .ckpt or .safetensors file, or a transformers folder."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder for features and manifest.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for features and manifest.")],
     layers: Annotated[
         str,
-        typer.Option("--layers", help="all, last, or a list: 0,5,11; -1 is the last, input what goes into layer 0."),
+        typer.Option(
+            "--layers", help="all, last, or a list such as 0,5,11. -1: the last; input: the input of layer 0."
+        ),
     ] = "all",
     format: Annotated[str, typer.Option("--format", help="npy, safetensors, hdf5 or lhotse.")] = "npy",
-    store: Annotated[str, typer.Option("--store", help="float32 or float16.")] = "float32",
+    store: Annotated[str, typer.Option("--store", help="Type of stored features: float32 or float16.")] = "float32",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16, of the computation.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Precision of the computation: fp32, bf16 or fp16.")
+    ] = "fp32",
     batch_duration: BatchDuration = 120.0,
-    max_duration: Annotated[float, amount("--max-duration", "Longer utterances, in seconds, are rejected.")] = 240.0,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 if anything was rejected.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    max_duration: Annotated[float, amount("--max-duration", "Reject longer utterances (seconds).")] = 240.0,
+    strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Features of chosen layers, one array of (layers, dim, frames) an utterance; goes on where it was broken off."""
+    """Write features of chosen layers of an encoder.
+
+    Each utterance becomes one array of (layers, dim, frames). The same command continues an interrupted extraction.
+    """
     from nestcli.evaluation.extract import ExtractOptions
     from nestcli.evaluation.extract import extract as run
 
@@ -47,7 +54,7 @@ def extract(
     with console.progress("extracting") as advance:
         done = run(given, checkpoint, out, options, advance)
     if done.was_done:
-        console.note(f"{out} was complete already: nothing was done.")
+        console.note(f"{out} is already complete: nothing to do.")
     if as_json:
         document = {
             **dataclasses.asdict(done),

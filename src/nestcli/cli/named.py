@@ -1,4 +1,4 @@
-"""What a command's first words name: a preset, a YAML file, or a checkpoint that carries its configuration."""
+"""Load the configuration that a command's first words name: a preset, a YAML file, or a checkpoint that contains it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Named:
 
     name: str
     config: DictConfig
-    state_dict: dict[str, Any] | None = None  # tensors; torch stays unnamed here
+    state_dict: dict[str, Any] | None = None  # tensors; Any, because torch is not imported here
 
 
 def read_named(words: Sequence[str]) -> Named:
@@ -39,9 +39,9 @@ def read_named(words: Sequence[str]) -> Named:
 
 
 def read_config(words: Sequence[str], *, training: bool = False) -> Named:
-    """The same without the weights; for what trains, environment variables count too. Raises NestError.
+    """Read the same words without loading weights; with `training`, environment variables apply. Raises NestError.
 
-    Of a checkpoint of another model, and of a folder of transformers, it is a NEST around its encoder.
+    For a checkpoint of another model or a transformers folder, the configuration is a NEST model with its encoder.
     """
     from nestcli.config import load_config, load_training_config, split_words, words_of_environment
 
@@ -54,7 +54,7 @@ def read_config(words: Sequence[str], *, training: bool = False) -> Named:
 
 
 def _told(named: Named) -> Named:
-    """The same, after a note on every key that nothing reads."""
+    """Print a note for every key that nest does not read, and return the argument."""
     from nestcli.config import unused_keys
 
     for told in unused_keys(named.config):

@@ -1,4 +1,4 @@
-"""Options that several commands have, each written once."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from nestcli.cli import console
 
 
 def amount(name: str, words: str, *, most: float = 1e6, least: float = 0.1, **more: Any) -> Any:
-    """An option for a number with a fraction, which must lie between two bounds; `words` are its help."""
+    """Define an option for a float between two bounds; `words` is its help text."""
     return typer.Option(name, min=least, max=most, callback=console.finite, help=words, **more)
 
 
-Patience = Annotated[
-    float, amount("--patience", "Leave out a file that gives no answer for this long.", metavar="SECONDS")
-]
-BatchDuration = Annotated[float, amount("--batch-duration", "Seconds of audio in a batch, padding included.")]
+Patience = Annotated[float, amount("--patience", "Skip a file that does not respond for this long.", metavar="SECONDS")]
+BatchDuration = Annotated[float, amount("--batch-duration", "Seconds of audio per batch, including padding.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 1 if any input is rejected.")]

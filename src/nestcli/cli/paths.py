@@ -1,4 +1,4 @@
-"""Paths in a call, read alike whichever option or argument they stand in."""
+"""Expand paths in a command line the same way in every option and argument."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PATHS = frozenset(["DIR", "FILE", "PATH", "MANIFEST", "CHECKPOINT", "INPUT", "IN
 
 
 class PathsCommand(TyperCommand):
-    """A command whose paths may begin with `~` or `file://`: a shell leaves that alone in `--out=~/x`."""
+    """A command whose paths may begin with `~` or `file://`: a shell does not expand `--out=~/x`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = super().parse_args(ctx, args)
@@ -22,7 +22,7 @@ class PathsCommand(TyperCommand):
             if metavar in PATHS:
                 ctx.params[param.name] = _expanded(value)
             elif metavar.startswith("[CONFIG") and value:
-                first, *others = value  # a `key=value` begins with no `~`, and stays as it is
+                first, *others = value  # a `key=value` does not begin with `~`, so it stays unchanged
                 ctx.params[param.name] = type(value)([user_path(first), *others])
         return rest
 

@@ -1,4 +1,4 @@
-"""`nest prepare-data`: audio folders, files and manifests become checked manifests."""
+"""`nest prepare-data`: turn audio folders, files and manifests into checked manifests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.options import Patience
+from nestcli.cli.options import AsJson, Patience, Strict
 from nestcli.errors import DataError, RunFailedError
 
 if TYPE_CHECKING:
@@ -26,86 +26,89 @@ def prepare_data(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the manifests.")],
-    kind: Annotated[Literal["speech", "noise"], typer.Option("--kind", help="What the audio is used for.")] = "speech",
+    kind: Annotated[Literal["speech", "noise"], typer.Option("--kind", help="Type of audio.")] = "speech",
     val_fraction: Annotated[
         float | None,
-        typer.Option("--val-fraction", help="Share for validation. Default: 0.05 of speech, 0 of noise."),
+        typer.Option("--val-fraction", help="Share for validation. Default: 0.05 for speech, 0 for noise."),
     ] = None,
     split_by: Annotated[
         Literal["utterance", "speaker"],
-        typer.Option("--split-by", help="speaker: nobody is in training and validation."),
+        typer.Option("--split-by", help="speaker: no speaker is in both training and validation."),
     ] = "utterance",
     speaker_pattern: Annotated[
         str | None,
         typer.Option(
             "--speaker-pattern",
             metavar="REGEX",
-            help="Finds the speaker in a path, as its group: '/([^/]+)/[^/]+$' is the folder's name.",
+            help="A group in it finds the speaker in a path: '/([^/]+)/[^/]+$' takes the folder's name.",
         ),
     ] = None,
     min_duration: Annotated[
-        float | None, typer.Option("--min-duration", metavar="SECONDS", help="Reject what is shorter.")
+        float | None, typer.Option("--min-duration", metavar="SECONDS", help="Reject shorter files.")
     ] = None,
     max_duration: Annotated[
-        float | None, typer.Option("--max-duration", metavar="SECONDS", help="Reject what is longer.")
+        float | None, typer.Option("--max-duration", metavar="SECONDS", help="Reject longer files.")
     ] = None,
     max_clipped: Annotated[
         float,
-        typer.Option("--max-clipped", metavar="SHARE", help="Reject more samples than this cut off at full scale."),
+        typer.Option("--max-clipped", metavar="SHARE", help="Reject files with a larger share of clipped samples."),
     ] = 0.01,
     segment: Annotated[
         float | None,
-        typer.Option("--segment", metavar="SECONDS", help="Cut what is longer into pieces, at quiet places."),
+        typer.Option("--segment", metavar="SECONDS", help="Cut longer files into pieces, at quiet places."),
     ] = None,
     convert: Annotated[
-        bool, typer.Option("--convert", help="Write FLAC of one channel to DIR/audio: what is not needed stays out.")
+        bool, typer.Option("--convert", help="Write the parts that are used to DIR/audio, as mono FLAC.")
     ] = False,
     sample_rate: Annotated[
-        int, typer.Option("--sample-rate", metavar="HZ", help="Of converted files and shards.")
+        int, typer.Option("--sample-rate", metavar="HZ", help="Sample rate of converted files and shards.")
     ] = 16000,
     channel: Annotated[
         int | None,
         typer.Option(
             "--channel",
             metavar="N",
-            help="Check and keep this channel, from 0, not the average of all. A manifest's own choice comes first.",
+            help="Use this channel (from 0) instead of the average of all. A manifest's own choice has priority.",
         ),
     ] = None,
     shards: Annotated[
-        int | None, typer.Option("--shards", metavar="N", help="Also pack the audio into N tars for training.")
+        int | None, typer.Option("--shards", metavar="N", help="Also pack the audio into N tar files for training.")
     ] = None,
     shard_format: Annotated[
-        Literal["nemo-tar", "shar"], typer.Option("--format", help="Of the shards: NeMo's tars or Lhotse's Shar.")
+        Literal["nemo-tar", "shar"],
+        typer.Option("--format", help="Format of the shards: NeMo's tar files or Lhotse's Shar."),
     ] = "nemo-tar",
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", "-j", metavar="N", help="Processes that work. Default: one a core."),
+        typer.Option("--jobs", "-j", metavar="N", help="Worker processes. Default: one per core."),
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: local, auto, HOST:PORT."),
+        typer.Option("--ray", metavar="ADDRESS", help="Run on a Ray cluster: local, auto or HOST:PORT."),
     ] = None,
     patience: Patience = 120.0,
     only_below: Annotated[
         Path | None,
-        typer.Option("--jail", metavar="DIR", help="Read audio below this folder only, links followed: $NEST_JAIL."),
+        typer.Option(
+            "--jail", metavar="DIR", help="Read audio only below this folder, links resolved; also $NEST_JAIL."
+        ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if anything is rejected.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check audio and write manifests for training.
 
-    Decodes every file to its end. What is broken, cut off, empty, silent, clipped or there twice is left out and
-    listed in DIR/rejected.jsonl with the reason; the rest goes to DIR/train_manifest.json and
-    DIR/val_manifest.json. A run that was interrupted goes on with the same command.
+    Decodes every file completely. Broken, truncated, empty, silent, clipped and duplicate files are rejected and
+    listed in DIR/rejected.jsonl with the reason; the others go to DIR/train_manifest.json and
+    DIR/val_manifest.json. The same command continues an interrupted run.
     """
     from nestcli.prepare.pipeline import PrepareOptions, first_rejection, prepare
     from nestcli.storage import allowed_folders
 
     if only_below is not None:
         if not only_below.is_dir():
-            raise DataError(f"--jail {only_below} is no folder; name the one that holds the audio")
-        os.environ[allowed_folders.VARIABLE] = str(only_below.absolute())  # for the processes that work too
+            raise DataError(f"--jail {only_below} is not a folder; name the folder that contains the audio")
+        os.environ[allowed_folders.VARIABLE] = str(only_below.absolute())  # worker processes inherit it
     options = PrepareOptions(
         kind=kind,
         val_fraction=val_fraction,
@@ -133,21 +136,22 @@ def prepare_data(
     if not summary.accepted:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary.rejections.items())
         raise RunFailedError(
-            f"nothing can be used ({reasons}); see {out / 'rejected.jsonl'}. The first: {first_rejection(out)}"
+            f"no input is usable ({reasons}); see {out / 'rejected.jsonl'}. The first: {first_rejection(out)}"
         )
     if strict and summary.rejected:
         raise RunFailedError(f"{summary.rejected} inputs were rejected (--strict); see {out / 'rejected.jsonl'}")
 
 
 def _show(summary: PrepareSummary, out: Path, *, pattern_given: bool) -> None:
-    """Print the table, what deserves a remark, and the next command."""
+    """Print the table, remarks, and the next command."""
     console.table("", [f"{summary.kind} in {out}", ">"], _rows(summary))
-    for title, values in zip(("hours, by seconds", "utterances, by dBFS"), summary.histograms.values(), strict=True):
+    titles = ("hours by duration (s)", "utterances by level (dBFS)")
+    for title, values in zip(titles, summary.histograms.values(), strict=True):
         console.histogram(title, values)
     picture = out / "summary.svg"
-    drawn = f"Lengths and levels are drawn in {picture}."
+    drawn = f"{picture} shows durations and levels."
     console.note(
-        drawn if picture.exists() else "No picture was drawn: `nest doctor` says what is wrong with matplotlib."
+        drawn if picture.exists() else "No picture was drawn: `nest doctor` tells why matplotlib does not work."
     )
     for remark in _remarks(summary, out, pattern_given):
         console.note(remark)
@@ -172,30 +176,30 @@ def _rows(summary: PrepareSummary) -> list[tuple[str, str]]:
     rows.append(("rejected", f"{summary.rejected:,}"))
     rows.extend((f"  {reason}", f"{count:,}") for reason, count in summary.rejections.items())
     for side, keys in summary.shards.items():
-        rows.append((f"shards of {side}", str(keys.get("tarred_audio_filepaths") or keys.get("shar_path"))))
+        rows.append((f"{side} shards", str(keys.get("tarred_audio_filepaths") or keys.get("shar_path"))))
     if summary.not_packed:
-        rows.append(("not packed, see skipped.jsonl there", f"{summary.not_packed:,}"))
+        rows.append(("not packed (see its skipped.jsonl)", f"{summary.not_packed:,}"))
     if summary.passed_over:
-        rows.append(("passed over, not audio by name", f"{summary.passed_over:,}"))
+        rows.append(("ignored, not audio by name", f"{summary.passed_over:,}"))
     return rows
 
 
 def _remarks(summary: PrepareSummary, out: Path, pattern_given: bool) -> list[str]:
     remarks = []
     if summary.rejected:
-        remarks.append(f"{out / 'rejected.jsonl'} says what is wrong with what was rejected.")
+        remarks.append(f"{out / 'rejected.jsonl'} gives the reason for each rejected input.")
     if summary.without_speaker and (summary.speakers or pattern_given):
-        remarks.append(f"Without a known speaker: {summary.without_speaker:,}.")
+        remarks.append(f"Utterances without a known speaker: {summary.without_speaker:,}.")
     if summary.kind == "speech" and summary.shorter_than_1s:
         remarks.append(
-            f"Shorter than 1 s: {summary.shorter_than_1s:,}. `nest pretrain` leaves these out unless"
-            " model.train_ds.min_duration is lowered."
+            f"Utterances shorter than 1 s: {summary.shorter_than_1s:,}. `nest pretrain` skips these unless you lower"
+            " model.train_ds.min_duration."
         )
     return remarks
 
 
 def _next_command(summary: PrepareSummary, out: Path) -> str:
-    """What to type next, with this run's paths as the user wrote them, or its shards."""
+    """Return the next command to type, with this run's paths as the user wrote them, or with its shards."""
     blocks = {"train": "model.train_ds", "val": "model.validation_ds"}
     if summary.kind == "noise":
         words = [f"model.train_ds.noise_manifest={out / 'train_manifest.json'}"]

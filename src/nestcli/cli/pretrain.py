@@ -18,20 +18,23 @@ def pretrain(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [key=value ...]",
-            help="A preset (small, medium, large, xlarge, xxlarge, demo), a YAML file, or a .ckpt or .nemo whose "
-            "configuration is taken (its weights: init_from_ptl_ckpt=FILE, init_from_nemo=FILE); then overrides, e.g. "
-            "model.train_ds.manifest_filepath=train.json trainer.max_steps=1000.",
+            help="A preset (small, medium, large, xlarge, xxlarge, demo), a YAML file, or a .ckpt or .nemo to take the "
+            "configuration from (for its weights: init_from_ptl_ckpt=FILE, init_from_nemo=FILE), followed by "
+            "overrides, e.g. model.train_ds.manifest_filepath=train.json trainer.max_steps=1000.",
             show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check configuration, data and device, try one batch, train nothing."),
+        typer.Option("--dry-run", help="Check configuration, data and devices, run one batch, but do not train."),
     ] = False,
 ) -> None:
-    """Pretrain a NEST encoder; continues the run that is found in the experiment's folder."""
+    """Pretrain a NEST encoder, or resume a run.
+
+    If the experiment's folder contains a run, it continues from the newest checkpoint.
+    """
     waits = not console.is_first_process()
-    if waits:  # a terminal sends Ctrl-C to all processes; the first one tells the others
+    if waits:  # a terminal sends Ctrl-C to all processes; the first process stops the others
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     from nestcli.cli.named import read_config
 
@@ -41,7 +44,7 @@ def pretrain(
     from nestcli.training.run import Pretraining
 
     run = Pretraining(config, console.TrainingDisplay(bar=config.trainer.enable_progress_bar is not False))
-    if waits and console.is_first_process():  # what said otherwise was left over from another program
+    if waits and console.is_first_process():  # the rank variables were left over from another program
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if dry_run:
         _show_dry_run(run.dry_run())
@@ -52,7 +55,7 @@ def pretrain(
         if console.is_first_process():
             run.remove_leftovers()
         console.note(
-            f"This run is complete: {plan.resumes_at} of {plan.steps} steps. Raise trainer.max_steps to go on."
+            f"This run is complete: {plan.resumes_at} of {plan.steps} steps. Raise trainer.max_steps to continue it."
         )
         return
     _train(run)
@@ -66,13 +69,11 @@ def _train(run: Pretraining) -> None:
         _show_result(run.fit())
     except StoppedError as stopped:
         console.note(f"\n{stopped}")
-        if stopped.signum == signal.SIGUSR1 and console.is_first_process():  # what Slurm sends before the time is up
+        if stopped.signum == signal.SIGUSR1 and console.is_first_process():  # Slurm sends it before the time limit
             requeue(console.note)
         raise typer.Exit(0 if is_launched() else stopped.exit_code) from None
     except KeyboardInterrupt:
-        console.note(
-            "\nstopped by Ctrl-C; give the same command again to resume from the newest checkpoint, if there is one"
-        )
+        console.note("\nstopped by Ctrl-C; the same command continues from the newest checkpoint, if there is one")
         raise typer.Exit(130) from None
 
 
@@ -101,10 +102,10 @@ def _show_dry_run(trial: DryRun) -> None:
         f"one batch  {trial.batch_seconds:.1f} s of audio, {trial.masked_share:.0%} of the frames masked, "
         f"loss {trial.loss:.3f}, gradient norm {trial.gradient_norm:.3g}"
     )
-    console.note(f"padding    {trial.padding:.1%} of what the batches of an epoch hold")
+    console.note(f"padding    {trial.padding:.1%} of the batches of an epoch")
     if trial.peak_gpu_bytes is not None:
-        console.note(f"GPU memory {trial.peak_gpu_bytes / 2**30:.1f} GiB at most")
-    console.note("Everything is ready: leave out --dry-run to train.")
+        console.note(f"GPU memory {trial.peak_gpu_bytes / 2**30:.1f} GiB at the peak")
+    console.note("Everything is ready: remove --dry-run to train.")
 
 
 def _show_result(result: RunResult) -> None:
@@ -113,7 +114,7 @@ def _show_result(result: RunResult) -> None:
         accuracy = "" if result.val_accuracy is None else f", masked-token accuracy {result.val_accuracy:.1%}"
         console.note(f"validation loss {result.val_loss:.3f}{accuracy}")
     if result.skipped:
-        console.note(f"left out    {result.skipped:,} utterances that could not be read")
+        console.note(f"skipped  {result.skipped:,} utterances that could not be read")
     files = {"best": result.best, "last": result.last, "nemo": result.nemo, "metrics": result.metrics}
     for label, path in files.items():
         if path is not None:

@@ -1,4 +1,4 @@
-"""`nest probe`: how much frozen features know."""
+"""`nest probe`: measure how much frozen features know."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.options import BatchDuration
+from nestcli.cli.options import AsJson, BatchDuration
 
 if TYPE_CHECKING:
     from nestcli.evaluation.probe import ProbeResult
@@ -18,40 +18,45 @@ if TYPE_CHECKING:
 def probe(
     manifest: Annotated[
         str,
-        typer.Argument(metavar="MANIFEST", help="JSON lines or Lhotse cuts that carry the label.", show_default=False),
+        typer.Argument(metavar="MANIFEST", help="JSON lines or Lhotse cuts with the label.", show_default=False),
     ],
     checkpoint: Annotated[
         str,
         typer.Option(
-            "--checkpoint", metavar="FILE", help="A .nemo, .ckpt or .safetensors file, or a folder of transformers."
+            "--checkpoint", metavar="FILE", help="A .nemo, .ckpt or .safetensors file, or a transformers folder."
         ),
     ],
     label: Annotated[
-        str, typer.Option("--label", metavar="FIELD", help="What is to be told: speaker, text, lang, ...")
+        str, typer.Option("--label", metavar="FIELD", help="The field to predict: speaker, text, lang, ...")
     ],
     split: Annotated[
         str,
         typer.Option(
             "--split",
-            help="auto: no speaker on both sides, unless speakers are asked for. utterance: any. Or a field, each of "
-            "whose values stays on one side.",
+            help="auto: no speaker on both sides, unless the label is the speaker. utterance: random. Or a field; each "
+            "of its values stays on one side.",
         ),
     ] = "auto",
     seeds: Annotated[
-        int, typer.Option("--seeds", min=1, max=1000, help="Splits, folds of the validation and untrained encoders.")
+        int, typer.Option("--seeds", min=1, max=1000, help="Number of splits, validation folds and untrained encoders.")
     ] = 5,
     min_count: Annotated[
-        int, typer.Option("--min-count", min=2, max=10**6, help="Classes with fewer utterances are left out.")
+        int, typer.Option("--min-count", min=2, max=10**6, help="Ignore classes with fewer utterances.")
     ] = 2,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Write probe.json, confusion.png and layers.png there.")
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for probe.json, confusion.png and layers.png.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16, of the encoder.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Precision of the encoder: fp32, bf16 or fp16.")
+    ] = "fp32",
     batch_duration: BatchDuration = 120.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """A linear probe on frozen features, beside the same on an untrained encoder and on log-mel statistics."""
+    """Measure what frozen features know with a linear probe.
+
+    Runs the same probe on an untrained encoder and on log-mel statistics, for comparison.
+    """
     from nestcli.evaluation.probe import ProbeOptions
     from nestcli.evaluation.probe import probe as run
 
@@ -124,14 +129,14 @@ def _show(result: ProbeResult, out: Path | None) -> None:
     for name, (mean, deviation, clear) in result.margins.items():
         verdict = "clearly better than" if clear else "not clearly better than" if mean > 0 else "no better than"
         console.line(
-            f"pretrained is {verdict} {name}: {100 * mean:+.1f} points, {100 * deviation:.1f} from split to split"
+            f"pretrained is {verdict} {name}: {100 * mean:+.1f} points, deviation {100 * deviation:.1f} between splits"
         )
     if out is not None:
         console.line(f"written    {out}")
 
 
 def _most(outcome: Any) -> str:
-    """The layer that the probes listen to most."""
+    """Name the layer with the largest mean weight, and the weight."""
     if len(outcome.layers) == 1:
         return ""
     mean = [sum(column) / len(column) for column in zip(*outcome.layer_weights, strict=True)]

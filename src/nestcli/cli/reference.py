@@ -1,6 +1,6 @@
-"""`python -m nestcli.cli.reference`: docs/cli.md, made from the commands as they are.
+"""`python -m nestcli.cli.reference`: print docs/cli.md, generated from the commands.
 
-The page depends on the code alone: not on the terminal's width, nor on environment variables.
+The page depends on the code only, not on the terminal's width or on environment variables.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ _SPECIAL = re.compile(r"[\\\[\]*<>|]|(?<!\w)_|_(?!\w)")
 _FOREWORD = """\
 # Commands
 
-Made from the code by `make docs-cli`; a test holds that it is up to date. `nest COMMAND --help` says the same.
+Generated from the code by `make docs-cli`; a test checks that it is up to date. `nest COMMAND --help` shows the same.
 
-Exit codes: 0 done; 1 the command ran and the answer is no; 2 the call or its input is wrong; `nest pretrain` ends with
+Exit codes: 0 done; 1 the command ran and the answer is no; 2 the call or its input is wrong; `nest pretrain` exits with
 130 after Ctrl-C and 143 when it was [asked to stop](clusters.md#being-asked-to-stop).
 `--debug`, anywhere in a call, shows the traceback of an error.
 """
 
 
 def reference() -> str:
-    """The page as Markdown: a section a command with its usage, arguments and options."""
+    """Return the page as Markdown: one section per command with its usage, arguments and options."""
     from nestcli.cli.app import app
 
     group: Any = typer.main.get_command(app)
@@ -34,7 +34,7 @@ def reference() -> str:
 
 
 def undescribed() -> list[str]:
-    """Commands, arguments and options without a help text."""
+    """List commands, arguments and options without a help text."""
     from nestcli.cli.app import app
 
     group: Any = typer.main.get_command(app)
@@ -66,13 +66,13 @@ def _arguments(command: Any) -> list[Any]:
 
 
 def _options(command: Any) -> list[Any]:
-    """Those that must be given first."""
+    """List the options of a command, required ones first."""
     options = [param for param in command.params if param.param_type_name == "option"]
     return sorted(options, key=lambda param: not param.required)
 
 
 def _called(param: Any) -> str:
-    """The longest name with what stands for its value."""
+    """Return the longest name of an option with the placeholder of its value."""
     if param.param_type_name == "argument":
         return str(param.metavar or param.name)
     name = max(param.opts, key=len)
@@ -113,7 +113,7 @@ def _default(param: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text whose characters mean themselves in Markdown, save for what stands between backticks."""
+    """Escape Markdown's special characters, except between backticks."""
     pieces = re.split(r"(`[^`]*`)", text)
     return "".join(piece if piece[:1] == "`" else _SPECIAL.sub(r"\\\g<0>", piece) for piece in pieces)
 

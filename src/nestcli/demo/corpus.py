@@ -1,7 +1,7 @@
-"""A small speech corpus and a set of noises, made on the spot: the same files for the same seed.
+"""Make a small corpus of synthetic speech and noise: the same files for the same seed.
 
-Speech comes from `nestcli.demo.synthesis`, noise from numpy. Every random draw belongs to one speaker or one
-kind of noise, so that none depends on how much the others drew.
+Speech comes from `nestcli.demo.synthesis`, noise from numpy. Each speaker and each kind of noise has its own random
+generator, so that none depends on the draws of the others.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from nestcli.demo.synthesis import SAMPLE_RATE, Synthesizer, Voice
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-SHORTEST, LONGEST = 2.0, 8.0  # seconds of an utterance
+SHORTEST, LONGEST = 2.0, 8.0  # seconds per utterance
 NOISE_FILES_PER_KIND = 3
-LOUDEST_PEAK = 0.9  # of full scale
+LOUDEST_PEAK = 0.9  # share of full scale
 
 VOICES = (
     Voice("walter", "en-us", "m3", pitch=42, rate=160),
@@ -166,12 +166,12 @@ MANDARIN = """
 我们坐船过河，到对面的村子去。
 """
 
-SENTENCES = {"de": GERMAN, "es": SPANISH, "cmn": MANDARIN}  # every other language here is an English
+SENTENCES = {"de": GERMAN, "es": SPANISH, "cmn": MANDARIN}  # all other voices speak English
 
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What `make_corpus` wrote: the two folders, the speakers, and how many files of how many seconds."""
+    """The output of `make_corpus`: two folders, the speakers, the number of files and their total seconds."""
 
     speech: Path
     noise: Path
@@ -187,14 +187,14 @@ def make_corpus(
 ) -> CorpusSummary:
     """Write `out/speech/<speaker>/<speaker>_<nnn>.flac` and `out/noise/<kind>/<kind>_<n>.flac`.
 
-    All files are 16 kHz, 16 bit, mono; those of the same names are overwritten. The speakers share `minutes`
-    of speech evenly, and each says at least one utterance. `progress` hears of whole seconds of speech, done
-    and in all.
+    All files are 16 kHz, 16 bit, mono; existing files with the same names are overwritten. The speakers share
+    `minutes` of speech evenly, and each says at least one utterance. `progress` is called with whole seconds of
+    speech: done, total.
 
-    Raises MissingDependencyError without espeak-ng, ValueError for a length that is not positive.
+    Raises MissingDependencyError without espeak-ng, ValueError if `minutes` is not positive.
     """
     if not minutes > 0:
-        raise ValueError(f"minutes: {minutes} is not a length of speech, give a number above 0.")
+        raise ValueError(f"minutes: {minutes} must be above 0.")
     speech, noise = out / "speech", out / "noise"
     lengths = _write_speech(speech, 60 * minutes, seed, progress or (lambda done, total: None))
     noise_lengths = _write_noise(noise, sorted(lengths), seed)
@@ -210,7 +210,7 @@ def make_corpus(
 
 
 def _write_speech(folder: Path, seconds: float, seed: int, progress: Callable[[int, int], None]) -> dict[Path, float]:
-    """Every speaker's utterances up to `seconds` in all; the files' lengths in seconds."""
+    """Write every speaker's utterances, `seconds` in total; return the length of each file in seconds."""
     synthesizer = Synthesizer()
     lengths: dict[Path, float] = {}
     done = 0.0
@@ -227,7 +227,7 @@ def _write_speech(folder: Path, seconds: float, seed: int, progress: Callable[[i
 
 
 def _utterances(synthesizer: Synthesizer, voice: Voice, rng: np.random.Generator) -> Iterator[FloatArray]:
-    """Utterances without end in the language of `voice`, each at its own pitch, rate and gain."""
+    """Yield endless utterances in the language of `voice`, each with its own pitch, rate and gain."""
     sentences = _shuffled(SENTENCES.get(voice.language, ENGLISH).strip().splitlines(), rng)
     while True:
         pitch, rate = voice.pitch + rng.integers(-4, 5), round(voice.rate * rng.uniform(0.93, 1.07))
@@ -237,14 +237,14 @@ def _utterances(synthesizer: Synthesizer, voice: Voice, rng: np.random.Generator
 
 
 def room(rng: np.random.Generator, n_samples: int) -> FloatArray:
-    """The hiss of a quiet room. Without it pauses are digital silence, which dither turns into another sound."""
+    """Return the hiss of a quiet room. Without it, pauses are digital silence, and dither becomes audible in them."""
     return at_level(coloured(rng, n_samples, 0.5), rng.uniform(-62, -56))
 
 
 def _one_utterance(
     synthesizer: Synthesizer, voice: Voice, sentences: Iterator[str], rng: np.random.Generator
 ) -> FloatArray:
-    """One sentence or several, with pauses between, 2 to 8 seconds in all."""
+    """Return one or several sentences with pauses between them, 2 to 8 seconds in total."""
     wanted = rng.uniform(SHORTEST, LONGEST - 2)
     said = synthesizer.speak(next(sentences), voice)
     while len(said) < wanted * SAMPLE_RATE:
@@ -257,19 +257,19 @@ def _one_utterance(
 
 
 def _shuffled(items: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
-    """The items in random order, and again in another, without end."""
+    """Yield the items in random order, endlessly, in a new order each time."""
     while True:
         for index in rng.permutation(len(items)):
             yield items[index]
 
 
 def _write_noise(folder: Path, speech: Sequence[Path], seed: int) -> list[float]:
-    """A few files of each kind of noise, 10 to 20 seconds each; their lengths in seconds."""
+    """Write a few files of each kind of noise, 10 to 20 seconds each; return their lengths in seconds."""
     lengths = []
     for index, kind in enumerate((*NOISES, "babble")):
         rng = np.random.default_rng([seed, len(VOICES) + index])
         for number in range(NOISE_FILES_PER_KIND):
-            n_samples = int(rng.integers(100, 201)) * SAMPLE_RATE // 10  # whole tenths: fast to transform
+            n_samples = int(rng.integers(100, 201)) * SAMPLE_RATE // 10  # whole tenths of a second: their FFT is fast
             made = babble(rng, n_samples, speech) if kind == "babble" else NOISES[kind](rng, n_samples)
             path = folder / kind / f"{kind}_{number}.flac"
             lengths.append(write_flac(path, at_level(made, rng.uniform(-30, -22))))
@@ -284,20 +284,20 @@ def write_flac(path: Path, waveform: FloatArray) -> float:
 
 
 def at_level(waveform: FloatArray, decibels: float) -> FloatArray:
-    """The waveform at a mean power of `decibels` re full scale, or lower where its peak would be too high."""
+    """Scale a waveform to a mean power of `decibels` re full scale, or less if its peak would be too high."""
     wanted = 10 ** (decibels / 20) / float(np.sqrt(np.mean(waveform**2)))
     return waveform * min(wanted, LOUDEST_PEAK / float(np.abs(waveform).max()))
 
 
 def coloured(rng: np.random.Generator, n_samples: int, slope: float) -> FloatArray:
-    """Gaussian noise whose power falls with frequency as 1 / f^slope: 0 white, 1 pink, 2 brown."""
+    """Return Gaussian noise whose power falls with frequency as 1 / f^slope: 0 white, 1 pink, 2 brown."""
     frequencies = np.fft.rfftfreq(n_samples, 1 / SAMPLE_RATE)
     fall: FloatArray = np.maximum(frequencies, 20) ** (-slope / 2)
     return np.fft.irfft(fall * np.fft.rfft(rng.standard_normal(n_samples)), n_samples)
 
 
 def hum(rng: np.random.Generator, n_samples: int) -> FloatArray:
-    """Mains hum, 50 or 60 Hz and nineteen harmonics, over a faint hiss."""
+    """Return mains hum, 50 or 60 Hz and nineteen harmonics, with a faint hiss."""
     time = np.arange(n_samples) / SAMPLE_RATE
     mains = rng.choice([50, 60]) * (1 + 0.001 * np.sin(2 * np.pi * 0.2 * time))
     phase = 2 * np.pi * np.cumsum(mains) / SAMPLE_RATE
@@ -309,7 +309,7 @@ def hum(rng: np.random.Generator, n_samples: int) -> FloatArray:
 
 
 def rain(rng: np.random.Generator, n_samples: int) -> FloatArray:
-    """Drops, about 150 a second: short resonances at 1 to 6 kHz, over a faint hiss."""
+    """Return about 150 rain drops per second, short resonances at 1 to 6 kHz, with a faint hiss."""
     noise = 0.01 * rng.standard_normal(n_samples)
     time = np.arange(round(0.01 * SAMPLE_RATE)) / SAMPLE_RATE
     for start in rng.integers(0, n_samples - len(time), 150 * n_samples // SAMPLE_RATE):
@@ -319,7 +319,7 @@ def rain(rng: np.random.Generator, n_samples: int) -> FloatArray:
 
 
 def machine(rng: np.random.Generator, n_samples: int) -> FloatArray:
-    """A slowly labouring motor: pink noise and a buzz that swell and fade together."""
+    """Return the sound of a slow motor: pink noise and a buzz that swell and fade together."""
     time = np.arange(n_samples) / SAMPLE_RATE
     swell = 1 + 0.7 * np.sin(2 * np.pi * rng.uniform(0.3, 1.5) * time + rng.uniform(0, 2 * np.pi))
     turns = np.cumsum(rng.uniform(25, 60) * (1 + 0.03 * swell)) / SAMPLE_RATE
@@ -331,7 +331,7 @@ def machine(rng: np.random.Generator, n_samples: int) -> FloatArray:
 
 
 def babble(rng: np.random.Generator, n_samples: int, speech: Sequence[Path]) -> FloatArray:
-    """Six utterances of the corpus at once, each repeated from a random point on."""
+    """Return six utterances of the corpus at once, each repeated from a random point."""
     noise = np.zeros(n_samples)
     for index in rng.choice(len(speech), size=6, replace=False):
         waveform, _ = sf.read(speech[index])

@@ -1,4 +1,4 @@
-"""The tour's last word: one page with what came of every step, and the pictures beside it."""
+"""Write the tour's results page, with the results of every step and links to the pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nestcli.parity.page import html_page
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Write the page; what it names is relative to it, so that the folder can be moved. Raises NestError."""
+    """Write the page. Its links are relative, so that the folder can be moved. Raises NestError."""
     write_text(path, [html_page("nest demo", "\n".join(_parts(results, path.parent)))])
 
 
@@ -28,14 +28,14 @@ def _parts(results: Results, home: Path) -> Iterable[str]:
     yield _picture(results.learned.curve, home, "Loss and accuracy at every step")
     yield "<h2>NeMo</h2>"
     yield f"<p>{_compared(results)} {_link(results.comparison, home, 'All checks')}</p>"
-    yield "<h2>Who speaks?</h2>"
+    yield "<h2>Speaker probe</h2>"
     yield f"<p>{_probed(results)}</p>{_accuracies(results)}"
     yield from (_picture(path, home, title) for path, title in zip(pictures, _PROBE_TITLES, strict=True))
     yield "<h2>Files</h2>"
     yield _files(results, home)
 
 
-_PROBE_TITLES = ("Who was taken for whom", "Which layers the probes listen to")
+_PROBE_TITLES = ("Confusions between speakers", "Layer weights of the probes")
 
 
 def _head(results: Results) -> str:
@@ -44,11 +44,11 @@ def _head(results: Results) -> str:
         "Speech": f"{results.speech.accepted:,} utterances of {len(results.corpus.speakers)} synthetic voices, "
         f"{results.speech.hours * 60:.0f} minutes",
         "Loss": f"{learned.even_loss:.2f} to {learned.last_loss:.2f} (by frequency: {learned.frequency_loss:.2f})",
-        "Masked tokens right": f"{learned.last_accuracy:.1%} (by frequency: {learned.frequency_accuracy:.1%})",
+        "Masked tokens correct": f"{learned.last_accuracy:.1%} (by frequency: {learned.frequency_accuracy:.1%})",
         "Steps": f"{results.run.step:,}",
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    lead = "A model of a million parameters learned for some minutes, from speech that was made on the spot."
+    lead = "A model with a million parameters, trained for a few minutes on synthetic speech."
     return f'<header class="passed"><h1>nest demo</h1>\n<p class="lead">{lead}</p>\n<dl>{rows}</dl></header>'
 
 
@@ -61,12 +61,12 @@ def _compared(results: Results) -> str:
 
 def _probed(results: Results) -> str:
     leads = "; ".join(
-        f"{100 * mean:+.1f} points beside {escape(name)}{'' if clear else ', no clear lead'}"
+        f"{100 * mean:+.1f} points compared with {escape(name)}{'' if clear else ', not a clear lead'}"
         for name, (mean, _, clear) in results.probe.margins.items()
     )
     return (
-        f"A linear probe on features of the frozen encoder, {len(results.probe.classes)} voices, utterances that the "
-        f"probe was not trained on: {leads}. So short a training knows little; docs/probe.md says what to expect."
+        f"A linear probe on features of the frozen encoder, {len(results.probe.classes)} voices, tested on utterances "
+        f"that it was not trained on: {leads}. Such a short training learns little; see docs/probe.md."
     )
 
 

@@ -1,4 +1,4 @@
-"""The demo's pictures: how the training went, and what one batch looks like.
+"""The demo's pictures: the course of training, and the features of one batch.
 
 Axes: F mel channels, T frames.
 """
@@ -34,11 +34,11 @@ def draw_loss_curve(
 ) -> None:
     """Write a PNG of the losses in nats and, below, of the accuracy on masked tokens (0 to 1).
 
-    Two guesses are drawn as lines: evenly among the classes, and by how often each comes. The validation may be empty.
+    Two lines show the loss of a uniform guess and of a guess by class frequency. The validation may be empty.
     Raises MissingDependencyError without matplotlib.
     """
-    even = f"guessing evenly: ln({round(float(np.exp(even_loss)))}) = {even_loss:.2f}"
-    by_frequency = f"guessing by frequency: {frequency_loss:.2f}"
+    even = f"uniform guess: ln({round(float(np.exp(even_loss)))}) = {even_loss:.2f}"
+    by_frequency = f"guess by frequency: {frequency_loss:.2f}"
     figure = new_figure(8, 6)
     losses, accuracies = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _curve(losses, steps, train_loss, BLUE, "training")
@@ -48,7 +48,7 @@ def draw_loss_curve(
     losses.set_ylabel("masked-token loss (nats)")
     losses.legend()
     _curve(accuracies, steps, 100 * np.asarray(accuracy, np.float64), BLUE, "training")
-    accuracies.set_ylabel("masked tokens right (%)")
+    accuracies.set_ylabel("masked tokens correct (%)")
     accuracies.set_xlabel("training step")
     accuracies.set_ylim(bottom=0)
     for axes in (losses, accuracies):
@@ -69,16 +69,15 @@ def draw_batch(
 ) -> None:
     """Write a PNG of one item's log-mel features: clean, with noise, and masked, one above the other.
 
-    The three arrays have one shape; `hop_seconds` is the time from frame to frame. Frames count as masked
-    where `masked_FT` differs from `noisy_FT`, and are left blank. Raises MissingDependencyError without
-    matplotlib.
+    The three arrays have the same shape; `hop_seconds` is the time between frames. Frames in which `masked_FT`
+    differs from `noisy_FT` count as masked and are left blank. Raises MissingDependencyError without matplotlib.
     """
     masked_T = (np.abs(masked_FT - noisy_FT) > 1e-5).any(axis=0)
     visible_FT = np.where(masked_T, np.nan, masked_FT)
     panels = {
         "clean · the targets are computed from this": clean_FT,
         "noisy · after mixing": noisy_FT,
-        f"masked · what the encoder sees; blank: the {masked_T.mean():.0%} of frames replaced": visible_FT,
+        f"masked · the encoder's input; blank: the {masked_T.mean():.0%} of frames that are replaced": visible_FT,
     }
     figure = new_figure(10, 7, title)
     rows = figure.subplots(3, 1, sharex=True, sharey=True)
@@ -93,7 +92,7 @@ def draw_batch(
 
 
 def _curve(axes: Axes, steps: npt.ArrayLike, values: npt.ArrayLike, colour: str, name: str) -> None:
-    """The values as they came, pale, under their running mean over a twentieth of the run."""
+    """Draw the raw values in a pale colour, and their running mean over a twentieth of the run."""
     x, y = np.asarray(steps), np.asarray(values, np.float64)
     axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
     window = np.ones(max(1, len(y) // 20))
@@ -102,7 +101,7 @@ def _curve(axes: Axes, steps: npt.ArrayLike, values: npt.ArrayLike, colour: str,
 
 
 def _spectrogram(axes: Axes, features_FT: FloatArray, hop_seconds: float, lowest: float, highest: float) -> AxesImage:
-    """An image whose blanks (NaN) are pale, with time in seconds from left to right."""
+    """Draw an image with pale blanks (NaN) and time in seconds from left to right."""
     n_channels, n_frames = features_FT.shape
     image = axes.imshow(
         features_FT,
@@ -114,5 +113,5 @@ def _spectrogram(axes: Axes, features_FT: FloatArray, hop_seconds: float, lowest
         vmin=lowest,
         vmax=highest,
     )
-    axes.set_facecolor(PALE)  # shows through where the image has no value
+    axes.set_facecolor(PALE)  # visible where the image has no value
     return image

@@ -1,4 +1,4 @@
-"""What came of the tour, and where it lies."""
+"""The results of the tour, and the paths of its files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ COMPARISON = "compare.html"
 
 @dataclass(frozen=True)
 class Learned:
-    """How far the loss fell."""
+    """The final loss and accuracy, compared with guessing."""
 
-    even_loss: float  # of a guess that knows nothing: the logarithm of the number of codes
-    frequency_loss: float  # of a guess that knows how often each code comes, and nothing else
+    even_loss: float  # loss of a uniform guess: the logarithm of the number of codes
+    frequency_loss: float  # loss of a guess that knows only how often each code occurs
     frequency_accuracy: float
     last_loss: float  # mean over the last lines of metrics.jsonl
     last_accuracy: float
@@ -28,7 +28,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class Results:
-    """Where everything is, and what came of every step."""
+    """The results of every step, and the paths of the files."""
 
     corpus: CorpusSummary
     speech: PrepareSummary
@@ -49,7 +49,7 @@ class Results:
 
     @property
     def pictures(self) -> tuple[Path, Path]:
-        """Of the probe: its confusions, and its layers."""
+        """The probe's pictures: confusions, and layer weights."""
         return self.out / "probe" / "confusion.png", self.out / "probe" / "layers.png"
 
     @property
@@ -57,12 +57,12 @@ class Results:
         return self.out / "index.html"
 
     def files(self) -> list[tuple[str, Path]]:
-        """What is worth opening, and what it is called."""
+        """Return a title and a path for each file worth opening."""
         named = [
             ("comparison with NeMo", self.comparison),
             ("best checkpoint", self.run.best),
             ("newest checkpoint", self.run.last),
-            ("numbers of every step", self.run.metrics),
+            ("metrics of every step", self.run.metrics),
             ("speech and noise", self.corpus.speech.parent),
             ("manifests", Path(str(self.speech.manifests["train"])).parent),
         ]

@@ -1,9 +1,9 @@
 """Speech without downloads: espeak-ng, from the shared library inside the `espeakng-loader` package.
 
-espeak-ng is one engine a process: its voice, parameters and callback are C statics. Some of them (the phase
-of the pitch flutter, a cycle counter) outlive even `espeak_Terminate`, so that the same text would sound a
-little different every time. `Synthesizer` therefore takes a lock, loads the library for one text and unloads
-it again, which costs a few ms and makes the samples a function of text and voice alone.
+espeak-ng allows one engine per process: its voice, parameters and callback are C statics. Some of them (the phase
+of the pitch flutter, a cycle counter) survive even `espeak_Terminate`, so that the same text would sound slightly
+different each time. `Synthesizer` therefore takes a lock, loads the library for one text and unloads it again. This
+costs a few ms, and the samples depend only on text and voice.
 
 Source: espeak-ng 1.52, `speak_lib.h` and `espeak_ng.h`. Why this engine: docs/decisions/0004-demo-speech.md.
 """
@@ -26,10 +26,10 @@ import soxr
 
 from nestcli.errors import MissingDependencyError
 
-SAMPLE_RATE = 16_000  # Hz, whatever rate the engine works at
+SAMPLE_RATE = 16_000  # Hz; independent of the engine's own rate
 
-_INSTALL = 'Install the extra that brings it: pip install "nestcli[demo]", in the source tree ".[demo]"'
-_REINSTALL = "Install it anew: pip install --force-reinstall espeakng-loader"
+_INSTALL = 'Install the extra that includes it: pip install "nestcli[demo]", in the source tree ".[demo]"'
+_REINSTALL = "Reinstall it: pip install --force-reinstall espeakng-loader"
 
 _OUTPUT_SYNCHRONOUS = 2
 _DONT_EXIT = 0x8000
@@ -37,8 +37,8 @@ _CHARS_UTF8 = 1
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4  # espeak_PARAMETER
 
 _NOISE_SEED = 1  # espeak_Initialize seeds the breath noise with the clock
-_QUIETER = 70  # of 100: keeps the engine's own peak limiter, which distorts, out of play
-_LONGEST_PATH = 150  # bytes; espeak-ng cuts longer ones off in a buffer of 160, the folder's name included
+_QUIETER = 70  # of 100: below the level at which the engine's own peak limiter distorts
+_LONGEST_PATH = 150  # bytes; espeak-ng truncates longer paths in a buffer of 160, including the folder's name
 
 _AudioCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 _one_at_a_time = threading.Lock()
@@ -46,11 +46,11 @@ _one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class Voice:
-    """One speaker: a language of espeak-ng, one of its voice variants, and how they are tuned.
+    """One speaker: a language of espeak-ng, one of its voice variants, and their settings.
 
     `language` names a file under `espeak-ng-data/lang`: "en-us", "de", or "en" for Great Britain. `variant`
-    names one under `espeak-ng-data/voices/!v`: "m3", "f2". `pitch` and `pitch_range` go from 0 to 99, and 50
-    is the variant's own; `rate` is in words per minute, 80 to 450.
+    names one under `espeak-ng-data/voices/!v`: "m3", "f2". `pitch` and `pitch_range` range from 0 to 99; 50
+    is the variant's default. `rate` is in words per minute, 80 to 450.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Voice:
 
 
 class Synthesizer:
-    """Turns text into speech with espeak-ng; any number may exist, they take turns at the process's engine.
+    """Turns text into speech with espeak-ng. Several instances may exist; they take turns using the process' engine.
 
-    Raises MissingDependencyError where the package or its library is missing or does not start.
+    Raises MissingDependencyError if the package or its library is missing or does not start.
     """
 
     def __init__(self) -> None:
@@ -73,11 +73,11 @@ class Synthesizer:
             pass
 
     def speak(self, text: str, voice: Voice) -> npt.NDArray[np.float32]:
-        """`text` as spoken by `voice`: mono at 16 kHz, within [-1, 1], the same samples at every call.
+        """Speak `text` with `voice`: mono at 16 kHz, within [-1, 1], the same samples at every call.
 
         Raises ValueError for a voice that espeak-ng does not have.
         """
-        if not (self._data / "voices" / "!v" / voice.variant).is_file():  # espeak-ng would ignore it silently
+        if not (self._data / "voices" / "!v" / voice.variant).is_file():  # espeak-ng ignores unknown ones silently
             raise ValueError(_unknown(voice, f"variant {voice.variant!r}"))
         with _engine(self._library, self._data) as (espeak, rate):
             _select(espeak, voice)
@@ -87,19 +87,19 @@ class Synthesizer:
 
 
 def variants() -> list[str]:
-    """The names of all voice variants, in order. Raises MissingDependencyError as `Synthesizer` does."""
+    """Return the sorted names of all voice variants. Raises MissingDependencyError as `Synthesizer` does."""
     return sorted(path.name for path in (_locate()[1] / "voices" / "!v").iterdir())
 
 
 def _locate() -> tuple[Path, Path]:
-    """The shared library and its data folder."""
+    """Return the paths of the shared library and its data folder."""
     try:
         import espeakng_loader
 
         library, data = Path(espeakng_loader.get_library_path()), Path(espeakng_loader.get_data_path())
     except (ImportError, RuntimeError) as error:
         raise MissingDependencyError(f"Synthetic speech needs espeakng-loader ({error}). {_INSTALL}") from error
-    # Without its data espeak-ng would go on looking in $ESPEAK_DATA_PATH, $HOME and its builder's folders.
+    # Without its data, espeak-ng would also search $ESPEAK_DATA_PATH, $HOME and the folders of its build machine.
     for needed in (library, data / "phontab"):
         if not needed.is_file():
             raise MissingDependencyError(f"espeakng-loader is incomplete: {needed} is missing. {_REINSTALL}")
@@ -108,7 +108,7 @@ def _locate() -> tuple[Path, Path]:
 
 @contextmanager
 def _engine(library: Path, data: Path) -> Iterator[tuple[ctypes.CDLL, int]]:
-    """A freshly loaded espeak-ng and its sampling rate in Hz, unloaded again at the end."""
+    """Load espeak-ng, yield it with its sampling rate in Hz, and unload it at the end."""
     with _one_at_a_time, _short_path(data) as reachable:
         try:
             espeak = ctypes.CDLL(str(library))
@@ -133,7 +133,7 @@ def _initialize(espeak: ctypes.CDLL, data: Path) -> int:
 
 @contextmanager
 def _short_path(data: Path) -> Iterator[Path]:
-    """A path to `data` that fits espeak-ng's buffer: itself, or a symbolic link in a temporary folder."""
+    """Yield a path to `data` that fits espeak-ng's buffer: the path itself, or a link in a temporary folder."""
     if len(os.fsencode(data)) <= _LONGEST_PATH:
         yield data
         return
@@ -152,7 +152,7 @@ def _select(espeak: ctypes.CDLL, voice: Voice) -> None:
 
 
 def _synthesize(espeak: ctypes.CDLL, text: str) -> npt.NDArray[np.int16]:
-    """The samples of `text` at the engine's own rate."""
+    """Return the samples of `text` at the engine's own rate."""
     blocks = [np.zeros(0, np.int16)]
 
     def collect(samples: ctypes._Pointer[ctypes.c_short], n_samples: int, _events: int | None) -> int:
@@ -160,7 +160,7 @@ def _synthesize(espeak: ctypes.CDLL, text: str) -> npt.NDArray[np.int16]:
             blocks.append(np.ctypeslib.as_array(samples, (n_samples,)).copy())
         return 0
 
-    callback = _AudioCallback(collect)  # held here: espeak-ng keeps a bare pointer to it
+    callback = _AudioCallback(collect)  # the variable keeps it alive: espeak-ng holds only a raw pointer
     encoded = text.encode()
     espeak.espeak_SetSynthCallback(callback)
     espeak.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, _CHARS_UTF8, None, None)
@@ -169,4 +169,4 @@ def _synthesize(espeak: ctypes.CDLL, text: str) -> npt.NDArray[np.int16]:
 
 
 def _unknown(voice: Voice, part: str) -> str:
-    return f"Voice {voice.name!r}: espeak-ng has no {part}. Take one from espeak-ng-data/lang and voices/!v."
+    return f"Voice {voice.name!r}: espeak-ng has no {part}. Choose one from espeak-ng-data/lang and voices/!v."

@@ -1,5 +1,5 @@
-"""The guided tour: a corpus made on the spot, manifests, noisy copies, a short pretraining, a comparison with NeMo,
-a probe, and a page that shows what came of each.
+"""The guided tour: a synthetic corpus, manifests, noisy copies, a short pretraining, a comparison with NeMo, a probe,
+and a page with the results.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ SEED = 7
 MINUTES_OF_SPEECH = 12.0
 PREVIEWS = 2  # pictures of noisy copies
 PROBES = 3  # splits, and untrained encoders
-# Made voices say little in a few minutes: tokens of 40 ms are twice as many, and a lower rate does not collapse.
+# A few minutes of synthetic speech are little data: tokens of 40 ms give twice as many targets, and the lower learning
+# rate avoids a collapse.
 FOR_LITTLE_SPEECH = (
     "model.encoder.subsampling_factor=4", "model.preprocessor.normalize=all_features", "model.optim.lr=0.15",
 )  # fmt: skip
-FALLEN = 0.93  # the loss at the end, as a share of a guess's, that counts as clearly fallen
+FALLEN = 0.93  # the final loss must be below this share of a uniform guess' loss
 
 
 class Guide(Protocol):
-    """Tells the person at the terminal what is going on."""
+    """Shows the progress of the tour to the user."""
 
     def chapter(self, title: str) -> None: ...
 
@@ -57,13 +58,13 @@ class Guide(Protocol):
 
 
 def take_tour(out: Path, overrides: list[str], guide: Guide, *, minutes: float = MINUTES_OF_SPEECH) -> Results:
-    """Make speech and noise, prepare and mix them, pretrain the demo preset, compare, probe, draw.
+    """Make speech and noise, prepare and mix them, pretrain the demo preset, compare, probe, and write the results.
 
-    Continues a tour that was broken off. Raises RunFailedError if the loss did not clearly fall, or something differs
-    from NeMo.
+    Continues an interrupted tour. Raises RunFailedError if the loss did not clearly fall, or something differs from
+    NeMo.
     """
-    variants()  # without espeak-ng nothing is begun
-    guide.chapter("1  Making speech of 18 synthetic voices, and noise")
+    variants()  # raises before anything is written if espeak-ng is missing
+    guide.chapter("1  Making speech with 18 synthetic voices, and noise")
     corpus = make_corpus(out / "audio", minutes=minutes, seed=SEED, progress=guide.progress)
     guide.chapter("2  Preparing manifests")
     by_folder = r"([^/\\]+)[/\\][^/\\]+$"
@@ -75,17 +76,17 @@ def take_tour(out: Path, overrides: list[str], guide: Guide, *, minutes: float =
     )
     noise = prepare([corpus.noise], out / "noise", PrepareOptions(kind="noise"), guide.progress)
     config = load_training_config("demo", [*_data_overrides(out, speech, noise), *FOR_LITTLE_SPEECH, *overrides])
-    guide.chapter("3  Noisy copies of the validation part, as training hears half of its speech")
+    guide.chapter("3  Mixing noise into the validation set, as training does with half of its speech")
     noisy = _noisy_copies(out, config, speech, noise, guide)
     guide.chapter("4  Pretraining the demo preset")
     run = Pretraining(config, guide.display())
     result = run.fit()
     learned = _learned(out, config, result)
-    guide.chapter("5  Comparing the model with NeMo's, as recorded")
+    guide.chapter("5  Comparing the model with facts recorded from NeMo")
     report = _compared(out, config, guide)
-    guide.chapter("6  Asking the encoder who speaks")
+    guide.chapter("6  Probing the encoder for speakers")
     probed = _probed(out, speech, result, guide)
-    guide.chapter("7  Drawing")
+    guide.chapter("7  Drawing the results")
     results = Results(corpus, speech, noisy, result, learned, report, probed, out)
     _draw(run, results)
     write_results(results.page, results)
@@ -93,7 +94,7 @@ def take_tour(out: Path, overrides: list[str], guide: Guide, *, minutes: float =
 
 
 def _learned(out: Path, config: DictConfig, run: RunResult) -> Learned:
-    """Draw the curve of the loss; raises RunFailedError if it did not clearly fall."""
+    """Draw the loss curve. Raises RunFailedError if the loss did not clearly fall."""
     lines = _lines(run.metrics)
     last = lines[-5:]
 
@@ -121,8 +122,8 @@ def _learned(out: Path, config: DictConfig, run: RunResult) -> Learned:
     )
     if learned.last_loss > FALLEN * learned.even_loss:
         raise RunFailedError(
-            f"the loss ended at {learned.last_loss:.2f}; a guess has {learned.even_loss:.2f}. It should have "
-            f"fallen below {FALLEN:.0%} of that. The curve is in {learned.curve}."
+            f"the loss ended at {learned.last_loss:.2f}; a uniform guess has {learned.even_loss:.2f}. It should have "
+            f"fallen below {FALLEN:.0%} of that. {learned.curve} shows the curve."
         )
     return learned
 
@@ -140,7 +141,7 @@ def _noisy_copies(
 
 
 def _compared(out: Path, config: DictConfig, guide: Guide) -> Report:
-    """Raises RunFailedError if something differs; the page says what."""
+    """Compare with the recorded NeMo and write the page. Raises RunFailedError if something differs."""
     nemo, page = RecordedNemo(), out / COMPARISON
     try:
         report = compare(Request("demo", config), nemo, lambda number, total, name: guide.progress(number, total))
@@ -148,15 +149,15 @@ def _compared(out: Path, config: DictConfig, guide: Guide) -> Report:
         nemo.close()
     write_page(report, page)
     if not report.passed:
-        raise RunFailedError(f"this is not NeMo's model on this machine: {page} says where it differs.")
+        raise RunFailedError(f"on this machine the model differs from NeMo's: {page} shows where.")
     return report
 
 
 def _probed(out: Path, speech: PrepareSummary, run: RunResult, guide: Guide) -> ProbeResult:
-    """Of the speech that was trained on, whose speakers training was not told."""
+    """Probe the encoder for speakers on the training speech: pretraining does not use the speaker labels."""
     checkpoint = run.best or run.last
     if checkpoint is None:
-        raise ConfigError("the demo probes what it trained: leave exp_manager.create_checkpoint_callback=true.")
+        raise ConfigError("the demo needs a checkpoint to probe: set exp_manager.create_checkpoint_callback=true.")
     options = ProbeOptions("speaker", seeds=PROBES, device="cpu")
 
     def advance(done: int, total: int, doing: str) -> None:
@@ -173,7 +174,7 @@ def _data_overrides(out: Path, speech: PrepareSummary, noise: PrepareSummary) ->
         f"model.validation_ds.noise_manifest={noise.manifests['train']}",
         f"exp_manager.exp_dir={out}",
         "exp_manager.name=run",
-        "trainer.accelerator=cpu",  # the same everywhere, and never several processes making one corpus
+        "trainer.accelerator=cpu",  # the same results everywhere, and only one process that makes the corpus
         "trainer.devices=1",
     ]
 
@@ -192,7 +193,7 @@ def _draw(run: Pretraining, results: Results) -> None:
         noisy_BDT[item, :, :frames].numpy(),
         masked_BDT[item, :, :frames].numpy(),
         hop_seconds=hop,
-        title="What the model hears, and what it must predict from it",
+        title="Clean features, and the noisy and masked features that the model receives",
     )
     confusion, layers = results.pictures
     confusion.parent.mkdir(exist_ok=True)
@@ -202,7 +203,7 @@ def _draw(run: Pretraining, results: Results) -> None:
 
 @torch.no_grad()
 def _features_of_a_mixed_item(run: Pretraining, model: Any) -> tuple[Any, Any, Any, int, int]:
-    """Clean, noisy and masked features of a training batch, and the item in it that was mixed the most."""
+    """Return clean, noisy and masked features of a training batch, the frames and the index of its noisiest item."""
     batch = run.data.train_batch(0, 0)
     torch.manual_seed(SEED)
     clean_BDT, frames_B = model.preprocessor(batch.audio, batch.audio_len)

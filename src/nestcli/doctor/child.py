@@ -1,7 +1,7 @@
-"""The trials that may crash or hang, run one after another in a process of their own: `python child.py`.
+"""The child process for trials that may crash or hang: `python child.py` runs them one after another.
 
-A request is a line of JSON on stdin, its answer one on stdout. This file stands alone: a trial imports what it is
-about, and a broken installation breaks that trial only. `trials.py` is the other side.
+A request is a line of JSON on stdin, its answer one on stdout. This file is self-contained: a trial imports only the
+package that it tests, so that a broken package breaks that trial only. `trials.py` is the parent's side.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("32", "bf16-mixed", "bf16-true", "16-mixed")
-_FORMATS = {  # as the README promises them; a rate that every codec takes
+_FORMATS = {  # the formats that the README promises, at a rate that every codec supports
     "wav": ("WAV", "PCM_16", 16_000),
     "flac": ("FLAC", "PCM_16", 16_000),
     "mp3": ("MP3", "MPEG_LAYER_III", 16_000),
@@ -41,7 +41,7 @@ def _presets(_: str) -> dict[str, Any]:
 
 
 def _torch(_: str) -> dict[str, Any]:
-    """What PyTorch was built for, and which devices it can use."""
+    """Find out PyTorch's build and the devices that it can use."""
     import torch
     from torch import distributed
 
@@ -77,7 +77,7 @@ def _gpu(number: int) -> dict[str, Any]:
 
 
 def _precision(device: str) -> dict[str, Any]:
-    """One optimiser step in each precision that trainer.precision takes; empty for one that works, else why not."""
+    """Try an optimizer step in each trainer.precision; each failure is a reason, or empty if the step works."""
     failures = {}
     for name in PRECISIONS:
         try:
@@ -88,7 +88,7 @@ def _precision(device: str) -> dict[str, Any]:
 
 
 def _step(precision: str, device: str) -> str:
-    """A linear layer learns for a step; returns what is wrong with the outcome, or nothing."""
+    """Train a linear layer for one step; return the error in the result, or an empty string."""
     import torch
 
     low = torch.float16 if precision == "16-mixed" else torch.bfloat16
@@ -107,12 +107,12 @@ def _step(precision: str, device: str) -> str:
     scaler.step(optimiser)
     scaler.update()
     if not torch.isfinite(layer.weight).all() or torch.equal(layer.weight, before):
-        return "the optimiser's step made no finite change"
+        return "the optimizer's step did not change the weights to finite values"
     return ""
 
 
 def _gloo(_: str) -> dict[str, Any]:
-    """A process group of one process adds a tensor up: finds an unusable network address, as training would."""
+    """Sum a tensor in a process group of one process: finds an unusable network address, as training would."""
     import torch
     from torch import distributed
 
@@ -126,7 +126,7 @@ def _gloo(_: str) -> dict[str, Any]:
 
 
 def _formats(_: str) -> dict[str, Any]:
-    """Write a tone and read it again in every format; empty for one that works, else why not."""
+    """Write a tone and read it back in every format; each failure is a reason, or empty if the format works."""
     import soundfile
 
     failures = {}
@@ -147,9 +147,9 @@ def _written_and_read(kind: str, subtype: str, rate: int) -> str:
     soundfile.write(file, tone, rate, format=kind, subtype=subtype)
     file.seek(0)
     samples, _ = soundfile.read(file)
-    energy = float(np.square(samples).mean())  # 0.125 was written; codecs add up to a frame of silence
+    energy = float(np.square(samples).mean())  # the tone has 0.125; codecs add up to a frame of silence
     wrong = not 0.9 * rate <= len(samples) <= 1.3 * rate or not 0.08 < energy < 0.15
-    return f"a tone comes back as {len(samples)} of {rate} samples, energy {energy:.3f} of 0.125" if wrong else ""
+    return f"read back {len(samples)} of {rate} samples of a tone, energy {energy:.3f} of 0.125" if wrong else ""
 
 
 def _soxr(_: str) -> dict[str, Any]:
@@ -162,12 +162,12 @@ def _soxr(_: str) -> dict[str, Any]:
     middle = slice(1_000, 15_000)
     error = float(np.abs(made[middle] - wanted[middle]).max())
     if len(made) != 16_000 or not error < 1e-3:
-        raise RuntimeError(f"a tone was resampled to {len(made)} samples for 16000, off by {error:.2g}")
+        raise RuntimeError(f"a tone was resampled to {len(made)} samples instead of 16000, error {error:.2g}")
     return {"error": error}
 
 
 def _library(path: str) -> dict[str, Any]:
-    """Load a compiled library, as torch.compile does with what it compiled."""
+    """Load a compiled library, as torch.compile does."""
     import ctypes
 
     ctypes.CDLL(path)
@@ -175,7 +175,7 @@ def _library(path: str) -> dict[str, Any]:
 
 
 def _nemo(how: str) -> dict[str, Any]:
-    """NeMo's version in this Python, without running any of it; with `import`, its encoder is imported too."""
+    """Find NeMo's version in this Python without running NeMo; with `import`, import its encoder too."""
     from importlib import metadata, util
 
     version = metadata.version("nemo_toolkit")
@@ -200,16 +200,18 @@ def _first_line(error: BaseException) -> str:
 def main() -> None:
     """Answer each request {"trial": "NAME"} or {"trial": "NAME:ARGUMENT"} until there are no more."""
     here = Path(__file__).parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]  # no `import audio` of ours
+    sys.path[:] = [
+        entry for entry in sys.path if Path(entry or ".").resolve() != here
+    ]  # `import audio` must not find ours
     requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what libraries read is no request
-    os.dup2(2, 1)  # whatever they print is no answer
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # libraries must not read requests
+    os.dup2(2, 1)  # libraries may print: not into the answers
     for request in requests:
         name, _, argument = json.loads(request)["trial"].partition(":")
         answer: dict[str, Any]
         try:
             answer = {"facts": TRIALS[name](argument)}
-        except BaseException as error:  # SystemExit of a module too
+        except BaseException as error:  # a module may raise SystemExit
             answer = {"error": _first_line(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

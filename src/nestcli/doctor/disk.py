@@ -1,4 +1,4 @@
-"""Where files are written: is there room, and does the file system do what checkpoints rely on. All of it is tried."""
+"""Checks of the folders that nest writes to: free space, and file system features that checkpoints need, by trial."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Usage = Callable[[Path], "tuple[int, int, int]"]
 
 
 def disk_checks(out: Path, environ: Mapping[str, str], usage: Usage = shutil.disk_usage) -> Iterator[Check]:
-    """All of the section, for results in `out`, which need not exist yet."""
+    """Yield all checks of the section, for results in `out`, which need not exist yet."""
     folder = existing(out)
     yield from folder_checks("results", folder, f"{out}", usage, problem_below=_GIB, note_below=_LARGE)
     try:
         temporary = Path(tempfile.gettempdir())
     except FileNotFoundError as error:
-        remedy = "Set TMPDIR to a folder that can be written to: decoding, export and bench need one."
+        remedy = "Set TMPDIR to a writable folder: decoding, export and bench need one."
         yield _check("temporary files", "problem", str(error), remedy)
         return
     yield from folder_checks(
@@ -41,19 +41,19 @@ def disk_checks(out: Path, environ: Mapping[str, str], usage: Usage = shutil.dis
 
 
 def existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
+    """Return the path itself or its nearest parent that exists."""
     return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
 
 
 def folder_checks(
     name: str, folder: Path, shown: str, usage: Usage, *, problem_below: int, note_below: int
 ) -> Iterator[Check]:
-    """A folder that is there: writable, with room, and what its file system does."""
+    """Check an existing folder: is it writable, its free space, and for results the file system."""
     try:
         with tempfile.TemporaryDirectory(prefix=".nest-doctor-", dir=folder) as trial:
             refused, folded = _what_fails(Path(trial)), _folds_case(Path(trial))
     except OSError as error:
-        remedy = _remedy_for(name, "Mend its permissions, or mount it for writing")
+        remedy = _remedy_for(name, "Fix its permissions or mount it for writing")
         yield _check(name, "problem", f"{shown} cannot be written to: {error.strerror}", remedy)
         return
     yield _room(name, folder, shown, usage(folder)[2], problem_below, note_below)
@@ -65,16 +65,16 @@ def _room(name: str, folder: Path, shown: str, free: int, problem_below: int, no
     mount = mount_of(folder.resolve())
     words = f"{shown}: {size(free)} free{f' on {mount.kind}' if mount else ''}"
     if os.statvfs(folder).f_files and not os.statvfs(folder).f_favail:
-        return _check(name, "problem", f"{words}, but no further files", "Remove files: its inodes are used up.")
+        return _check(name, "problem", f"{words}, but no free inodes", "Remove files: all inodes are in use.")
     if free < problem_below:
-        return _check(name, "problem", words, _remedy_for(name, "Make room"))
+        return _check(name, "problem", words, _remedy_for(name, "Free some space"))
     if free < note_below:
         needed = (
             "A run of `large` needs 7 GiB for its checkpoints"
             if name == "results"
             else "Decoding and compiling may need more"
         )
-        return _check(name, "note", words, f"{needed}. {_remedy_for(name, 'Make room')}")
+        return _check(name, "note", words, f"{needed}. {_remedy_for(name, 'Free some space')}")
     return _check(name, "ok", words)
 
 
@@ -86,24 +86,24 @@ def _remedy_for(name: str, first: str) -> str:
 def _checkpoints(refused: str, folded: bool, folder: Path) -> Iterator[Check]:
     name = "file system"
     if refused:
-        remedy = "Checkpoints would fail or be torn there. Use a local disk, NFS 4 or Lustre mounted with flock."
+        remedy = "Checkpoints would fail or be truncated there. Use a local disk, NFS 4 or Lustre mounted with flock."
         yield _check(name, "problem", f"{folder}'s file system fails at {refused}", remedy)
     else:
         yield _check(name, "ok", "sync, renaming over a file, locks and mapped reads work, tried on a file")
     if folded:
-        remedy = "Let no two files or speakers differ in capitals alone."
-        yield _check("capitals", "note", f"{folder} takes A and a for one name", remedy)
+        remedy = "Make sure that no two files or speakers differ only in upper and lower case."
+        yield _check("capitals", "note", f"{folder} does not distinguish A from a in names", remedy)
 
 
 def _what_fails(folder: Path) -> str:
-    """Write and rewrite as checkpoints are, lock as caches do, map as resuming does; what fails, or nothing."""
+    """Write and rewrite a file like a checkpoint, lock it like the cache, map it like resuming; return what fails."""
     target = folder / "checkpoint"
     step = "writing, syncing and renaming"
     try:
         for content in (b"first", b"second"):
             with atomic_file(target) as file:
                 file.write(content)
-        step = "reading what was renamed"
+        step = "reading the renamed file"
         if target.read_bytes() != b"second":
             return step
         with target.open("r+b") as file:
@@ -122,10 +122,10 @@ def _folds_case(folder: Path) -> bool:
 
 
 def cache_check(cache: Path, folder: Path) -> Check:
-    """torch.compile writes libraries there and loads them."""
+    """Check the folder where torch.compile writes libraries and loads them."""
     name, remedy = (
         "compiled code",
-        "Only for model.encoder.compile=true: set TORCHINDUCTOR_CACHE_DIR to another folder.",
+        "Needed only for model.encoder.compile=true: set TORCHINDUCTOR_CACHE_DIR to another folder.",
     )
     try:
         with tempfile.TemporaryDirectory(prefix=".nest-doctor-", dir=folder):
@@ -134,5 +134,5 @@ def cache_check(cache: Path, folder: Path) -> Check:
         return _check(name, "note", f"{cache} cannot be written to: {error.strerror}", remedy)
     mount = mount_of(folder.resolve())
     if mount is not None and "noexec" in mount.options:
-        return _check(name, "note", f"{cache} is on a file system that runs nothing (noexec)", remedy)
+        return _check(name, "note", f"{cache} is on a file system mounted with noexec", remedy)
     return _check(name, "ok", f"{cache}")

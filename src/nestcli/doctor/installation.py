@@ -1,4 +1,4 @@
-"""nest itself, Python, and every package that nest needs: which version, in range or not, does it import."""
+"""Checks of nest itself, Python, and every package that nest needs: version, allowed range, import."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _check = partial(Check, "installation")
 _CORE = (
     "numpy", "torch", "rich", "typer", "pyyaml", "omegaconf", "soundfile", "soxr", "sox", "fsspec", "urllib3",
     "safetensors", "tensorboard", "matplotlib", "lightning", "lhotse",
-)  # fmt: skip  # those that others import come first
-_MODULES = {"lightning": "lightning.pytorch", "pyyaml": "yaml"}  # where it is not the distribution's own name
+)  # fmt: skip  # packages that others import come first
+_MODULES = {"lightning": "lightning.pytorch", "pyyaml": "yaml"}  # if it differs from the distribution's name
 _MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
-_WHY = {  # a version that is too old is a danger
-    "lightning": "it runs code out of checkpoints that it loads itself",
-    "torch": "before 2.10 weights_only=True can be got round",
+_WHY = {
+    "lightning": "it runs code from checkpoints that it loads itself",
+    "torch": "before 2.10, weights_only=True can be bypassed",
 }
-_TOO_NEW = "nest uses private names of it and has not been tested with this version"
+_TOO_NEW = "nest uses private names of this package and was not tested with this version"
 _WITH_NEMO = {"lightning": "2.4", "omegaconf": "2.3"}  # NeMo 3.0.0 pins these; nest runs with them
 _EXTRAS = {
     "demo": "nest demo's voices",
@@ -42,23 +42,24 @@ _EXTRAS = {
     "dev": "tests and checks",
 }
 _REPAIRS = {
-    "soundfile": "On Debian: apt-get install libsndfile1; or pip install --force-reinstall soundfile, which brings it.",
-    "torch": "pip install --force-reinstall torch. A library that it misses (libgomp1, say) comes from your system.",
+    "soundfile": "Debian: apt-get install libsndfile1; or pip install --force-reinstall soundfile, which includes it.",
+    "torch": "pip install --force-reinstall torch. If a library is missing (such as libgomp1), install it by your "
+    "system's package manager.",
 }
 
 
 def requirements() -> list[Requirement]:
-    """What nest needs; without its metadata, in a source tree that was never installed, names without ranges."""
+    """Return nest's requirements. A source tree that was never installed has no metadata: names without ranges."""
     found = requirements_of("nestcli")
     return [Requirement(name, "") for name in _CORE] if found is None else found
 
 
 def trials() -> list[str]:
-    """Every package is imported, in an order in which the first that fails is the cause."""
+    """Return a trial that imports each package, ordered so that the first failure is the cause of later ones."""
     core = [each.name for each in requirements() if not each.extra]
     safe = [
         name for name in core if not any(malicious_check(name, installed_version(name)))
-    ]  # their import is the harm
+    ]  # importing a malicious release would run it
     return [f"import:{module_of(name)}" for name in sorted(safe, key=_place)]
 
 
@@ -71,7 +72,7 @@ def _place(name: str) -> int:
 
 
 def installation_checks(answers: Mapping[str, Answer]) -> Iterator[Check]:
-    """All of the section."""
+    """Yield all checks of the section."""
     yield nest_check(Path(nestcli.__file__).parent, installed_version("nestcli"), _editable_from())
     yield from copies_check(Path(nestcli.__file__).parent, sys.path)
     yield from script_check(shutil.which("nest"), Path(sys.executable).parent)
@@ -81,7 +82,7 @@ def installation_checks(answers: Mapping[str, Answer]) -> Iterator[Check]:
 
 
 def dependencies_checks(answers: Mapping[str, Answer]) -> Iterator[Check]:
-    """A row for each package that nest needs, and for the extras."""
+    """Yield a check for each package that nest needs, and for the extras."""
     needed, blamed = requirements(), dict[str, str]()
     has_nemo = installed_version("nemo_toolkit") is not None
     for each in sorted((each for each in needed if not each.extra), key=lambda each: _place(each.name)):
@@ -94,20 +95,20 @@ def dependencies_checks(answers: Mapping[str, Answer]) -> Iterator[Check]:
 
 
 def nest_check(package: Path, installed: str | None, editable: str | None) -> Check:
-    """Which nest runs, and whether what pip knows of it is true."""
+    """Check which nest runs, and that pip's record of it is correct."""
     source = (package.parents[1] / "pyproject.toml").is_file()
     where = f"source tree {package.parents[1]}" if source else f"installed in {package.parent}"
     found = f"{nestcli.__version__}, {where}"
     if installed is None:
         return _check(
-            "nest", "note", f"{found}; pip does not know it, so that no versions are checked", "pip install -e . there."
+            "nest", "note", f"{found}; unknown to pip, so that versions are not checked", "pip install -e . there."
         )
     if installed != nestcli.__version__:
-        return _check("nest", "note", f"{found}; pip has installed {installed}", "Install it again: pip install .")
+        return _check("nest", "note", f"{found}; pip has installed {installed}", "Reinstall it: pip install .")
     if editable is not None and source and Path(editable).resolve() != package.parents[1].resolve():
         return _check(
             "nest", "note", f"{found}; pip has installed the source tree {editable}",
-            "Unset PYTHONPATH if that is the one that you mean.",
+            "Unset PYTHONPATH if you want the installed one.",
         )  # fmt: skip
     return _check("nest", "ok", found)
 
@@ -122,22 +123,22 @@ def _editable_from() -> str | None:
 
 
 def copies_check(running: Path, path: Sequence[str]) -> Iterator[Check]:
-    """Other packages named nestcli on sys.path."""
+    """Check for other packages named nestcli on sys.path."""
     there = (Path(entry or ".") / "nestcli" for entry in path)
     others = {each.resolve() for each in there if (each / "__init__.py").is_file()} - {running.resolve()}
     if others:
         yield _check(
-            "other copies", "note", f"sys.path has also {', '.join(map(str, sorted(others)))}; {running} runs",
-            "Uninstall what you do not mean (pip uninstall nestcli), or unset PYTHONPATH.",
+            "other copies", "note", f"sys.path also has {', '.join(map(str, sorted(others)))}; {running} runs",
+            "Uninstall the unwanted copy (pip uninstall nestcli), or unset PYTHONPATH.",
         )  # fmt: skip
 
 
 def script_check(on_path: str | None, ours: Path) -> Iterator[Check]:
-    """A `nest` of another environment that is found first."""
+    """Check for a `nest` of another environment that comes first on PATH."""
     if on_path is not None and (ours / "nest").is_file() and not Path(on_path).samefile(ours / "nest"):
         yield _check(
-            "nest on PATH", "note", f"{on_path}, of another environment than {ours}",
-            "Activate the environment that you mean, or call its nest by path.",
+            "nest on PATH", "note", f"{on_path} belongs to another environment than {ours}",
+            "Activate the right environment, or call its nest by path.",
         )  # fmt: skip
 
 
@@ -159,9 +160,9 @@ def dependency_check(
     home: Path | None = None,
     cause: str = "",
 ) -> Check:
-    """One package: is it there, safe, in range, importable, and imported from where it is installed (`home`).
+    """Check that a package is installed, safe, in range, importable, and imported from its own folder (`home`).
 
-    `cause` names the first package whose import failed in the same way.
+    `cause` is the first package whose import failed in the same way.
     """
     name, install = needed.name, f'pip install "{needed.words}"'
     if version is None:
@@ -171,26 +172,26 @@ def dependency_check(
     if answer.error:
         remedy = _REPAIRS.get(name, f'pip install --force-reinstall "{needed.words}"')
         if cause not in ("", name):
-            remedy = f"Mend {cause} first: its import fails in the same way."
-        return _check(name, "problem", f"{version}, and its import fails: {answer.error}", remedy)
+            remedy = f"Fix {cause} first: its import fails in the same way."
+        return _check(name, "problem", f"{version}, but its import fails: {answer.error}", remedy)
     if not is_in_range(version, needed.range):
         is_old = not is_in_range(version, ",".join(part for part in needed.range.split(",") if ">" in part))
         found = f"{version} is not {needed.range}{f': {_WHY[name] if is_old else _TOO_NEW}' if name in _WHY else ''}"
         if has_nemo and name in _WITH_NEMO and is_in_range(version, f">={_WITH_NEMO[name]}"):
-            remedy = "None needed: NeMo pins it, nest runs with it and runs no code out of checkpoints."
+            remedy = "Nothing to do: NeMo pins it, and nest runs with it and runs no code from checkpoints."
             return _check(name, "note", found, remedy)
         return _check(name, "problem", found, install)
     file = answer.facts.get("file")
     if file and home is not None and home.resolve() not in Path(file).resolve().parents:
         return _check(
-            name, "note", f"{version} is installed in {home}, and {file} is imported",
-            "Something hides the installed one: look at PYTHONPATH and for a folder of that name.",
+            name, "note", f"{version} is installed in {home}, but {file} is imported",
+            "Another copy hides the installed one: check PYTHONPATH, and look for a folder of that name.",
         )  # fmt: skip
     return _check(name, "ok", version)
 
 
 def _home(name: str) -> Path | None:
-    """The folder that holds an installed distribution's modules; None if pip does not say, as for an editable one."""
+    """Return the folder of a distribution's modules; None if pip has no record of it or it is an editable install."""
     try:
         distribution = metadata.distribution(name)
     except metadata.PackageNotFoundError:
@@ -204,12 +205,12 @@ def malicious_check(name: str, version: str | None) -> Iterator[Check]:
     if version in _MALICIOUS.get(name, ()):
         yield _check(
             name, "problem", f"{version} is a malicious release",
-            f'Remove it at once: pip install "{name}>=2.6.6". Change every password and key that this machine held.',
+            f'Replace it at once: pip install "{name}>=2.6.6". Change every password and key stored on this machine.',
         )  # fmt: skip
 
 
 def extras_checks(needed: Sequence[Requirement], versions: Mapping[str, str | None]) -> Iterator[Check]:
-    """Which extras are there; one that has a version out of range has a row of its own."""
+    """List installed and missing extras; a package out of range gets its own check."""
     there: list[str] = []
     missing: list[str] = []
     for extra in dict.fromkeys(each.extra for each in needed if each.extra):
@@ -233,5 +234,5 @@ def _listed(extras: Sequence[str]) -> str:
 
 def presets_check(answer: Answer) -> Check:
     if answer.error:
-        return _check("presets", "problem", f"they cannot be read: {answer.error}", "Install nest again: pip install .")
+        return _check("presets", "problem", f"they cannot be read: {answer.error}", "Reinstall nest: pip install .")
     return _check("presets", "ok", f"{len(answer.facts['presets'])} read, in {answer.facts['folder']}")

@@ -1,4 +1,4 @@
-"""What the operating system and the container say: cores, memory, limits, file systems, NVIDIA hardware."""
+"""Facts from the operating system and the container: cores, memory, limits, file systems, NVIDIA hardware."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_NO_LIMIT = 1 << 60  # bytes; the first version of cgroups has a huge number in place of none
-_NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI's vendor, and the class of graphics cards
+_NO_LIMIT = 1 << 60  # bytes; version 1 of cgroups reports a huge number for "no limit"
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI vendor, and PCI class of graphics cards
 
 
 def processor_quota(root: Path = Path("/")) -> float | None:
-    """Cores' worth of time that a container may use, None without a limit."""
+    """Return the CPU time that a container may use, in cores; None without a limit."""
     quotas = []
     for folder in _groups(root, "cpu"):
         both = _words(folder / "cpu.max") or [
@@ -26,7 +26,7 @@ def processor_quota(root: Path = Path("/")) -> float | None:
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int] | None:
-    """Bytes of memory in all and still to be had, as the container's limit allows; None where nothing tells."""
+    """Return total and available memory in bytes, within the container's limit; None if the system does not tell."""
     text = _text(root / "proc/meminfo")
     table = {name: int(count) * 1024 for name, count in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
     if "MemTotal" not in table:
@@ -43,7 +43,7 @@ def memory(root: Path = Path("/")) -> tuple[int, int] | None:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of the control groups that this process is in, of either version, up to the outermost."""
+    """Yield the folders of this process' control groups, of version 1 or 2, from the innermost to the outermost."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
@@ -58,16 +58,16 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def nvidia_driver(root: Path = Path("/")) -> str | None:
-    """The version of NVIDIA's kernel driver, None if it is not loaded."""
+    """Return the version of NVIDIA's kernel driver, None if it is not loaded."""
     match = re.search(r"Kernel Module[^\d]*([\d.]+)", _text(root / "proc/driver/nvidia/version"))
     if match:
         return match[1]
-    others = ("dev/nvidiactl", "usr/lib/wsl/lib/libcuda.so.1")  # the latter is Windows' driver, under WSL
+    others = ("dev/nvidiactl", "usr/lib/wsl/lib/libcuda.so.1")  # the latter is Windows' driver, in WSL
     return "of unknown version" if any((root / name).exists() for name in others) else None
 
 
 def nvidia_cards(root: Path = Path("/")) -> int:
-    """NVIDIA's graphics cards on the PCI bus, with a driver or without."""
+    """Count NVIDIA's graphics cards on the PCI bus, with or without a driver."""
     devices = root / "sys/bus/pci/devices"
     folders = devices.iterdir() if devices.is_dir() else ()
     return sum(
@@ -84,7 +84,7 @@ class Mount:
 
 
 def mount_of(path: Path, root: Path = Path("/")) -> Mount | None:
-    """The file system that a path is on; None where nothing tells."""
+    """Return the file system that a path is on; None if the system does not tell."""
     best, found = -1, None
     for line in _text(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
@@ -98,7 +98,7 @@ def mount_of(path: Path, root: Path = Path("/")) -> Mount | None:
 
 
 def open_files() -> int:
-    """How many files a process may have open."""
+    """Return the maximum number of open files per process."""
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -122,5 +122,5 @@ def _number(path: Path) -> int | None:
 
 
 def allowed_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What was looked at, what was found, and what to do about it."""
+"""The results of `nest doctor`: checks, each with a finding and a remedy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ State = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. A `note` is good to know, a `problem` keeps something from working.
+    """One check. A `note` is for information; a `problem` keeps something from working.
 
-    `remedy` says in words what to do, and is empty where all is well.
+    `remedy` says what to do; it is empty if the check is ok.
     """
 
     section: str
@@ -24,12 +24,14 @@ class Check:
     remedy: str = ""
 
     def __post_init__(self) -> None:
-        assert (self.state == "ok") == (not self.remedy), f"{self.name}: what is not ok has a remedy, what is has none"
+        assert (self.state == "ok") == (not self.remedy), (
+            f"{self.name}: a check has a remedy if and only if it is not ok"
+        )
 
 
 @dataclass(frozen=True)
 class Report:
-    """All checks, in the order in which they are shown."""
+    """All checks, in display order."""
 
     checks: tuple[Check, ...]
 
@@ -45,7 +47,7 @@ class Report:
 
 
 def size(count: float) -> str:
-    """Bytes for a person: 64 MiB, 23.5 GiB."""
+    """Format bytes for display: 64 MiB, 23.5 GiB."""
     if count < 1 << 30:
         return f"{count / (1 << 20):,.0f} MiB"
     return f"{count / (1 << 30):,.1f} GiB"

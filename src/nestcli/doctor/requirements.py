@@ -1,6 +1,6 @@
-"""What the installed package asks for, read from its own metadata, and whether a version is in a range.
+"""Read the requirements of the installed package from its metadata, and compare versions with ranges.
 
-Only the forms that our pyproject.toml uses are understood; `packaging` would be one more thing that can be missing.
+Supports only the forms that our pyproject.toml uses; `packaging` would be one more dependency that can be missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BOUND = re.compile(r"\s*(>=|<=|==|!=|>|<)\s*([0-9][0-9A-Za-z.+!-]*)\s*")
 
 @dataclass(frozen=True)
 class Requirement:
-    """A distribution, the range of versions that will do, and the extra that it belongs to, empty for none."""
+    """A distribution, its allowed range of versions, and the extra that it belongs to (empty for none)."""
 
     name: str
     range: str
@@ -25,12 +25,12 @@ class Requirement:
 
     @property
     def words(self) -> str:
-        """As pip takes it."""
+        """The requirement in pip's syntax."""
         return f"{self.name}{self.range}"
 
 
 def requirements_of(distribution: str) -> list[Requirement] | None:
-    """What an installed distribution asks for; None if it is not installed."""
+    """Return the requirements of an installed distribution; None if it is not installed."""
     try:
         return parsed(metadata.requires(distribution) or [])
     except metadata.PackageNotFoundError:
@@ -38,7 +38,7 @@ def requirements_of(distribution: str) -> list[Requirement] | None:
 
 
 def parsed(lines: Iterable[str]) -> list[Requirement]:
-    """Requirements as they stand in metadata: `torch>=2.10`, `wandb; extra == 'wandb'`."""
+    """Parse requirements from metadata: `torch>=2.10`, `wandb; extra == 'wandb'`."""
     found = []
     for line in lines:
         match = _REQUIREMENT.fullmatch(line)
@@ -49,7 +49,7 @@ def parsed(lines: Iterable[str]) -> list[Requirement]:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a distribution in this environment, None if there is none."""
+    """Return the installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -57,7 +57,7 @@ def installed_version(name: str) -> str | None:
 
 
 def is_in_range(version: str, wanted: str) -> bool:
-    """Whether a version satisfies a range such as `>=0.20.1,<0.29`; a pre-release comes before its release."""
+    """Return True if a version satisfies a range such as `>=0.20.1,<0.29`; a pre-release comes before its release."""
     return all(_satisfies(version, bound) for bound in wanted.split(",") if bound.strip())
 
 
@@ -72,7 +72,7 @@ def _satisfies(version: str, bound: str) -> bool:
 
 
 def _order(version: str) -> tuple[tuple[int, ...], bool]:
-    """2.13.0+cpu is 2.13, and 2.10.0a0 comes before it is released."""
+    """Return a sort key of a version: 2.13.0+cpu equals 2.13, and 2.10.0a0 comes before 2.10."""
     match = re.match(r"(?:\d+!)?(\d+(?:\.\d+)*)(.*)", version.partition("+")[0])
     if match is None:
         return (), False

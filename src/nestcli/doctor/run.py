@@ -1,4 +1,4 @@
-"""All of `nest doctor`."""
+"""Run `nest doctor`: the trials in child processes, then the checks of every section."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nestcli.doctor.nemo import nemo_checks
 from nestcli.doctor.report import Report
 from nestcli.doctor.trials import run_trials
 
-Advance = Callable[[int, int, str], None]  # trials done, in all, the one that is running
+Advance = Callable[[int, int, str], None]  # trials done, total, the current one
 
 
 def examine(out: Path, nemo_python: str | None, advance: Advance = lambda done, total, doing: None) -> Report:
-    """Look at everything; nothing is written but temporary files."""
+    """Run all checks. Writes temporary files only."""
     environ = dict(os.environ)
     trials = [*installation.trials(), "presets", *devices.TRIALS, *audio.TRIALS]
     done = iter(range(len(trials) + 1))

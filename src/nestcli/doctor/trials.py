@@ -1,4 +1,4 @@
-"""Trials in a process of their own, which may crash or hang: that is an answer too."""
+"""Run trials in a child process. A crash or a hang of the child is an answer too."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from nestcli.conversation import Conversation, DiedError
 from nestcli.doctor import child
 
-LIMIT = 300.0  # s for one trial: torch on a network disk takes minutes to import
+LIMIT = 300.0  # s for one trial: importing torch from a network disk takes minutes
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a trial found; `error` says why there is nothing, `died` that it took its process along."""
+    """The facts that a trial found, or its `error`; `died` is True if its process crashed or was killed."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -31,9 +31,9 @@ def run_trials(
     limit: float = LIMIT,
     begun: Callable[[str], None] = lambda trial: None,
 ) -> dict[str, Answer]:
-    """Answers by trial; after one that crashes, or takes more than `limit` s, a new process goes on with the next.
+    """Run trials and return their answers by name. After a crash or a time-out, a new process runs the next trial.
 
-    Raises OSError if `python` cannot be started.
+    `limit` is the time-out of one trial in s. Raises OSError if `python` cannot be started.
     """
     environment = dict(os.environ)
     if python == sys.executable:
@@ -55,5 +55,5 @@ def _how_it_ended(error: DiedError, limit: float) -> str:
     if error.late:
         return f"no answer within {limit:g} s"
     if error.status is not None and error.status < 0:
-        return f"the process died of {signal.Signals(-error.status).name}"
-    return f"the process ended with {error.status}: {error.lines[-1][:300] if error.lines else 'it said nothing'}"
+        return f"the process was killed by {signal.Signals(-error.status).name}"
+    return f"the process ended with exit code {error.status}: {error.lines[-1][:300] if error.lines else 'no output'}"

@@ -17,9 +17,8 @@ from torch.utils.data import Dataset
 from nestcli.audio.channel import Channel, parsed_channel
 from nestcli.config import section
 from nestcli.data.augmentation import AugmentationConfig, mix_one_speaker_or_noise, mix_speakers_and_noise
-from nestcli.data.batch import NoiseBatch, Samples, Skipped, collate, empty
+from nestcli.data.batch import Empty, NoiseBatch, Samples, Skipped, collate, empty
 from nestcli.data.dataset_config import DatasetConfig
-from nestcli.data.loader.shared_buffers import Placed, Slabs
 from nestcli.data.manifest import Manifest
 from nestcli.data.noise_pool import NoisePool
 from nestcli.data.order import Items
@@ -35,11 +34,11 @@ _MIXERS = {"multi_speaker_noise": mix_speakers_and_noise, "speaker_noise": mix_o
 _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
 
 
-class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
+class NoisySpeech(Dataset[NoiseBatch | NestError]):
     """Batches by place: clean speech, noise and their mixture.
 
     Audio that cannot be read is left out of its batch and named there. An error that a user can mend is returned, not
-    raised: a loader process would bury it in its own traceback.
+    raised: it is raised in the batch's turn, when the trainer uses it.
     """
 
     def __init__(self, speech: Manifest, noise: NoisePool | None, seed: int, config: DictConfig, key: str) -> None:
@@ -51,16 +50,13 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
             settings.channel_field,
         )
         self.mix, self.augmentation = _mixer(config, key)
-        self.slabs: Slabs | None = None
+        self.make_array: Empty = empty  # a loader process makes batches in the memory that it sends them in
 
-    def __getitem__(self, place: Place) -> NoiseBatch | Placed | NestError:
-        if self.slabs is not None:
-            self.slabs.begin()
+    def __getitem__(self, place: Place) -> NoiseBatch | NestError:
         try:
-            batch = self._batch(place)
+            return self._batch(place)
         except NestError as error:
             return error
-        return batch if self.slabs is None else self.slabs.put(batch)
 
     def _batch(self, place: Place) -> NoiseBatch:
         items, audios, skipped = self._speech_of(place.items)
@@ -86,8 +82,8 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         def noise_of(place: int, count: int) -> Samples:  # the same draws, but only of what is mixed in
             return self._noise(epoch, items[place], len(audios[place]), count)
 
-        make = empty if self.slabs is None else self.slabs.array
-        return self.mix(collate(audios, None, lines, make), self.augmentation, generator, noise_of, None, make)
+        clean = collate(audios, None, lines, self.make_array)
+        return self.mix(clean, self.augmentation, generator, noise_of, None, self.make_array)
 
     def _noises(self, epoch: int, items: list[int], audios: list[Samples]) -> list[Samples]:
         return [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]

@@ -1,27 +1,23 @@
-"""The disk that a run writes to, and the memory that it shares: room at the start, one message where there is none."""
+"""The disk that a run writes to: room at the start, one message where there is none."""
 
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omegaconf import DictConfig
 from torch import nn
 
 from nestcli.checkpoint.atomic import UnwrittenError
-from nestcli.data.loader.signals import START_METHOD
 from nestcli.errors import ConfigError, DataError, NestError, RunFailedError
 from nestcli.files import refuse_links
 from nestcli.training.checkpoints import LAST_KEPT, NestCheckpoint
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
 _REMEDY = "Training has stopped. Make room on that disk, or mend it."
-_SHARED_MEMORY, _FULL = Path("/dev/shm"), 1 << 16  # noqa: S108  # no disk: what processes share lies there
 
 
 def check_folder(folder: Path) -> None:
@@ -62,17 +58,6 @@ def needed_bytes(folder: Path, checkpoints: NestCheckpoint, model: nn.Module) ->
     return max(kept * one - there, 0) + one + (2 * weights if checkpoints.nemo else 0)
 
 
-def check_shared_memory(config: DictConfig) -> None:
-    """Raise ConfigError where loader processes are wanted and what they share with this one cannot be made."""
-    parts = (config.model.get(name) for name in ("train_ds", "validation_ds"))
-    if not any(part is not None and part.get("num_workers") for part in parts):
-        return
-    try:
-        multiprocessing.get_context(START_METHOD).Lock()
-    except OSError as error:
-        raise ConfigError(_unshared(error)) from None
-
-
 @contextmanager
 def disk_explained(folder: Path) -> Iterator[None]:
     """A disk that is full or broken is no bug: RunFailedError says which file could not be written, and what to do."""
@@ -96,9 +81,7 @@ def _write_failure(error: BaseException | None, folder: Path) -> str | None:
         if isinstance(error, OSError) and _of_the_disk(error):
             if error.errno == errno.EIO and not _is_below(error.filename, folder):
                 return None  # of a file that is read
-            found = _shared_memory_full(error) or (
-                f"{error.filename or f'a file in {folder}'} cannot be written: {error.strerror}. {_REMEDY}"
-            )
+            found = f"{error.filename or f'a file in {folder}'} cannot be written: {error.strerror}. {_REMEDY}"
         error = error.__cause__ or error.__context__
     return found
 
@@ -106,22 +89,6 @@ def _write_failure(error: BaseException | None, folder: Path) -> str | None:
 def _is_below(path: object, folder: Path) -> bool:
     """Whether a path of an error is one of the folder's; an error that names none is taken for one."""
     return path is None or Path(os.fsdecode(str(path))).absolute().is_relative_to(folder.absolute())
-
-
-def _shared_memory_full(error: OSError) -> str | None:
-    """What to say where it was no disk that had no room: what processes share has no name in its error."""
-    if error.errno != errno.ENOSPC or error.filename or not _SHARED_MEMORY.is_dir():
-        return None
-    full = shutil.disk_usage(_SHARED_MEMORY).free < _FULL
-    return f"{_unshared(error)} Training has stopped." if full else None
-
-
-def _unshared(error: OSError) -> str:
-    return (
-        f"{_SHARED_MEMORY}, the memory that processes share, cannot be used ({error.strerror}), and loader processes "
-        "need it. Remove what fills it, give a container more (docker run --shm-size=1g, or --ipc=host), or set "
-        "model.train_ds.num_workers=0 and model.validation_ds.num_workers=0."
-    )
 
 
 def _of_the_disk(error: BaseException | None) -> bool:

@@ -29,7 +29,7 @@ from nestcli.training.changes import Changes, ConfiguredOptimizer, record_start
 from nestcli.training.checkpoints import NestCheckpoint
 from nestcli.training.checks import CheckpointConfig, check_masks, check_settings, without_effect
 from nestcli.training.cluster import check_launch, cluster_plugins
-from nestcli.training.disk import check_folder, check_shared_memory, check_space, disk_explained
+from nestcli.training.disk import check_folder, check_space, disk_explained
 from nestcli.training.find_checkpoint import SameResume, find_resume
 from nestcli.training.initial_weights import start_from, starts_of
 from nestcli.training.launcher import ended_together
@@ -115,7 +115,6 @@ class Pretraining:
         check_launch(processes, int(config.trainer.num_nodes))
         check_compiler(config)
         self.folder = experiment_folder(config)
-        check_shared_memory(config)
         self.data = NestDataModule(config, reporter.note)
         self.data.check_ready(processes // int(config.trainer.num_nodes))
         for key, corpus in (("model.train_ds", self.data.train), ("model.validation_ds", self.data.val)):

@@ -16,7 +16,7 @@ from nestcli.data.batch_plan import BatchPlan
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
 from nestcli.data.dataset import MIN_SECONDS, NoisySpeech
 from nestcli.data.dataset_config import DatasetConfig
-from nestcli.data.loader.loader import PREFETCHED, Loader
+from nestcli.data.loader.loader import Loader, slots
 from nestcli.data.loader.watch import Watch
 from nestcli.data.noise_pool import NoisePool
 from nestcli.data.planning import plan_batches
@@ -93,7 +93,7 @@ class NestDataModule(LightningDataModule):
             if noise is not None and (told := check_noise(noise.manifest, key, settings.max_failed_share)):
                 self.tell(told)
             if corpus is self.train:
-                n_bytes = _slot_bytes(self._plan(corpus, key), settings) * PREFETCHED * _workers(settings)
+                n_bytes = _slot_bytes(self._plan(corpus, key), settings) * slots(_workers(settings))
                 for told in machine_notes(key, settings.num_workers, n_bytes, processes):
                     self.tell(told)
 

@@ -36,6 +36,11 @@ _POLL = 1.0  # s between looks at the processes while a batch is waited for
 _ENDING = 5.0  # s for killed processes to go
 
 
+def slots(workers: int, prefetched: int = PREFETCHED) -> int:
+    """Return how many slots the ring has: one for each batch under way, and one that is being copied out."""
+    return workers * prefetched + 1 if workers else 0
+
+
 class Batches(Protocol):
     """A data set: returns the batch of a place, or another small object, and makes its arrays by `make_array`."""
 
@@ -70,7 +75,7 @@ class Loader:
         self.data, self.places, self.num_workers, self.device = data, places, workers, device
         self.watch = Watch(workers, "the loader", None) if watch is None else watch
         self._under_way = workers * prefetched
-        self._ring = Ring(self._under_way if self.watch.notes is not None else 0, slot_bytes)
+        self._ring = Ring(slots(workers, prefetched) if self.watch.notes is not None else 0, slot_bytes)
         self._crew: _Crew | None = None
         self._end: Callable[[], object] = lambda: None
 
@@ -142,9 +147,9 @@ class _Crew:
             number, answer = self._taken, self._next_answer()
             if isinstance(answer, Failure):
                 raise answer.error from WorkerTraceback(f"\n{answer.trace}")
-            batch = self._ring.take(number, answer, pin=pin) if isinstance(answer, Sent) else answer
-            for place in islice(coming, 1):  # the slot is free again
+            for place in islice(coming, 1):  # before the copy, so that the processes need not wait for it
                 self._give(place)
+            batch = self._ring.take(number, answer, pin=pin) if isinstance(answer, Sent) else answer
             yield batch
             del batch  # not kept while the next one is waited for
             if self._pass != this_pass:

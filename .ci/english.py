@@ -19,7 +19,7 @@ from typing import NamedTuple
 # Folders and files that still have to be rewritten. Remove each when it is done; the goal is an empty set.
 PENDING = {
     *(f"src/nestcli/{room}" for room in (
-        "audio", "augment", "checkpoint", "data", "evaluation", "jobs", 
+        "audio", "augment", "checkpoint", "data", "evaluation", "jobs",
         "parity", "prepare", "storage", "training",
         "untrusted.py",
     )),
@@ -28,8 +28,8 @@ PENDING = {
         "prepare", "storage", "training",
     )),
     *(f"docs/{page}.md" for page in (
-        "checkpoints", "configuration", 
-        
+        "checkpoints", "configuration",
+
     )),
 }  # fmt: skip
 # (file, phrase as reported): why it may stay.

@@ -18,6 +18,8 @@ ALLOWED = {
     ("interpreter.py", "a Python that imports from the current folder"): "takes that folder out of the path first",
     ("jobs/pool.py", "pickle.loads"): "between this process and its own workers, over a socket that nobody else has",
     ("jobs/pool.py", "import pickle"): "the same",
+    ("data/loader/worker.py", "pickle.loads"): "what it has just packed itself, to see whether an error can be sent",
+    ("data/loader/worker.py", "import pickle"): "the same",
     ("__main__.py", "os.execv"): "the same interpreter with the same words, in UTF-8 mode",
     ("checkpoint/weights.py", "import pickle"): "for the name of its error alone",
     ("checkpoint/pickled.py", "import pickletools"): "reads opcodes, runs none",

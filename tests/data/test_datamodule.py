@@ -84,7 +84,6 @@ def batches(corpus: dict[str, Path], *overrides: str) -> list[NoiseBatch]:
     return loaded
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_batches_do_not_depend_on_the_number_of_processes(
     corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch, workers: int

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
+from weakref import WeakSet
 
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader, Sampler
 
 from nestcli.config import section, seed_of
 from nestcli.data.batch import NoiseBatch
@@ -16,17 +16,15 @@ from nestcli.data.batch_plan import BatchPlan
 from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
 from nestcli.data.dataset import MIN_SECONDS, NoisySpeech, SkipCounter
 from nestcli.data.dataset_config import DatasetConfig
-from nestcli.data.loader.shared_buffers import Placed, SlabLoader, Slabs
-from nestcli.data.loader.signals import led_by_main_process
-from nestcli.data.loader.watched_workers import Watch, WatchedLoader
+from nestcli.data.loader.loader import Loader, slots
+from nestcli.data.loader.watch import Watch
 from nestcli.data.noise_pool import NoisePool
 from nestcli.data.preflight import check_noise, check_speech, machine_notes
 from nestcli.data.sampler import OnePass, Place, Position, ResumableSampler, plan_batches
 from nestcli.errors import DataError, NestError
 from nestcli.jobs.cores import available_cores
 
-_PREFETCHED = 2  # batches that a loader process is ahead
-_BYTES_A_SAMPLE, _LARGEST_SLAB = 8, 1 << 28  # of a batch on its way: clean and noisy audio
+_BYTES_A_SAMPLE, _LARGEST_SLOT = 8, 1 << 28  # of a batch on its way: clean and noisy audio
 
 
 class NestDataModule(LightningDataModule):
@@ -52,6 +50,7 @@ class NestDataModule(LightningDataModule):
         self._sampler: ResumableSampler | None = None
         self._restored: Position | None = None
         self._restored_at = 0  # batches that each process had counted there
+        self._loaders: WeakSet[Loader] = WeakSet()
 
     # ---- plans and single batches ----
 
@@ -94,13 +93,13 @@ class NestDataModule(LightningDataModule):
                 self.tell(told)
             if corpus is self.train:
                 plan = self._plan(corpus, key, ranks * self._accumulate())
-                n_bytes = _slab_bytes(plan, settings) * (_PREFETCHED + 1) * _workers(settings)
+                n_bytes = _slot_bytes(plan, settings) * slots(_workers(settings))
                 for told in machine_notes(key, settings.num_workers, n_bytes, ranks // nodes):
                     self.tell(told)
 
     # ---- Lightning's hooks ----
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> Loader:
         ranks, rank = self._ranks()
         plan = self.train_plan(ranks)
         length = self.batches or -(-len(plan.batches(0)) // ranks)
@@ -108,17 +107,25 @@ class NestDataModule(LightningDataModule):
             plan, length, lambda: self._start(plan), ranks=ranks, rank=rank, used=self._counted_batches
         )
         data = self._data(self.train, self.train_noise, "model.train_ds")
-        return led_by_main_process(self._loader(data, self._sampler, "model.train_ds"))
+        return self._loader(data, self._sampler, "model.train_ds")
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def val_dataloader(self) -> Loader | list[Any]:
         if self.val is None:
             return []
         ranks, rank = self._ranks()
         sampler = OnePass(self._plan(self.val, "model.validation_ds"), ranks=ranks, rank=rank)
         data = self._data(self.val, self.val_noise, "model.validation_ds")
-        return led_by_main_process(self._loader(data, sampler, "model.validation_ds"))
+        return self._loader(data, sampler, "model.validation_ds")
 
-    def on_before_batch_transfer(self, batch: NoiseBatch | Placed | NestError, dataloader_idx: int) -> NoiseBatch:
+    def teardown(self, stage: str) -> None:
+        """End the loader processes: the run is over."""
+        for loader in self._loaders:
+            loader.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown("exception")
+
+    def on_before_batch_transfer(self, batch: NoiseBatch | NestError, dataloader_idx: int) -> NoiseBatch:
         training = self.trainer is None or self.trainer.training
         return self._counted(batch, self.skipped if training else self._val_skipped)
 
@@ -218,42 +225,38 @@ class NestDataModule(LightningDataModule):
         manifest = noise_manifest(self.config, key)
         return None if manifest is None else NoisePool(manifest, self._settings(key).sample_rate)
 
-    def _counted(self, batch: NoiseBatch | Placed | NestError, counter: SkipCounter) -> NoiseBatch:
+    def _counted(self, batch: NoiseBatch | NestError, counter: SkipCounter) -> NoiseBatch:
         if isinstance(batch, NestError):
             raise batch
-        assert isinstance(batch, NoiseBatch)  # slabs are the loader's own business
         counter.add(len(batch.sample_ids) if batch.counts else 0, batch.skipped)
         return batch
 
-    def _loader(self, data: NoisySpeech, sampler: ResumableSampler | OnePass, key: str) -> DataLoader[Any]:
+    def _loader(self, data: NoisySpeech, sampler: ResumableSampler | OnePass, key: str) -> Loader:
         settings = self._settings(key)
         workers = _workers(settings)
-        options: dict[str, Any] = {
-            "sampler": cast("Sampler[int]", sampler),  # places, not numbers: the data set takes them as they are
-            "batch_size": None,
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-        }
-        if workers == 0:
-            return DataLoader(data, **options)
-        manifests = [data.speech, *([data.noise.manifest] if data.noise else [])]
-        options["watch"] = Watch(workers, key, settings.read_timeout, manifests)
         device = None if self.trainer is None else self.trainer.strategy.root_device
         on_gpu = device is not None and device.type == "cuda"
-        if on_gpu and not settings.pin_memory:
-            return WatchedLoader(data, **options)  # PyTorch's way, should ours fail on some machine
-        data.slabs = Slabs(workers, _PREFETCHED, _slab_bytes(sampler.plan, settings))
-        ahead: dict[str, Any] = {"device": device, "pin_slabs": True} if on_gpu else {}
-        return SlabLoader(data, slabs=data.slabs, prefetch_factor=_PREFETCHED, **ahead, **options)
+        loader = Loader(
+            data,
+            sampler,
+            workers=workers,
+            watch=Watch(
+                workers, key, settings.read_timeout, [data.speech, *([data.noise.manifest] if data.noise else [])]
+            ),
+            slot_bytes=_slot_bytes(sampler.plan, settings),
+            device=device if on_gpu and settings.pin_memory else None,
+        )
+        self._loaders.add(loader)
+        return loader
 
 
 def _workers(settings: DatasetConfig) -> int:
     return min(settings.num_workers, available_cores())
 
 
-def _slab_bytes(plan: BatchPlan, settings: DatasetConfig) -> int:
+def _slot_bytes(plan: BatchPlan, settings: DatasetConfig) -> int:
     n_samples = (plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
-    return min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLAB)
+    return min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLOT)
 
 
 def recounted(batches: int, accumulated: int, accumulate: int) -> int:

@@ -25,7 +25,6 @@ from nestcli.config import section
 from nestcli.data.batch import Empty, NoiseBatch, collate, empty
 from nestcli.data.batch_plan import Items
 from nestcli.data.dataset_config import DatasetConfig
-from nestcli.data.loader.shared_buffers import Placed, Slabs
 from nestcli.data.manifest import Manifest
 from nestcli.data.mixing import (
     AugmentationConfig,
@@ -50,11 +49,11 @@ _JUDGED_FROM = 100  # utterances; with fewer, one corrupt file is a large share
 _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
 
 
-class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
+class NoisySpeech(Dataset[NoiseBatch | NestError]):
     """Batches by place: clean speech, noise and their mixture.
 
     Audio that cannot be read is left out of its batch and named in it. An error that the user can fix is returned, not
-    raised: a loader process would bury it in its own traceback.
+    raised: it is raised in the batch's turn, when the trainer uses it.
     """
 
     def __init__(self, speech: Manifest, noise: NoisePool | None, seed: int, config: DictConfig, key: str) -> None:
@@ -66,16 +65,13 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
             settings.channel_field,
         )
         self.mix, self.augmentation = _mixer(config, key)
-        self.slabs: Slabs | None = None
+        self.make_array: Empty = empty  # a loader process makes batches in the memory that it sends them in
 
-    def __getitem__(self, place: Place) -> NoiseBatch | Placed | NestError:
-        if self.slabs is not None:
-            self.slabs.begin()
+    def __getitem__(self, place: Place) -> NoiseBatch | NestError:
         try:
-            batch = self._batch(place)
+            return self._batch(place)
         except NestError as error:
             return error
-        return batch if self.slabs is None else self.slabs.put(batch)
 
     def _batch(self, place: Place) -> NoiseBatch:
         items, audios, skipped = self._speech_of(place.items)
@@ -101,8 +97,8 @@ class NoisySpeech(Dataset[NoiseBatch | Placed | NestError]):
         def noise_of(place: int, count: int) -> Samples:  # the same draws, but reads only what is mixed in
             return self._noise(epoch, items[place], len(audios[place]), count)
 
-        make = empty if self.slabs is None else self.slabs.array
-        return self.mix(collate(audios, None, lines, make), self.augmentation, generator, noise_of, None, make)
+        clean = collate(audios, None, lines, self.make_array)
+        return self.mix(clean, self.augmentation, generator, noise_of, None, self.make_array)
 
     def _noises(self, epoch: int, items: list[int], audios: list[Samples]) -> list[Samples]:
         return [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]

@@ -85,18 +85,18 @@ def memory_check(found: tuple[int, int] | None) -> Iterator[Check]:
 
 
 def shared_memory_check(folder: Path) -> Iterator[Check]:
-    """Check /dev/shm, which holds the locks of loader processes and NCCL's buffers, but not our batches."""
+    """Check /dev/shm, which holds NCCL's buffers between GPUs, but not our batches."""
     if not folder.is_dir():
         return
     usage = shutil.disk_usage(folder)
     name, words = "shared memory", f"{folder}: {size(usage.free)} of {size(usage.total)} free"
     if usage.free < _MIB:
-        remedy = f"Loader processes cannot start. Remove what fills {folder}, or: docker run --shm-size=1g"
-        yield _check(name, "problem", words, remedy)
+        remedy = f"Several GPUs (NCCL) need it. Remove what fills {folder}, or: docker run --shm-size=1g"
+        yield _check(name, "note", words, remedy)
     elif usage.total < _GIB:
         remedy = (
-            "nest's batches do not use it. Several GPUs (NCCL) and model.train_ds.pin_memory=false do, and they crash "
-            "with a bus error when it is full: docker run --shm-size=1g, or --ipc=host."
+            "nest's batches do not use it. Several GPUs (NCCL) do, and they crash with a bus error when it is full: "
+            "docker run --shm-size=1g, or --ipc=host."
         )
         yield _check(name, "note", words, remedy)
     else:

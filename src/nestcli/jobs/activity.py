@@ -5,13 +5,8 @@ A note costs less than 1 µs and takes no lock: a process that dies at any place
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import os
-import signal
 import struct
-import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +18,6 @@ EntryT = TypeVar("EntryT")
 _NOTE = struct.Struct("=Qdqh?")  # the fields of Note
 _SINCE, _SINCE_AT = struct.Struct("=d"), 8  # its time alone, and where that stands
 _ATTEMPTS = 10
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +33,9 @@ class Note:
     line: int
     manifest: int
     reading: bool
+
+
+NOTHING = Note(0, 0.0, -1, -1, False)  # of a process that tells nothing
 
 
 class Lines(Protocol[EntryT_co]):
@@ -74,32 +71,15 @@ class Notes:
 
     def __init__(self, workers: int, manifests: Sequence[Lines[Any]]) -> None:
         self.manifests = manifests
-        self._pages: list[mmap.mmap] | None = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(workers)]
-        self._parent = os.getpid()
-        self._dies_with_parent = False
-
-    def forking(self) -> None:
-        """In the process that made the pages: it is about to fork.
-
-        The kernel takes the thread that forks for the parent: only the main one lasts as long as the process does.
-        """
-        self._dies_with_parent = threading.current_thread() is threading.main_thread()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pages": None}  # a process that is not forked cannot see them
+        self._pages = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(workers)]
 
     def enter(self, worker: int) -> None:
-        """In a loader process: from now on what it reads is noted, and it does not outlive its parent."""
+        """In a loader process: from now on, note what it reads."""
         global _own
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides what it means
-        if self._pages is not None:
-            _own = _Page(self._pages[worker], self.manifests)
-            if self._dies_with_parent:
-                _die_with(self._parent)
+        _own = _Page(self._pages[worker], self.manifests)
 
     def of(self, worker: int) -> Note:
-        """In the process that made the pages: what a loader process noted last."""
-        assert self._pages is not None
+        """In the process that made the pages: return what a loader process noted last."""
         page = self._pages[worker]
         for _ in range(_ATTEMPTS):
             note = Note(*_NOTE.unpack_from(page))
@@ -138,11 +118,3 @@ def moved() -> None:
     """Note that what is being read, from far away, is still coming in."""
     if _own is not None:
         _own.moved()
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process when its parent goes, even in the middle of a file that does not end."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it went just now
-            os._exit(1)

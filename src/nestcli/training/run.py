@@ -37,7 +37,6 @@ from nestcli.training.metrics import MetricsWriter, Reporter
 from nestcli.training.resume_callbacks import ConfiguredOptimizer, ResumedCounts, SameResume
 from nestcli.training.run_folder import (
     check_folder,
-    check_shared_memory,
     check_space,
     checkpoint_names,
     disk_explained,
@@ -120,7 +119,6 @@ class Pretraining:
         check_launch(processes, int(config.trainer.num_nodes))
         check_compiler(config)
         self.folder = experiment_folder(config)
-        check_shared_memory(config)
         self.data = NestDataModule(config, reporter.note)
         self.data.check_ready(processes, int(config.trainer.num_nodes))
         for key, corpus in (("model.train_ds", self.data.train), ("model.validation_ds", self.data.val)):

@@ -1,9 +1,8 @@
-"""A run's folder: its path, whether another run uses it, the space on its disk; and the memory that processes share."""
+"""A run's folder: its path, whether another run uses it, and the space on its disk."""
 
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from omegaconf import DictConfig
 from torch import nn
 
 from nestcli.checkpoint.atomic import UnwrittenError
-from nestcli.data.loader.signals import START_METHOD
 from nestcli.errors import ConfigError, DataError, NestError, RunFailedError
 from nestcli.files import refuse_links, user_path
 from nestcli.training.checkpoints import LAST_KEPT, NestCheckpoint
@@ -22,7 +20,6 @@ from nestcli.training.checkpoints import LAST_KEPT, NestCheckpoint
 DEFAULT_EXP_DIR = "nest_experiments"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
 _REMEDY = "Training has stopped. Make room on that disk, or repair it."
-_SHARED_MEMORY, _FULL = Path("/dev/shm"), 1 << 16  # noqa: S108  # memory that processes share
 
 
 def check_folder(folder: Path) -> None:
@@ -63,17 +60,6 @@ def needed_bytes(folder: Path, checkpoints: NestCheckpoint, model: nn.Module) ->
     return max(kept * one - there, 0) + one + (2 * weights if checkpoints.nemo else 0)
 
 
-def check_shared_memory(config: DictConfig) -> None:
-    """Raise ConfigError if loader processes are configured and shared memory cannot be used."""
-    parts = (config.model.get(name) for name in ("train_ds", "validation_ds"))
-    if not any(part is not None and part.get("num_workers") for part in parts):
-        return
-    try:
-        multiprocessing.get_context(START_METHOD).Lock()
-    except OSError as error:
-        raise ConfigError(_unshared(error)) from None
-
-
 @contextmanager
 def disk_explained(folder: Path) -> Iterator[None]:
     """Turn errors of a full or broken disk into RunFailedError that names the file and the remedy."""
@@ -99,9 +85,7 @@ def _write_failure(error: BaseException | None, folder: Path) -> str | None:
         if isinstance(error, OSError) and _of_the_disk(error):
             if error.errno == errno.EIO and not _is_below(error.filename, folder):
                 return None  # raised while reading
-            found = _shared_memory_full(error) or (
-                f"{error.filename or f'a file in {folder}'} cannot be written: {error.strerror}. {_REMEDY}"
-            )
+            found = f"{error.filename or f'a file in {folder}'} cannot be written: {error.strerror}. {_REMEDY}"
         error = error.__cause__ or error.__context__
     return found
 
@@ -109,22 +93,6 @@ def _write_failure(error: BaseException | None, folder: Path) -> str | None:
 def _is_below(path: object, folder: Path) -> bool:
     """Whether an error's path lies in the folder; an error without a path counts as one."""
     return path is None or Path(os.fsdecode(str(path))).absolute().is_relative_to(folder.absolute())
-
-
-def _shared_memory_full(error: OSError) -> str | None:
-    """Return the message if shared memory is full and not the disk; its errors name no file."""
-    if error.errno != errno.ENOSPC or error.filename or not _SHARED_MEMORY.is_dir():
-        return None
-    full = shutil.disk_usage(_SHARED_MEMORY).free < _FULL
-    return f"{_unshared(error)} Training has stopped." if full else None
-
-
-def _unshared(error: OSError) -> str:
-    return (
-        f"{_SHARED_MEMORY}, the memory that processes share, cannot be used ({error.strerror}), but loader processes "
-        "need it. Delete files in it, give the container more (docker run --shm-size=1g, or --ipc=host), or set "
-        "model.train_ds.num_workers=0 and model.validation_ds.num_workers=0."
-    )
 
 
 def _of_the_disk(error: BaseException | None) -> bool:

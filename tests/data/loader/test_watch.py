@@ -20,22 +20,21 @@ import pytest
 from conftest import TINY_RUN, tiny_config
 from nestcli.data import datamodule, dataset, noise_pool
 from nestcli.data.datamodule import NestDataModule
-from nestcli.data.loader import watched_workers
-from nestcli.data.loader.watched_workers import Watch
+from nestcli.data.loader import loader, watch
+from nestcli.data.loader.watch import Watch
 from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.utterance_audio import read_audio
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.jobs import activity
 from nestcli.jobs.activity import Noted, Notes
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 Happening = Callable[[], object]
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watched_workers, "_POLL", 0.1)
-    monkeypatch.setattr(watched_workers, "_GRACE", 0.3)
+    monkeypatch.setattr(loader, "_POLL", 0.1)
+    monkeypatch.setattr(watch, "_GRACE", 0.3)
     monkeypatch.setattr(datamodule, "available_cores", lambda: 4)
 
 
@@ -169,8 +168,7 @@ def test_a_member_of_a_tar_is_the_culprit(
 def test_validation_hangs(corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     at_file("val/1.wav", hang, monkeypatch)
     words = ["model.validation_ds.num_workers=1", "model.validation_ds.read_timeout=1"]
-    loader = NestDataModule(tiny_config(corpus, *words)).val_dataloader()
-    message, _ = failure_of(iter(loader))
+    message, _ = failure_of(iter(NestDataModule(tiny_config(corpus, *words)).val_dataloader()))
     assert "of model.validation_ds" in message
     assert "val/1.wav" in message
 
@@ -300,11 +298,9 @@ def test_a_step_is_finished_before_a_lost_process_ends_the_run(
 
 def test_a_note_says_what_is_read_and_what_was(corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activity, "_own", None)
-    before_any = signal.getsignal(signal.SIGINT)
     speech, other = read_manifests(str(corpus["train"])), read_manifests(str(corpus["noise"]))
     pages = Notes(2, [other, speech])
     pages.enter(1)
-    signal.signal(signal.SIGINT, before_any)
     assert (pages.of(1).reading, pages.of(1).line, pages.of(1).manifest, pages.of(0).number) == (False, -1, -1, 0)
     before = time.monotonic()
     with Noted(speech, 2) as entry:
@@ -382,8 +378,7 @@ def test_a_process_that_cannot_be_ended_is_not_waited_for(
 ) -> None:
     import multiprocessing.process as processes
 
-    monkeypatch.setattr(watched_workers, "_ENDING", 0.5)
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(loader, "_ENDING", 0.5)
     at_file("train/3.wav", hang, monkeypatch)
     batches = endless(corpus, "model.train_ds.num_workers=1")
     kills: list[Any] = []

@@ -1,0 +1,201 @@
+"""Batches made by other processes, delivered in the sampler's order.
+
+Batch `n` of a loader is made by process `n % workers` in slot `n % slots` of the ring, so neither the content nor the
+order depends on which process is fast. Each process has its own channel and there are no locks: a process can die or
+hang at any point without blocking another.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol
+
+import torch
+
+from nestcli.data.batch import Empty
+from nestcli.data.loader.ring import Ring, Sent
+from nestcli.data.loader.watch import Watch
+from nestcli.data.loader.worker import SIGNALS, Failure, WorkerTraceback, work
+from nestcli.errors import RunFailedError
+from nestcli.jobs.prefetch_thread import ahead
+
+PREFETCHED = 2  # batches that each process may be ahead
+_POLL = 1.0  # s between looks at the processes while a batch is waited for
+_ENDING = 5.0  # s for killed processes to go
+
+
+def slots(workers: int, prefetched: int = PREFETCHED) -> int:
+    """Return how many slots the ring has: one for each batch under way, and one that is being copied out."""
+    return workers * prefetched + 1 if workers else 0
+
+
+class Batches(Protocol):
+    """A data set: returns the batch of a place, or another small object, and makes its arrays by `make_array`."""
+
+    make_array: Empty
+
+    def __getitem__(self, place: Any, /) -> Any: ...
+
+
+class Places(Sized, Iterable[Any], Protocol):
+    """A sampler: the places of one pass."""
+
+
+class Loader:
+    """Iterates over the batches of `places`, a sampler: made by `workers` processes, or by this one for 0.
+
+    The processes start with the first batch and stay for further passes, until `close`, the end of this object, or an
+    error that ends the run. A slot holds a batch of `slot_bytes`; a larger one is sent through a pipe. With a `device`,
+    a thread copies each batch out of its slot while the one before it is used; into page-locked memory for a GPU.
+    """
+
+    def __init__(
+        self,
+        data: Batches,
+        places: Places,
+        *,
+        workers: int = 0,
+        watch: Watch | None = None,
+        slot_bytes: int = 1 << 20,
+        prefetched: int = PREFETCHED,
+        device: torch.device | None = None,
+    ) -> None:
+        self.data, self.places, self.num_workers, self.device = data, places, workers, device
+        self.watch = Watch(workers, "the loader", None) if watch is None else watch
+        self._under_way = workers * prefetched
+        self._ring = Ring(slots(workers, prefetched) if self.watch.notes is not None else 0, slot_bytes)
+        self._crew: _Crew | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.num_workers == 0:
+            for place in self.places:
+                yield self.data[place]
+            return
+        if self._crew is None or self._crew.ended:
+            self._crew = _Crew(self.data, self._ring, self.watch, self.num_workers)
+            self._end = weakref.finalize(self, self._crew.end)
+        pin = self.device is not None and self.device.type == "cuda"
+        batches = self._crew.batches(self.places, self._under_way, pin=pin)
+        yield from batches if self.device is None else ahead(batches, partial(_settle, self.device))
+
+    def close(self) -> None:
+        """End the processes. The next pass starts new ones."""
+        self._end()
+
+
+class _Crew:
+    """Running loader processes, and which batches they have been given and have delivered."""
+
+    def __init__(self, data: Batches, ring: Ring, watch: Watch, workers: int) -> None:
+        self.ended = False
+        self._ring, self._watch, self._parent = ring, watch, os.getpid()
+        self._given = self._taken = 0  # batches, over all passes
+        self._pass = 0
+        self._channels: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        dies = threading.current_thread() is threading.main_thread()
+        forks = watch.notes is not None
+        context = multiprocessing.get_context("fork" if forks else "spawn")
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if forks else ())
+        try:
+            for number in range(workers):
+                ours, theirs = context.Pipe()
+                arguments = (number, data, theirs, ring, watch.notes, self._parent, dies)
+                process = context.Process(  # type: ignore[attr-defined]  # every context has it
+                    target=work, args=arguments, daemon=True, name=f"nest-loader-{number}"
+                )
+                self._channels.append(ours)
+                process.start()
+                self._processes.append(process)
+                theirs.close()  # or the next process would keep it open, and nobody notice the end of this one
+        except OSError as error:
+            self.end()
+            raise RunFailedError(
+                f"loader process {len(self._processes)} of {watch.key} cannot be started ({error.strerror}). Lower "
+                f"{watch.key}.num_workers, or raise the limits of this machine (`ulimit -a`)."
+            ) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        watch.processes = self._processes
+
+    def batches(self, places: Iterable[Any], under_way: int, *, pin: bool) -> Iterator[Any]:
+        """The batches of `places` in their order, of which `under_way` are given out at a time."""
+        self._pass += 1
+        this_pass = self._pass
+        while self._taken < self._given:  # left over from a pass that ended early
+            self._next_answer()
+        coming = iter(places)
+        for place in islice(coming, under_way):
+            self._give(place)
+        while self._taken < self._given:
+            number, answer = self._taken, self._next_answer()
+            if isinstance(answer, Failure):
+                raise answer.error from WorkerTraceback(f"\n{answer.trace}")
+            for place in islice(coming, 1):  # before the copy, so that the processes need not wait for it
+                self._give(place)
+            batch = self._ring.take(number, answer, pin=pin) if isinstance(answer, Sent) else answer
+            yield batch
+            del batch  # not kept while the next one is waited for
+            if self._pass != this_pass:
+                raise RuntimeError("another pass over this loader has begun: one at a time")
+
+    def _give(self, place: Any) -> None:
+        with suppress(ConnectionError):  # that process is dead; the next look tells
+            self._channels[self._given % len(self._channels)].send((self._given, place))
+        self._given += 1
+
+    def _next_answer(self) -> Any:
+        """Wait for the next batch's answer. Raises RunFailedError if a process has died or hangs."""
+        worker, asked = self._taken % len(self._channels), time.monotonic()
+        channel = self._channels[worker]
+        while True:
+            try:
+                self._watch.look(worker, time.monotonic() - asked)
+            except RunFailedError:
+                self.end()
+                raise
+            if channel not in wait([channel, *(process.sentinel for process in self._processes)], _POLL):
+                continue
+            try:
+                answer = channel.recv()
+            except (EOFError, ConnectionError):
+                self._processes[worker].join(_POLL)  # it is about to be gone
+                continue
+            self._taken += 1
+            return answer
+
+    def end(self) -> None:
+        """Kill all processes, wherever they are: they hold nothing that must be put away."""
+        if self.ended or os.getpid() != self._parent:  # a process that was forked meanwhile must not end its siblings
+            return
+        self.ended = True
+        for process in self._processes:
+            process.kill()
+        deadline = time.monotonic() + _ENDING
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():  # in the kernel, where no signal arrives; Python would wait for it at its end
+                getattr(multiprocessing.process, "_children", set()).discard(process)
+
+
+def _settle(device: torch.device) -> None:
+    """Prepare a thread for copying: on its own process's GPU, and without taking all cores for it."""
+    torch.set_num_threads(1)  # of this thread alone
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

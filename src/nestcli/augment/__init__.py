@@ -1,1 +1,1 @@
-"""."""
+"""`nest augment`: write noisy copies of a corpus to disk."""

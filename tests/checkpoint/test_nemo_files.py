@@ -506,7 +506,7 @@ ODD_CONFIGS: list[tuple[Callable[[bytes], bytes], str]] = [
     (changed(encoder__d_model="16; rm"), "model.encoder.d_model: '16; rm' is not of type int"),
     (changed(encoder__n_heads=0), "model.encoder.n_heads"),
     (changed(encoder=None), "has no block encoder"),
-    (changed(nestcli={"encoder": {"future": 1}}), "nestcli.encoder.future is a setting that this version does"),
+    (changed(nestcli={"encoder": {"future": 1}}), "nestcli.encoder.future is unknown to this version"),
 ]  # fmt: skip
 
 

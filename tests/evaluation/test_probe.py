@@ -145,7 +145,7 @@ def test_groups_stay_together() -> None:
     for each, groups in [*((each, few) for each in found), *((each, many) for each in splits(labels, many, 5))]:
         assert not {groups[place] for place in each.train} & {groups[place] for place in each.test}
         assert sorted([*each.train, *each.test]) == list(range(60))
-    with pytest.raises(ConfigError, match="of one group"):
+    with pytest.raises(ConfigError, match="belong to one group"):
         splits(labels, ["g"] * 60, 1)
     with pytest.raises(ConfigError, match="no class has utterances in several groups"):
         splits(few, few, 1)

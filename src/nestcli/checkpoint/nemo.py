@@ -124,6 +124,6 @@ def _largest_size(model: torch.nn.Module) -> int:
 
 
 def _alone(value: Tensor) -> Tensor:
-    """Return a tensor with a storage of its own: of a shared one, `torch.save` would write everything."""
+    """Return the tensor, copied if it shares its storage: `torch.save` would write the whole storage."""
     value = value.detach().cpu().contiguous()
     return value if value.untyped_storage().nbytes() == value.numel() * value.element_size() else value.clone()

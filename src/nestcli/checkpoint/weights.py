@@ -158,7 +158,7 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int, source: str) -> No
     odd = [e.filename for e in entries if not _ENTRY.fullmatch(e.filename) or e.compress_type or e.flag_bits & 1]
     if odd or len(set(names)) < len(names) or len(names) > MAX_ENTRIES:
         where = f": {odd[0][:100]!r}" if odd else ""
-        raise CheckpointError(f"{source}: the weights hold what `torch.save` does not write{where}. Refused.")
+        raise CheckpointError(f"{source}: the weights hold entries that `torch.save` does not write{where}. Refused.")
     if sum(entry.file_size for entry in entries) > size or any(e.file_size != e.compress_size for e in entries):
         raise CheckpointError(f"{source}: the weights claim more bytes than the file has. Refused.")
     tables = [entry.file_size for entry in entries if entry.filename.endswith("/data.pkl")]

@@ -113,7 +113,7 @@ def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
     if os.path.lexists(given):
         return [Path(given)]
     if addresses.is_remote(given):
-        raise DataError(f"{given} is a remote address; copy the audio to a disk of this machine first")
+        raise DataError(f"{given} is a remote address; first copy the audio to a disk that this machine can read")
     if glob.has_magic(given):
         if found := sorted(glob.glob(given, recursive=True)):  # noqa: PTH207  (absolute patterns, "~", hidden files)
             return _wanted(given, [Path(each) for each in found], out, collection)

@@ -233,7 +233,7 @@ def _groups(
 
 
 class _Pooled:
-    """Computes mean and deviation over the valid frames of each utterance, (U, L, 2 M) for each system."""
+    """Mean and deviation over the valid frames of each utterance: (U, L, 2 M) for each system."""
 
     def __init__(self, manifest: Manifest, walk: Walk, progress: Progress) -> None:
         self.manifest, self.walk, self.progress = manifest, walk, progress

@@ -1,4 +1,4 @@
-"""The section `augmentation`: the same noisy batches from the same seeds."""
+"""The section `augmentation`: compare noisy batches from the same seeds."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class NotRecordedError(Exception):
 
 
 class Nemo(Protocol):
-    """NeMo, wherever it runs."""
+    """Interface to NeMo, wherever it runs."""
 
     version: str
     live: bool

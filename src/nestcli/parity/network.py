@@ -40,9 +40,10 @@ FRAMES, LOG_PROBS, LOSS, GRADIENT = 1e-4, 1e-5, 1e-6, 1e-4  # tolerances
 
 
 def encoder_section(context: Context, section: Section) -> None:
-    """Compare every layer's output: in evaluation, in training with dropout, with the other attention, with a context.
+    """Compare every layer's output in several settings.
 
-    The other attention is the fused one if the subject's is plain, and the reverse; the context is limited.
+    The settings are evaluation, training with dropout, the attention variant (fused or plain) that the subject does not
+    use, and a limited context.
     """
     subject = context.subject
     _ = context.built

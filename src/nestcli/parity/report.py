@@ -78,7 +78,7 @@ class KnownDifference:
 
 @dataclass
 class Report:
-    """A whole comparison."""
+    """The result of a whole comparison."""
 
     config: str
     nemo_version: str

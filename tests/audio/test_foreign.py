@@ -137,7 +137,7 @@ def test_a_glob_means_what_it_ends_with(tmp_path):
     assert prepare([f"{tmp_path}/1*.txt"], tmp_path / "out", ALL).accepted == 1
     with pytest.raises(DataError, match=r"x\.parquet: this is a Parquet table"):
         prepare([f"{tmp_path}/*.parquet"], tmp_path / "out", ALL)
-    with pytest.raises(DataError, match=r"a file of the ending \.parquet: a Parquet table"):
+    with pytest.raises(DataError, match=r"a file with the extension \.parquet: a Parquet table"):
         prepare([f"{tmp_path}/*.p*"], tmp_path / "out", ALL)
 
 
@@ -149,7 +149,7 @@ def test_a_folder_without_audio_says_what_it_holds(tmp_path, name, said):
     for number in range(2):
         (tmp_path / "in" / f"{number}{name}").write_bytes(b"PAR1")
     (tmp_path / "in" / "README").write_text("x")
-    with pytest.raises(DataError, match=r"no audio file in .*, but 2 files of the ending \.") as error:
+    with pytest.raises(DataError, match=r"no audio file found in .*, but 2 files with the extension \.") as error:
         prepare([tmp_path / "in"], tmp_path / "out", ALL)
     assert said in str(error.value)
 

@@ -64,7 +64,7 @@ def test_a_flipped_bit_and_a_cut_are_found_wherever_they_are(tmp_path: Path) -> 
         with pytest.raises(DamagedError):
             verify(path)
     path.write_bytes(data + b"\0")
-    with pytest.raises(DamagedError, match="goes on behind its end"):
+    with pytest.raises(DamagedError, match="more data follows its end"):
         load_lightning_checkpoint(path)
 
 
@@ -74,7 +74,7 @@ def test_a_flipped_bit_is_not_loaded(tmp_path: Path) -> None:
     at = data.index(content(1)["state_dict"]["a"].numpy().tobytes())
     path.write_bytes(flipped(data, 8 * at + 100))
     assert not torch.equal(torch.load(path, weights_only=True)["state_dict"]["a"], content(1)["state_dict"]["a"])
-    with pytest.raises(DamagedError, match=r"x\.ckpt cannot be read as a checkpoint: its SHA-256 is not the one"):
+    with pytest.raises(DamagedError, match=r"x\.ckpt cannot be read as a checkpoint: its SHA-256 differs from the one"):
         load_lightning_checkpoint(path)
 
 
@@ -194,7 +194,7 @@ def test_a_write_that_fails_at_any_call_leaves_the_old_checkpoint(tmp_path: Path
 def test_a_disk_that_gives_back_something_else_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path / "x.ckpt", 1)
     monkeypatch.setattr("nestcli.checkpoint.digest._digest", lambda *_: "0" * 64)
-    with pytest.raises(UnwrittenError, match="reads back other than it was written"):
+    with pytest.raises(UnwrittenError, match="reads back differently from what was written"):
         written(tmp_path / "x.ckpt", 2)
     monkeypatch.undo()
     assert load_lightning_checkpoint(tmp_path / "x.ckpt")["global_step"] == 1

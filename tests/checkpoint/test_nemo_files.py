@@ -348,7 +348,7 @@ def test_a_folder_or_a_pipe_is_no_archive(tmp_path: Path) -> None:
     for name in ("folder.nemo", "pipe.nemo", "gone.nemo"):
         with pytest.raises(CheckpointError, match="no such checkpoint"):
             load_checkpoint(tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"the name ends with none of \.ckpt, \.nemo"):
+    with pytest.raises(CheckpointError, match=r"its name must end with \.ckpt, \.nemo"):
         load_checkpoint(tmp_path / "model.bin")
 
 
@@ -407,14 +407,14 @@ def without(name: str) -> Callable[[State], bytes]:
 
 BIAS = "decoder.decoder_layers.0.bias"
 ODD_WEIGHTS: list[tuple[Callable[[State], bytes], str]] = [
-    (with_value(BIAS, Runs()), "name something to be called ('posix system')"),
-    (lambda state: saved(Runs()), "name something to be called ('posix system')"),
-    (with_value(BIAS, Takes()), "name something to be called ('__builtin__ bytearray')"),
+    (with_value(BIAS, Runs()), "name code to call ('posix system')"),
+    (lambda state: saved(Runs()), "name code to call ('posix system')"),
+    (with_value(BIAS, Takes()), "name code to call ('__builtin__ bytearray')"),
     (lambda state: saved(state, _use_new_zipfile_serialization=False), "not in PyTorch's zip format"),
     (lambda state: pickle.dumps(state), "not in PyTorch's zip format"),
     (legacy_tar, "not in PyTorch's zip format"),
     (lambda state: saved(state)[:-1000], "they are cut off"),
-    (lambda state: saved(state) + saved(state)[:-1], "they are cut off, or go on behind their end"),
+    (lambda state: saved(state) + saved(state)[:-1], "they are cut off, or more data follows their end"),
     (numel_lie, "cannot be read"),
     (lambda state: rezipped(saved(state), lambda e: e.update({"a/code/x": b""})), "does not write: 'a/code/x'"),
     (lambda state: rezipped(saved(state), lambda e: e.update({"../../x": b""})), "does not write: '../../x'"),
@@ -422,7 +422,7 @@ ODD_WEIGHTS: list[tuple[Callable[[State], bytes], str]] = [
     (lambda state: rezipped(saved(state), lambda e: e.pop("archive/data.pkl")), "no table of tensors"),
     (lambda state: saved([1, 2]), "not a table of tensors but a list"),
     (with_value(BIAS, [1.0]), f"'{BIAS}' among the weights is not an ordinary tensor"),
-    (with_value(BIAS, torch.eye(4).to_sparse()), "name something to be called"),
+    (with_value(BIAS, torch.eye(4).to_sparse()), "name code to call"),
     (with_value(BIAS, torch.zeros(32, dtype=torch.int64)), f"{BIAS} is of type torch.int64"),
     (with_value(BIAS, torch.full((32,), float("nan"))), f"{BIAS} holds NaN or infinite values"),
     (with_value(BIAS, torch.full((32,), float("inf"))), f"{BIAS} holds NaN or infinite values"),
@@ -492,14 +492,14 @@ ODD_CONFIGS: list[tuple[Callable[[bytes], bytes], str]] = [
     (appended("".join(f"{number}: 1\n" for number in range(21_000))), "too many keys"),
     (appended("".join(f"k{number}: 1\n" for number in range(1_000_000))), "more than 262,144"),
     (appended("7: 1\n"), "has the key 7"),
-    (appended("a: 1\na: 2\n"), "is no YAML"),
-    (lambda text: b"a: [", "is no YAML"),
-    (lambda text: b"\xff\xfe", "is no YAML"),
-    (lambda text: b"- 1\n- 2\n", "no mapping of keys"),
+    (appended("a: 1\na: 2\n"), "is not YAML"),
+    (lambda text: b"a: [", "is not YAML"),
+    (lambda text: b"\xff\xfe", "is not YAML"),
+    (lambda text: b"- 1\n- 2\n", "must be a mapping of keys"),
     (lambda text: b"{}", "has no block preprocessor"),
-    (changed(target="nemo.collections.asr.models.EncDecCTCModel"), "no NEST"),
-    (changed(target="subprocess.Popen"), "no NEST"),
-    (changed(target=["x"]), "no NEST"),
+    (changed(target="nemo.collections.asr.models.EncDecCTCModel"), "not a NEST"),
+    (changed(target="subprocess.Popen"), "not a NEST"),
+    (changed(target=["x"]), "not a NEST"),
     (changed(mask_position="post_conv"), "mask_position is 'post_conv'"),
     (changed(encoder__n_layers=10**9), "model.encoder.n_layers is 1,000,000,000, more than the"),
     (changed(encoder__d_model=10**12), "model.encoder.d_model is"),
@@ -509,7 +509,7 @@ ODD_CONFIGS: list[tuple[Callable[[bytes], bytes], str]] = [
     (changed(encoder__d_model="16; rm"), "model.encoder.d_model: '16; rm' is not of type int"),
     (changed(encoder__n_heads=0), "model.encoder.n_heads"),
     (changed(encoder=None), "has no block encoder"),
-    (changed(nestcli={"encoder": {"future": 1}}), "nestcli.encoder.future is a setting that this version does"),
+    (changed(nestcli={"encoder": {"future": 1}}), "nestcli.encoder.future is unknown to this version"),
 ]  # fmt: skip
 
 

@@ -87,10 +87,10 @@ def test_weights_of_another_model_are_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format": "pt"}, "carries no configuration of a NEST"),
-        ({CONFIG_KEY: "{"}, "its configuration is no JSON"),
-        ({CONFIG_KEY: "[" * 100_000}, "its configuration is no JSON"),
-        ({CONFIG_KEY: "[1]"}, "its configuration is no mapping of keys but a list"),
+        ({"format": "pt"}, "has no NEST configuration"),
+        ({CONFIG_KEY: "{"}, "its configuration must be valid JSON"),
+        ({CONFIG_KEY: "[" * 100_000}, "its configuration must be valid JSON"),
+        ({CONFIG_KEY: "[1]"}, "its configuration must be a mapping of keys, not a list"),
         ({CONFIG_KEY: " " * (1 << 18) + "{}"}, "its configuration has 262,146 bytes, more than 262,144"),
         *(({CONFIG_KEY: json.dumps(content)}, "configuration") for content in INCOMPLETE),
         ({CONFIG_KEY: json.dumps({"name": "${oc.env:HOME}"})}, "${oc.env:HOME}"),
@@ -107,7 +107,7 @@ def test_odd_configurations_are_refused(written: Path, metadata: dict[str, str],
 @pytest.mark.parametrize("cut", [0, 4, 100, 5000])
 def test_damaged_files_are_refused(written: Path, cut: int) -> None:
     written.write_bytes(written.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="is no safetensors file, or a damaged one"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file, or it is damaged"):
         read_safetensors(written)
 
 

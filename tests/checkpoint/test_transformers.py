@@ -144,13 +144,13 @@ def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", {"model_type": "whisper"}, "the model_type 'whisper' has no encoder of ours"),
+        ("config.json", {"model_type": "whisper"}, "the model_type 'whisper' is not supported"),
         ("config.json", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; an encoder of nest needs 'silu'"),
         ("config.json", {"convolution_bias": False}, "convolution_bias is False"),
         ("config.json", {"intermediate_size": 65}, "intermediate_size is 65"),
-        ("config.json", {"hidden_size": -1}, "hidden_size is -1, which is no number from 1 to 1,073,741,824"),
+        ("config.json", {"hidden_size": -1}, "hidden_size is -1; it must be a number from 1 to 1,073,741,824"),
         ("config.json", {"num_hidden_layers": 10**9}, "more than the 512 that is allowed"),
-        ("config.json", {"dropout": 1.5}, "dropout is 1.5, which is no share from 0 to 1"),
+        ("config.json", {"dropout": 1.5}, "dropout is 1.5; it must be a share from 0 to 1"),
         ("config.json", {"activation_dropout": float("nan")}, "activation_dropout is nan"),
         ("config.json", {"scale_input": "x"}, "xscaling"),
         ("config.json", {"num_hidden_layers": 3}, "lacks encoder.layers.2."),
@@ -173,7 +173,7 @@ def test_an_index_names_files_of_its_folder(tmp_path: Path, name: object) -> Non
     folder = written(tmp_path / "a", drawn([]), [])
     shutil.move(folder / "model.safetensors", tmp_path / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    with pytest.raises(CheckpointError, match="names no files beside it"):
+    with pytest.raises(CheckpointError, match="must name files in its own folder"):
         read_encoder(folder)
 
 

@@ -220,7 +220,7 @@ def test_a_folder_with_other_features_is_kept(checkpoint: str, folder: Path, tmp
         extract(given, str(other), out, ExtractOptions("last"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(ConfigError, match="holds other things"):
+    with pytest.raises(ConfigError, match="already holds other files"):
         extract(given, checkpoint, tmp_path / "mine", ExtractOptions())
     assert contents(out) == before
 
@@ -267,13 +267,13 @@ def _peak_of(checkpoint: str, manifest: Path, out: Path) -> int:
     ("options", "message"),
     [
         ({"layers": "3"}, "there is no layer 3: the 3 layers are 0 to 2"),
-        ({"layers": "first"}, "'first' is no layer"),
-        ({"format": "csv"}, "--format csv: there is no such format"),
+        ({"layers": "first"}, "'first' is not a layer"),
+        ({"format": "csv"}, "--format csv: unknown format"),
         ({"store": "int8"}, "--store int8"),
         ({"precision": "fp8"}, "--precision fp8"),
         ({"device": "tpu"}, "--device tpu"),
         ({"device": "cuda:77"}, "--device cuda:77: this machine has"),
-        ({"batch_duration": 0}, "seconds above 0"),
+        ({"batch_duration": 0}, "must be more than 0 seconds"),
     ],
 )
 def test_calls_that_are_wrong(

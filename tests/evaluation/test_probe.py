@@ -146,9 +146,9 @@ def test_groups_stay_together() -> None:
     for each, groups in [*((each, few) for each in found), *((each, many) for each in splits(labels, many, 5))]:
         assert not {groups[place] for place in each.train} & {groups[place] for place in each.test}
         assert sorted([*each.train, *each.test]) == list(range(60))
-    with pytest.raises(ConfigError, match="of one group"):
+    with pytest.raises(ConfigError, match="belong to one group"):
         splits(labels, ["g"] * 60, 1)
-    with pytest.raises(ConfigError, match="no class has utterances of several groups"):
+    with pytest.raises(ConfigError, match="no class has utterances in several groups"):
         splits(few, few, 1)
 
 
@@ -213,11 +213,11 @@ def test_pooling_is_of_valid_frames_of_single_files(checkpoint: str, manifest: P
 
 @pytest.mark.usefixtures("hasty")
 def test_labels(checkpoint: str, manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no line has it\. Fields there: level, number, speaker"):
+    with pytest.raises(ConfigError, match=r"no line has this field\. Fields: level, number, speaker"):
         probe(str(manifest), checkpoint, tmp_path, ProbeOptions("accent"))
     with pytest.raises(DataError, match="0 classes with at least 2 utterances"):
         probe(str(manifest), checkpoint, tmp_path, ProbeOptions("number"))
-    with pytest.raises(ConfigError, match="--split town: 36 lines have no such field"):
+    with pytest.raises(ConfigError, match="--split town: 36 lines lack this field"):
         probe(str(manifest), checkpoint, tmp_path, ProbeOptions("level", split="town"))
 
 

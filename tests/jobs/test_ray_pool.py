@@ -107,7 +107,7 @@ def test_a_preparation_on_a_cluster_that_loses_a_node_is_that_of_one_machine(clu
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [("127.0.0.1:1", "nothing answers there"), ("nowhere", "give HOST:PORT"), ("a:b", "give HOST")],
+    [("127.0.0.1:1", "nothing responds there"), ("nowhere", "give HOST:PORT"), ("a:b", "give HOST")],
 )
 def test_a_cluster_that_is_not_there_is_said_soon(address, message):
     pytest.importorskip("ray")

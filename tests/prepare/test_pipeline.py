@@ -305,7 +305,7 @@ def test_a_validation_manifest_of_an_earlier_run_does_not_stay(corpus, out):
         ({"min_duration": 3.0, "max_duration": 2.0}, "maximum"),
         ({"max_duration": float("nan")}, "maximum"),
         ({"jobs": 0}, "jobs"),
-        ({"speaker_pattern": "("}, "no regular expression"),
+        ({"speaker_pattern": "("}, "must be a valid regular expression"),
         ({"speaker_pattern": "spk"}, "no group"),
         ({"split_by": "speaker"}, "--speaker-pattern"),
     ],
@@ -326,7 +326,7 @@ def test_inputs_that_do_not_exist_stop_before_any_work(corpus, out):
 def test_nothing_to_take_says_why(tmp_path, out):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").touch()
-    with pytest.raises(DataError, match=r"no audio in .* 1 other"):
+    with pytest.raises(DataError, match=r"no audio found in .* 1 other"):
         prepare([tmp_path / "in"], out, PrepareOptions())
     (tmp_path / "in" / "a.wav").touch()
     (tmp_path / "in" / "b.wav").write_text("<html>")
@@ -338,7 +338,7 @@ def test_nothing_to_take_says_why(tmp_path, out):
 
 def test_an_output_folder_that_cannot_be_made(corpus, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be made"):
+    with pytest.raises(DataError, match="cannot be created"):
         prepare([corpus], tmp_path / "file" / "out", PrepareOptions())
 
 

@@ -237,7 +237,7 @@ def assert_told(runs: Runs, limit: int, what: str) -> None:
     said = " ".join(process.communicate()[1].split())
     assert process.returncode == 1, said
     assert f"{what} cannot be written: File too large." in said
-    assert "The same command goes on where it was." in said
+    assert "Run the same command again to continue." in said
     assert "Traceback" not in said
     assert not list(runs.out.rglob("*.tmp"))
 

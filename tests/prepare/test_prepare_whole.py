@@ -156,8 +156,8 @@ def test_segments_of_a_recording_of_kaldi_stay_on_one_side(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["r1 one.wav", "r1 two.wav"], "r1 is there twice"),
-        (["r1 one.wav", "", "r2"], "line 3: there is nothing after 'r2'"),
+        (["r1 one.wav", "r1 two.wav"], "r1 occurs twice"),
+        (["r1 one.wav", "", "r2"], "line 3: nothing follows 'r2'"),
         (["r1 o\0e.wav"], "zero byte"),
     ],
 )
@@ -168,7 +168,7 @@ def test_broken_lists_of_recordings_are_named(tmp_path, lines, message):
 
 @pytest.mark.parametrize(
     ("segments", "message"),
-    [(["u1 r9 0 1"], "wav.scp does not have"), (["u1 r1 0"], "START END"), (["u1 r1 2 1"], "must go forward")],
+    [(["u1 r9 0 1"], "wav.scp does not have"), (["u1 r1 0"], "START END"), (["u1 r1 2 1"], "must be later")],
 )
 def test_broken_kaldi_folders_are_named(tmp_path, segments, message):
     write(tmp_path / "k" / "one.wav")
@@ -186,7 +186,7 @@ def test_the_same_samples_are_taken_once(tmp_path):
     sf.write(tmp_path / "in" / "c.wav", samples, RATE // 2)  # sounds different
     summary = prepare([tmp_path / "in"], tmp_path / "out", ALL)
     assert (summary.accepted, summary.rejections) == (2, {"duplicate_content": 1})
-    assert "samples are those of" in rows(tmp_path / "out" / "rejected.jsonl")[0]["detail"]
+    assert "samples are the same as those of" in rows(tmp_path / "out" / "rejected.jsonl")[0]["detail"]
 
 
 def test_clipped_speech_is_left_out_and_loud_speech_is_not(tmp_path):

@@ -160,7 +160,7 @@ def test_a_folder_of_the_users_is_neither_passed_over_nor_written_to(tmp_path):
     (tmp_path / "audio").mkdir()
     sf.write(tmp_path / "audio" / "a.wav", noise(1), RATE)
     assert prepare([tmp_path], tmp_path, PrepareOptions(val_fraction=0)).accepted == 1
-    with pytest.raises(DataError, match="has files of yours"):
+    with pytest.raises(DataError, match="already holds files that nest did not write"):
         prepare([tmp_path], tmp_path, options())
     assert [path.name for path in (tmp_path / "audio").iterdir()] == ["a.wav"]
     (tmp_path / "audio").rename(tmp_path / "mine")
@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_written_to_ends_the_run(tmp_path):
     sf.write(tmp_path / "a.wav", noise(1), RATE)
     (tmp_path / "file").touch()
     task = ShapeTask(str(tmp_path / "a.wav"), 0.0, 1.0, "a", ShapeOptions(folder=str(tmp_path / "file")))
-    with pytest.raises(RunFailedError, match=r"cannot be written: .* The same command goes on"):
+    with pytest.raises(RunFailedError, match=r"cannot be written: .* Run the same command again"):
         _shape_one(task)
     assert isinstance(_shape_one(replace(task, path=str(tmp_path / "gone.wav")))[1], str)
 
@@ -183,8 +183,8 @@ def test_a_folder_that_cannot_be_written_to_ends_the_run(tmp_path):
     [
         ({"segment": float("inf")}, "pieces of inf s"),
         ({"segment": 0.0}, "pieces of 0 s"),
-        ({"sample_rate": 0}, "0 Hz is no rate"),
-        ({"channel": -1}, "no channel -1"),
+        ({"sample_rate": 0}, "Hz, not 0; give --sample-rate"),
+        ({"channel": -1}, "channel -1 does not exist"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, changes, said):

@@ -250,9 +250,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no state_dict"):
         load_lightning_checkpoint(broken)
     torch.save({"state_dict": Recorder()}, broken)
-    with pytest.raises(CheckpointError, match="name something to be called"):
+    with pytest.raises(CheckpointError, match="name code to call"):
         load_lightning_checkpoint(broken)
-    with pytest.raises(CheckpointError, match="name something to be called"):
+    with pytest.raises(CheckpointError, match="name code to call"):
         AtomicCheckpointIO().load_checkpoint(broken, weights_only=False)  # whatever Lightning asks for
 
 

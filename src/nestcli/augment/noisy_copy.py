@@ -1,4 +1,4 @@
-"""One noisy copy of an utterance: mixed, written, and described so that it can be made again."""
+"""Mix one noisy copy of an utterance, write it, and describe it so that it can be reproduced."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from nestcli.files import atomic_file, file_name
 
 _Row = dict[str, Any]
 
-_TRIES = 50  # draws for an utterance of somebody else before all speakers are looked up
-_UNREADABLE = 20  # other utterances in a row
-_QUIET_DB = -70.0  # dBFS; below it 16 bits would change what was mixed, and 24 are written
+_TRIES = 50  # draws for an utterance of another speaker before all speakers are looked up
+_UNREADABLE = 20  # unreadable utterances in a row before silence takes their place
+_QUIET_DB = -70.0  # dBFS; below it, 16 bits would change what was mixed, so 24 bits are written
 
 
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
-    """What to mix, the seed of the draws, and the rate of what is written in Hz."""
+    """Settings of the mixture, seed of the draws, and sample rate of the written files in Hz."""
 
     mixing: AugmentationConfig
     one_stretch: bool = False  # SpeakerNoiseAugmentation instead of MultiSpeakerNoiseAugmentation
@@ -43,7 +43,11 @@ class CopyOptions:
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """The row of a written copy and the bytes of its file, or of what was rejected; and of noise that is."""
+    """Result of one copy.
+
+    `row` describes the written copy, or the rejected utterance; `size` is the size of the file in bytes, None if
+    rejected; `noise` lists rejected noise files.
+    """
 
     row: _Row
     size: int | None
@@ -53,11 +57,10 @@ class CopyResult:
 def write_copy(
     speech: str, noise: str | None, line: int, copy: int, folder: Path, options: CopyOptions, draws: str = ""
 ) -> CopyResult:
-    """Mix something into a line of a manifest and write it below `folder`; every draw depends on (seed, copy, line).
+    """Write a noisy copy of a manifest's line below `folder`; every draw depends on (seed, copy, line).
 
-    `draws` is for the file's name: what else tells this copy from those of other runs.
-    Speech that cannot be read is rejected. Raises RunFailedError where nothing can be written, DataError where no noise
-    can be read.
+    `draws` goes into the file's name, to distinguish this copy from those of other runs. Speech that cannot be read is
+    rejected. Raises RunFailedError if nothing can be written, DataError if no noise can be read.
     """
     manifest = _opened(speech)
     entry = manifest.entry(line)
@@ -125,7 +128,7 @@ class _RejectedError(Exception):
 
 def _finite(clean: Samples, entry: Entry) -> Samples:
     if not np.isfinite(clean).all():
-        raise _RejectedError("not_finite", f"{entry.name}: some samples are not a number, or infinite")
+        raise _RejectedError("not_finite", f"{entry.name}: some samples are NaN or infinite")
     return clean
 
 
@@ -138,7 +141,7 @@ def _rejection(entry: Entry, reason: str, detail: str) -> _Row:
 
 @dataclass
 class _Sources(Sequence[Samples]):
-    """The utterance, and after it those of others, which are read when they are asked for."""
+    """The utterance, followed by those of other speakers, which are read on first access."""
 
     clean: Samples
     others: _Others
@@ -159,7 +162,7 @@ class _Sources(Sequence[Samples]):
 
 @dataclass(frozen=True)
 class _Others:
-    """Utterances of the manifest that are not of the speaker of `line`, as far as speakers are known."""
+    """Utterances of the manifest by speakers other than that of `line`, as far as speakers are known."""
 
     path: str
     line: int
@@ -167,7 +170,7 @@ class _Others:
     rng: random.Random
 
     def draw(self, count: int) -> list[int]:
-        """Up to `count` different lines."""
+        """Return up to `count` different lines."""
         speech = _opened(self.path)
         speaker = speech.entry(self.line).speaker
         found: list[int] = []
@@ -178,13 +181,13 @@ class _Others:
             is_new = other != self.line and other not in found
             if is_new and (speaker is None or speech.entry(other).speaker != speaker):
                 found.append(other)
-        if not found and speaker is not None:  # nearly all of the manifest is of this speaker
+        if not found and speaker is not None:  # this speaker has nearly all lines of the manifest
             foreign = np.flatnonzero(_speakers(self.path) != _speakers(self.path)[self.line])
             found = [int(foreign[place]) for place in self.rng.sample(range(len(foreign)), min(count, len(foreign)))]
         return found
 
     def readable(self, line: int) -> tuple[int, Samples]:
-        """A line and its audio; another one if it cannot be read, silence if none of several can."""
+        """Return a line and its audio; another line if it cannot be read, no samples if none of several can."""
         for _ in range(_UNREADABLE):
             try:
                 return line, read_audio(_opened(self.path).entry(line), sample_rate=self.sample_rate)
@@ -195,7 +198,7 @@ class _Others:
 
 @lru_cache(maxsize=1)
 def _speakers(path: str) -> npt.NDArray[np.int64]:
-    """A number for the speaker of every line."""
+    """Return a number for the speaker of every line."""
     manifest = _opened(path)
     numbers: dict[str | None, int] = {}
     return np.array([numbers.setdefault(manifest.entry(line).speaker, len(numbers)) for line in range(len(manifest))])
@@ -205,7 +208,7 @@ def _speakers(path: str) -> npt.NDArray[np.int64]:
 
 
 def _described(mixture: Mixture | None, clean: Samples, added: Samples, sources: _Sources, noise: str | None) -> _Row:
-    """A mixture in a manifest's words; times in seconds, places also in samples of the written rate."""
+    """Describe a mixture for the manifest; times in seconds, places also in samples at the written rate."""
     if mixture is None or mixture.gain == 0:
         return {"mode": "none", "segments": [], "speakers": []}
     segments = [_segment(segment, sources, noise) for segment in mixture.segments]
@@ -231,7 +234,7 @@ def _segment(segment: Segment, sources: _Sources, noise: str | None) -> _Row:
             source["speaker"] = other.speaker
     elif sources.clip is not None and sources.clip.line is not None and noise is not None:
         source = _source(_opened(noise).entry(sources.clip.line))
-        first += int(sources.clip.offset * rate)  # as a file is read
+        first += int(sources.clip.offset * rate)  # rounded down, as the reader does
     return {
         "start": round(segment.start / rate, 6),
         "duration": round(segment.length / rate, 6),
@@ -249,7 +252,7 @@ def _source(entry: Entry) -> _Row:
 
 
 def _span_ratio_db(mixture: Mixture, clean: Samples, added: Samples) -> float | None:
-    """The ratio of speech to what was mixed in, over the mixed parts alone; None where one of them is silent there."""
+    """Return the ratio of speech to noise in dB over the mixed parts only; None if one of them is silent there."""
     speech = noise = 0.0
     for segment in mixture.segments:
         place = slice(segment.start, segment.start + segment.length)
@@ -262,29 +265,29 @@ def _span_ratio_db(mixture: Mixture, clean: Samples, added: Samples) -> float | 
 
 
 def _within_full_scale(noisy: Samples, scale: float) -> tuple[Samples, float]:
-    """The audio turned down where a file would cut it off, and the factor in all since it was mixed."""
+    """Scale the audio down if it would clip in the file; return it and the total factor since mixing."""
     peak = float(max(noisy.max(), -noisy.min()))
     return (noisy, scale) if peak <= 1 else (noisy / np.float32(peak), scale / peak)
 
 
 def _write(path: Path, noisy: Samples, quietest_db: float, rate: int) -> int:
-    """Write FLAC in 16 bits, or in 24 where what was mixed is so faint that rounding would change it; its bytes.
+    """Write FLAC in 16 bits, or in 24 if rounding would change the faintest part; return the size in bytes.
 
-    Raises RunFailedError: where one file cannot be written, others cannot either.
+    Raises RunFailedError: if one file cannot be written, others cannot either.
     """
     kind = "PCM_24" if quietest_db < _QUIET_DB else "PCM_16"
     full = 1 << (23 if kind == "PCM_24" else 15)
-    whole = np.clip(np.rint(noisy.astype(np.float64) * full), -full, full - 1)  # libsndfile would take full - 1 for 1.0
+    whole = np.clip(np.rint(noisy.astype(np.float64) * full), -full, full - 1)  # libsndfile would map 1.0 to full - 1
     samples = whole.astype(np.int32) << 8 if kind == "PCM_24" else whole.astype(np.int16)
-    flac = io.BytesIO()  # not into the file itself: soundfile does not tell of a full disk
+    flac = io.BytesIO()  # not directly into the file: soundfile does not report a full disk
     sf.write(flac, samples, rate, format="FLAC", subtype=kind)
     with atomic_file(
-        path, RunFailedError, "Is the disk full? The same command goes on where it was.", sync=False
+        path, RunFailedError, "Is the disk full? Run the same command again to continue.", sync=False
     ) as part:
         return part.write(flac.getvalue())
 
 
 def _level_db(samples: Samples) -> float:
-    """RMS in dBFS; of silence 0, as nothing of it can be lost."""
+    """Return the RMS level in dBFS; 0 for silence, as rounding cannot change it."""
     energy = float(np.square(samples, dtype=np.float64).mean()) if len(samples) else 0.0
     return 10 * math.log10(energy) if energy > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Noisy copies of a corpus on disk, with a manifest that says exactly what was mixed where and how loud."""
+"""Write noisy copies of a corpus to disk, with a manifest that records exactly what was mixed, where and how loud."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from nestcli.jobs.journal import Journal, file_version, open_journal
 from nestcli.jobs.patience import PATIENCE, seconds_for
 from nestcli.jobs.pool import Died, local_pool
 
-_LINES = 16  # of a task
+_LINES = 16  # per task
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentOptions:
-    """Every utterance `copies` times, each time with other draws; by default in one process a core.
+    """Options of an augmentation: every utterance is copied `copies` times, each time with other draws.
 
-    `patience` is how long a file may give no answer, in seconds.
+    `jobs` None means one process per core. `patience` is the time in seconds after which a file that does not respond
+    is given up.
     """
 
     copy: CopyOptions
@@ -37,16 +38,16 @@ class AugmentOptions:
 
     def __post_init__(self) -> None:
         if self.copies < 1:
-            raise DataError(f"{self.copies} copies are none; give 1 or more")
+            raise DataError(f"{self.copies} copies are not possible; give 1 or more")
         if self.jobs is not None and self.jobs < 1:
-            raise DataError(f"{self.jobs} processes cannot work; give --jobs 1 or more")
+            raise DataError(f"{self.jobs} processes are not possible; give --jobs 1 or more")
         if not self.patience > 0:
-            raise DataError(f"{self.patience:g} s are too short for any file; give --patience more than 0")
+            raise DataError(f"{self.patience:g} s is too short for any file; give --patience more than 0")
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentSummary:
-    """What was written. `rejected` counts copies that could not be made, `noise_rejected` files of noise."""
+    """Summary of the output; `rejected` counts copies that could not be made, `noise_rejected` noise files."""
 
     manifest: str | None
     written: int
@@ -59,7 +60,7 @@ class AugmentSummary:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Lines from `first` up to and without `end`, in one of the copies."""
+    """Lines from `first` up to but excluding `end`, in one of the copies."""
 
     speech: str
     noise: str | None
@@ -68,7 +69,7 @@ class _Task:
     first: int
     end: int
     options: CopyOptions
-    versions: tuple[str, ...]  # of the manifests: others make other audio
+    versions: tuple[str, ...]  # of the manifests, as other versions give other audio
 
 
 def augment(
@@ -78,16 +79,17 @@ def augment(
     options: AugmentOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AugmentSummary:
-    """Write noisy audio to `out`/audio, and when that is done `out`/manifest.json and rejected.jsonl.
+    """Write noisy audio to `out`/audio, and afterwards `out`/manifest.json and rejected.jsonl.
 
-    Every draw depends on (seed, copy, line) alone, so neither processes nor interruptions change the result. A run that
-    was interrupted goes on where it was. Raises DataError, and RunFailedError where nothing can be written.
+    Every draw depends only on (seed, copy, line), so neither processes nor interruptions change the result. After an
+    interruption the same call continues where it stopped. Raises DataError, and RunFailedError if nothing can be
+    written.
     """
     folder = Path(out).absolute()
     target = folder / "manifest.json"
     for path in (speech, noise):
         if path is not None and target.exists() and Path(path).exists() and target.samefile(path):
-            raise DataError(f"--out {out} would replace {path}, which is to be read; give another folder")
+            raise DataError(f"--out {out} would replace {path}, which is an input; give another folder")
     lines = read_manifests(speech)
     n_lines, longest = len(lines), float(lines.durations.max())
     del lines
@@ -96,7 +98,7 @@ def augment(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise DataError(f"{folder} cannot be made: {problem.strerror}; give another --out") from None
+        raise DataError(f"{folder} cannot be created: {problem.strerror}; give another --out") from None
     for name in ("audio", "preview"):
         refuse_links(folder / name, DataError)
     versions = tuple(file_version(path) for path in (speech, noise) if path is not None)
@@ -120,10 +122,10 @@ def _make_all(
     progress: Callable[[int, int], None],
     limit: Callable[[_Task], float],
 ) -> None:
-    """Have every task done and in the journal."""
+    """Run every task that is not in the journal yet, and add its result."""
     todo = [task for task in tasks if _made_before(journal, task) is None]
     if todo:
-        for torn in (target.parent / "audio").rglob(".*.tmp"):  # what a kill left
+        for torn in (target.parent / "audio").rglob(".*.tmp"):  # left by a killed run
             torn.unlink(missing_ok=True)
     total = sum(task.end - task.first for task in tasks)
     done = total - sum(task.end - task.first for task in todo)
@@ -136,7 +138,7 @@ def _make_all(
 
 
 def _write_manifests(tasks: list[_Task], journal: Journal, folder: Path, target: Path) -> AugmentSummary:
-    """Write what the journal says as manifests; rows are held one task at a time."""
+    """Write the journal's results as manifests; memory holds the rows of one task at a time."""
     modes: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     noise: set[str] = set()
@@ -178,12 +180,12 @@ def _write_manifests(tasks: list[_Task], journal: Journal, folder: Path, target:
 def _made(journal: Journal, task: _Task) -> dict[str, Any]:
     result: dict[str, Any] | None = journal.get(repr(task))
     if result is None:
-        raise RunFailedError(f"{task.folder}: the disk lost what was written. The same command goes on where it was.")
+        raise RunFailedError(f"{task.folder}: the disk lost written data. Run the same command again to continue.")
     return result
 
 
 def _made_before(journal: Journal, task: _Task) -> dict[str, Any] | None:
-    """The result in the journal, if its audio is still there."""
+    """Return the result in the journal if its audio still exists, else None."""
     result: dict[str, Any] | None = journal.get(repr(task))
     if result is None:
         return None
@@ -199,13 +201,13 @@ def _size(path: str) -> int:
 
 
 def _limit(options: AugmentOptions, longest: float, task: _Task) -> float:
-    """How long a task may take, of lines of up to `longest` s: each is read, and others with it."""
+    """Return the time limit of a task in seconds; lines are up to `longest` s, and each is mixed with other lines."""
     a_line = 1.0 + seconds_for(0, longest) * (1 + options.copy.mixing.max_num_speakers)
     return options.patience + a_line * (task.end - task.first)
 
 
 def _one_by_one(task: _Task, limit: Callable[[_Task], float]) -> dict[str, list[Any]]:
-    """The lines of a task whose process died, each in a task of its own: a crash is charged to one line."""
+    """Repeat a task whose process died, each line in a task of its own, so that a crash rejects only one line."""
     found: dict[str, list[Any]] = {key: [] for key in ("written", "sizes", "rejected", "noise")}
     with local_pool(1) as pool:
         singles = [replace(task, first=line, end=line + 1) for line in range(task.first, task.end)]
@@ -222,10 +224,10 @@ def _one_by_one(task: _Task, limit: Callable[[_Task], float]) -> dict[str, list[
 
 
 def _make_copies(task: _Task) -> dict[str, list[Any]]:
-    """In a process of the pool."""
+    """Write the copies of a task; runs in a process of the pool."""
     audio = Path(task.folder) / "audio"
     lines = range(task.first, task.end)
-    draws = repr((task.options, task.versions))  # other draws make other files: none of another run's is written over
+    draws = repr((task.options, task.versions))  # other draws get other names: no file of another run is overwritten
     made = [write_copy(task.speech, task.noise, line, task.copy, audio, task.options, draws) for line in lines]
     return {
         "written": [each.row for each in made if each.size is not None],

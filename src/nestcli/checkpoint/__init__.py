@@ -1,1 +1,1 @@
-"""Checkpoints, in and out."""
+"""Read and write checkpoints: .ckpt, .nemo, .safetensors, transformers folders, ONNX."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all."""
+"""Atomic writes of checkpoints: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nestcli.errors import CheckpointError
 
 
 class UnwrittenError(CheckpointError):
-    """A checkpoint that could not be written, for want of space say; what was there before still is."""
+    """A checkpoint could not be written, for example because the disk is full; a previous file is untouched."""
 
 
 def atomic_file(path: str | os.PathLike[str]) -> AbstractContextManager[BinaryIO]:
-    """`files.atomic_file`; raises UnwrittenError."""
+    """Open `path` with `files.atomic_file`. Raises UnwrittenError."""
     return files.atomic_file(path, UnwrittenError, "Older checkpoints are untouched.")
 
 
 def save_tensors(content: Any, file: BinaryIO) -> None:
-    """`torch.save`; raises the file's own OSError, such as that of a full disk, where PyTorch's writer hides it."""
+    """Call `torch.save`; raise the file's own OSError (such as a full disk), which PyTorch's writer hides."""
     try:
         torch.save(content, file)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""A checkpoint's SHA-256, kept in the file itself: the comment that ends a zip archive, which every reader skips.
+"""SHA-256 of a checkpoint, stored in the file itself: in the comment at the end of the zip archive, which readers skip.
 
-File and digest cannot get out of step then, and one rename gives both their name. The digest is of all bytes but its
-own 64 digits: `head -c -64 FILE | sha256sum` gives it.
+File and digest cannot get out of step, and one rename publishes both. The digest covers all bytes except its own 64
+digits: `head -c -64 FILE | sha256sum` computes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nestcli.checkpoint.atomic import save_tensors
 from nestcli.checkpoint.sizes import oversized
 from nestcli.errors import CheckpointError
 
-_END = 22  # bytes of the record that ends a zip, its comment left out; the last two hold the comment's length
+_END = 22  # bytes of the record that ends a zip, without its comment; the last two hold the comment's length
 _MARK = b"nest sha256 "
 _DIGITS = 64
 _COMMENT = len(_MARK) + _DIGITS
@@ -33,7 +33,7 @@ UNREADABLE = (
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint whose bytes are not those that were written; `reason` says how that is known."""
+    """A checkpoint whose bytes are not those that were written; `reason` says what is wrong."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         super().__init__(f"{path} cannot be read as a checkpoint: {reason}. It is damaged.")
@@ -47,7 +47,7 @@ class _Hash(Protocol):
 
 
 class _HashedFile:
-    """What `torch.save` writes to: passes bytes on and hashes them, all but the last two written so far."""
+    """File object for `torch.save` that writes all bytes and hashes all but the last two written so far."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -71,9 +71,9 @@ class _HashedFile:
 
 
 def save_digested(content: Any, file: BinaryIO) -> None:
-    """`torch.save` into a new file, the digest at its end; then the file is read back from the disk and compared.
+    """Save `content` with `torch.save`, append the digest, then read the file back from the disk and compare.
 
-    Raises OSError, also for a disk that gives back something else.
+    Raises OSError, also if the disk returns other bytes than were written.
     """
     hashed = _HashedFile(file)
     save_tensors(content, cast(BinaryIO, hashed))
@@ -85,19 +85,19 @@ def save_digested(content: Any, file: BinaryIO) -> None:
     file.flush()
     try:
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # from the disk, not from the memory that it was written through
+        if hasattr(os, "posix_fadvise"):  # read back from the disk, not from the page cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    except OSError as error:  # which does not say whose it is
+    except OSError as error:  # fsync's error does not name the file
         raise OSError(error.errno, error.strerror, file.name) from None
     if _digest(file, file.tell()) != hashed.hash.hexdigest():
-        why = "it reads back other than it was written: the disk or the memory is faulty"
+        why = "it reads back differently from what was written: the disk or the memory is faulty"
         raise OSError(errno.EIO, why, file.name)
 
 
 def stored_digest(file: IO[bytes], size: int) -> str | None:
-    """The digest that a zip of `size` bytes ends with, None if it ends without a comment as PyTorch writes it.
+    """Return the digest at the end of a zip of `size` bytes, or None if it has no comment, as PyTorch writes it.
 
-    Raises ValueError for any other end: nothing may be behind it, and it may not be cut off.
+    Raises ValueError for any other end, such as that of a truncated file or one with data after its end.
     """
     file.seek(-min(size, _END + _COMMENT), io.SEEK_END)
     tail = file.read(_END + _COMMENT)
@@ -106,14 +106,14 @@ def stored_digest(file: IO[bytes], size: int) -> str | None:
     marked = struct.pack("<H", _COMMENT) + _MARK
     if tail.startswith(b"PK\x05\x06") and re.fullmatch(re.escape(marked) + rb"[0-9a-f]{64}", tail[_END - 2 :]):
         return tail[-_DIGITS:].decode()
-    raise ValueError("it is cut off, or goes on behind its end")
+    raise ValueError("it is cut off, or more data follows its end")
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Read a whole .ckpt and compare it with its SHA-256, or with its records' CRC-32 if it carries none.
+    """Read a whole .ckpt and compare it with its SHA-256, or with its records' CRC-32 if it has no SHA-256.
 
-    One flipped bit is found; `torch.load` would not notice. Raises DamagedError, and FileNotFoundError and
-    PermissionError where it cannot be looked at.
+    Detects a single flipped bit, which `torch.load` would not. Raises DamagedError, and FileNotFoundError or
+    PermissionError if the file cannot be opened.
     """
     try:
         with Path(path).open("rb") as file:
@@ -131,16 +131,16 @@ def _verify(file: BinaryIO, size: int) -> None:
     if size == 0:
         raise ValueError("it is empty")
     if file.read(4) != b"PK\x03\x04":
-        raise ValueError("it does not begin as a file of PyTorch does")
+        raise ValueError("it does not begin like a PyTorch file")
     digest = stored_digest(file, size)
     if digest is None:
         _check_records(file)
     elif _digest(file, size) != digest:
-        raise ValueError("its SHA-256 is not the one that it was written with")
+        raise ValueError("its SHA-256 differs from the one that it was written with")
 
 
 def _digest(file: BinaryIO, size: int) -> str:
-    """SHA-256 of all but the last 64 bytes."""
+    """Return the SHA-256 of all but the last 64 bytes."""
     found, left = hashlib.sha256(), size - _DIGITS
     file.seek(0)
     while left > 0 and (block := file.read(min(_BLOCK, left))):
@@ -152,7 +152,7 @@ def _digest(file: BinaryIO, size: int) -> str:
 def _check_records(file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
-            if entry.CRC == 0:  # PyTorch can be told not to compute it
+            if entry.CRC == 0:  # PyTorch can be configured not to compute it
                 continue
             with archive.open(entry) as record:
                 while record.read(_BLOCK):

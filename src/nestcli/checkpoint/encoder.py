@@ -1,4 +1,4 @@
-"""The encoder alone, out of whatever holds one: a NEST, another model's .nemo, a folder of transformers."""
+"""Read only the encoder from a file that holds one: a NEST, another model's .nemo, a transformers folder."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from nestcli.model.speech_encoder import SpeechEncoder
 
 @dataclass(frozen=True)
 class StoredEncoder:
-    """An encoder with its preprocessor: a NEST's configuration around their blocks, and checked weights in our order.
+    """An encoder with its preprocessor: a NEST configuration built around their blocks, and checked weights.
 
-    `kind` is the class of the model that holds it; `left` counts that model's other tensors by their first name.
+    The weights have the order of our model. `kind` is the class of the model in the file; `left` counts the other
+    tensors of that model by the first part of their names.
     """
 
     config: DictConfig
@@ -36,7 +37,7 @@ class StoredEncoder:
     left: Mapping[str, int]
 
     def build(self) -> SpeechEncoder:
-        """The module, in evaluation mode; it can be trained later, even if it is made in inference mode."""
+        """Return the module in evaluation mode; it can be trained later, even if built in inference mode."""
         with torch.inference_mode(False):
             encoder = fresh_encoder(self.config)
             encoder.load_state_dict(self.state_dict)
@@ -44,16 +45,16 @@ class StoredEncoder:
 
 
 def fresh_encoder(config: DictConfig) -> SpeechEncoder:
-    """The encoder of a configuration, with weights drawn from torch's generator; never compiled."""
+    """Return the encoder of a configuration with weights drawn from torch's generator; it is never compiled."""
     blocks = NestConfig.from_config(config)
     return SpeechEncoder(blocks.preprocessor, replace(blocks.encoder, compile=False))
 
 
 def read_encoder(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StoredEncoder:
-    """The encoder in a .nemo (of NEST, Parakeet or another FastConformer), .ckpt, .safetensors or transformers folder.
+    """Read the encoder in a .nemo, .ckpt or .safetensors file or in a transformers folder.
 
-    Nothing that the file holds is executed. Raises CheckpointError, and ConfigError for an encoder that cannot be
-    built here.
+    A .nemo may hold NEST, Parakeet or another FastConformer. Nothing in the file is executed. Raises CheckpointError,
+    and ConfigError for an encoder that cannot be built here.
     """
     source = str(path)
     if is_transformers(path):
@@ -64,14 +65,14 @@ def read_encoder(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
     other = other_nemo(path)
     if other is not None:
         config = config_around(other.preprocessor, other.encoder, source, overrides)
-        model_skeleton(config, source)  # refuses sizes that no model has, before they cost anything
+        model_skeleton(config, source)  # refuses absurd sizes before memory is allocated for them
         return _stored(config, other_nemo_weights(path), other.kind, source)
     loaded = load_checkpoint(path, overrides)
     return _stored(loaded.config, loaded.state_dict, "NEST", source)
 
 
 def encoder_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration alone: that of a NEST; of any other model, that of a NEST around its encoder."""
+    """Read only the configuration: that of a NEST, or for another model that of a NEST around its encoder."""
     if is_transformers(path):
         blocks = transformers_blocks(Path(path))
         return config_around(blocks.preprocessor, blocks.encoder, str(path), overrides)
@@ -92,12 +93,12 @@ def _stored(config: DictConfig, state: Mapping[str, Tensor], kind: str, source: 
         elif name in derived:
             fitted[name] = derived[name]
         else:
-            raise CheckpointError(f"{source} lacks {name}: it holds no encoder that its configuration describes.")
+            raise CheckpointError(f"{source} lacks {name}: its weights do not fit the encoder in its configuration.")
     odd = [name for name in state if name.startswith("encoder.") and name not in wanted]
     if odd:
         raise CheckpointError(
             f"{source} holds {odd[0]}{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}, which no FastConformer "
-            "encoder of nest has. Refused: it would be another encoder without it."
+            "encoder of nest has. Refused: without it, this would be a different encoder."
         )
     check_finite(fitted, source)
     return StoredEncoder(config, fitted, kind, Counter(n.partition(".")[0] for n in state if n not in wanted))

@@ -1,4 +1,4 @@
-"""Lightning checkpoints: written whole or not at all, read without running anything that is in them."""
+"""Lightning checkpoints: write them atomically, and read them without running anything that is in them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from nestcli.model.module import CONFIG_KEY
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file in the same folder, syncs it, reads it back and renames it: a name is a whole file.
+    """Checkpoint I/O that writes atomically and reads safely.
 
-    Reads tensors and plain data only, whatever Lightning asks for: 2.4, which NeMo pins, would run code in a file.
+    Writing goes to a temporary file in the same folder, which is synced, read back and renamed, so that a file with
+    the final name is always complete. Reading accepts only tensors and plain data, whatever Lightning asks for:
+    Lightning 2.4, which NeMo pins, would run code in a file.
     """
 
     def save_checkpoint(
@@ -39,9 +41,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
-    """The content of a .ckpt file: plain data and tensors only. Raises CheckpointError, DamagedError.
+    """Read a .ckpt file: plain data and tensors only. Raises CheckpointError, DamagedError.
 
-    With `mmap` tensors stay on disk until they are used, and nobody has looked at all bytes: see `digest.verify`.
+    With `mmap`, tensors stay on disk until they are used, and the bytes are not verified (see `digest.verify`).
     """
     try:
         if not mmap:
@@ -53,7 +55,7 @@ def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = Fals
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: {' '.join(str(error).split())[:200]}. "
-            "It is damaged, or holds more than tensors and plain data."
+            "It is damaged, or it holds more than tensors and plain data."
         ) from None
     if not isinstance(content, Mapping) or "state_dict" not in content:
         raise CheckpointError(f"{path} is not a checkpoint of `nest pretrain`: it has no state_dict.")
@@ -61,7 +63,7 @@ def load_lightning_checkpoint(path: str | os.PathLike[str], *, mmap: bool = Fals
 
 
 def _check(path: str | os.PathLike[str]) -> None:
-    """Refuse what PyTorch would take a machine's memory for, or run for days on. Raises CheckpointError."""
+    """Refuse files on which PyTorch would exhaust the memory or run for days. Raises CheckpointError."""
     with Path(path).open("rb") as file:
         status = os.fstat(file.fileno())
         if odd := oversized(status):
@@ -70,10 +72,10 @@ def _check(path: str | os.PathLike[str]) -> None:
 
 
 def config_of_content(content: Mapping[str, Any], source: str, overrides: list[str]) -> DictConfig:
-    """The configuration in the content of a .ckpt file, overrides applied."""
+    """Return the configuration in the content of a .ckpt file, with overrides applied. Raises CheckpointError."""
     if not isinstance(content.get(CONFIG_KEY), Mapping):
         raise CheckpointError(
-            f"{source} carries no configuration that can be read: neither `nest pretrain` nor a NEST of NeMo wrote it. "
+            f"{source} has no readable configuration: neither `nest pretrain` nor NeMo's NEST wrote it. "
             "Its weights alone can start a run: nest pretrain CONFIG init_from_ptl_ckpt=FILE"
         )
     return config_from_dict(content[CONFIG_KEY], source, overrides)

@@ -1,4 +1,4 @@
-"""Any checkpoint: its configuration and its weights, whatever kind of file it is."""
+"""Load a checkpoint of any format: its configuration and its weights."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ SUFFIXES = (".ckpt", ".nemo", ".safetensors")
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A complete configuration, and weights that fit it: names, shapes, types and values are checked."""
+    """A complete configuration and weights that fit it; names, shapes, types and values are checked."""
 
     config: DictConfig
     state_dict: dict[str, Tensor]
 
 
 def load_checkpoint(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedCheckpoint:
-    """Read a .ckpt, .nemo or .safetensors file and apply `key=value` words to its configuration.
+    """Read a .ckpt, .nemo or .safetensors file and apply `key=value` overrides to its configuration.
 
-    Raises CheckpointError and ConfigError. Nothing that the file holds is executed. Weights have NeMo's
-    names, in NeMo's order.
+    Nothing in the file is executed. Weights have NeMo's names, in NeMo's order. Raises CheckpointError and ConfigError.
     """
     suffix = _checked_path(path).suffix
     if suffix == ".nemo":
@@ -49,7 +48,7 @@ def load_checkpoint(path: str | os.PathLike[str], overrides: Sequence[str] = ())
 
 
 def checkpoint_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration alone, which need not fit the weights once the overrides are applied."""
+    """Read only the configuration, with overrides applied; it is not checked against the weights."""
     suffix = _checked_path(path).suffix
     if suffix == ".nemo":
         return read_nemo_config(path, overrides)
@@ -59,7 +58,7 @@ def checkpoint_config(path: str | os.PathLike[str], overrides: Sequence[str] = (
 
 
 def checkpoint_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights alone, whatever model they are of; a .ckpt then needs no configuration. Raises CheckpointError."""
+    """Read only the weights, of any model; a .ckpt then needs no configuration. Raises CheckpointError."""
     suffix = _checked_path(path).suffix
     if suffix == ".nemo" and other_nemo(path) is None:
         return read_nemo(path)[1]
@@ -74,7 +73,7 @@ def checkpoint_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _content(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, Any]:
-    """What a .ckpt holds, of `nest pretrain` or of NeMo; its size and the names in it are checked before."""
+    """Return the content of a .ckpt of `nest pretrain` or NeMo, after checks of its size and the names in it."""
     with torch.serialization.safe_globals([*STAND_INS]):
         return load_lightning_checkpoint(path, mmap=mmap)
 
@@ -98,7 +97,7 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     if checked.suffix not in SUFFIXES:
         there = sorted(checked.glob("checkpoints/*.nemo")) if os.path.isdir(path) else []  # noqa: PTH112  (pathlib raises for some)
         meant = f" Did you mean {there[0]}?" if there else ""
-        raise CheckpointError(f"{path} is not a checkpoint: the name ends with none of {', '.join(SUFFIXES)}.{meant}")
+        raise CheckpointError(f"{path} is not a checkpoint: its name must end with {', '.join(SUFFIXES)}.{meant}")
     if not checked.is_file():
         raise CheckpointError(f"{path}: no such checkpoint.")
     return checked

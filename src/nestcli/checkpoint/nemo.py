@@ -1,6 +1,6 @@
-"""NeMo's .nemo files: a tar of `model_config.yaml` and `model_weights.ckpt`, written for NeMo 3.0.0, read from anyone.
+"""NeMo's .nemo files: a tar of `model_config.yaml` and `model_weights.ckpt`.
 
-docs/decisions/0005 tells what is refused on reading, and why.
+Files are written for NeMo 3.0.0 and read from untrusted sources. docs/decisions/0005 explains what is refused and why.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from nestcli.untrusted import MAX_YAML
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 _LARGEST_ITEM = 8  # bytes of a number in fp64
-_LARGEST_MEMBER = (8 << 30) - 1  # bytes; a tar header has no room for more
-_OVERHEAD = 1 << 16  # bytes of a zip's entry, its alignment and its line in the table of tensors, more than enough
+_LARGEST_MEMBER = (8 << 30) - 1  # bytes; the largest size that fits into a tar header
+_OVERHEAD = 1 << 16  # bytes; an upper bound for a zip entry, its alignment and its line in the table of tensors
 
 
 def write_nemo(path: str | os.PathLike[str], config: DictConfig, state_dict: Mapping[str, Tensor]) -> None:
-    """Write a .nemo file that NeMo 3.0.0 restores: whole or not at all, the same bytes for the same model.
+    """Write a .nemo file that NeMo 3.0.0 restores: atomically, and with the same bytes for the same model.
 
-    Weights are stored as NeMo stores them: in its order, fp32, codebooks fp64. Raises CheckpointError.
+    Weights are stored as NeMo stores them: in its order, in fp32, codebooks in fp64. Raises CheckpointError.
     """
     text = yaml_of(to_nemo(config))
     weights = OrderedDict(
@@ -55,9 +55,9 @@ def write_nemo(path: str | os.PathLike[str], config: DictConfig, state_dict: Map
 
 
 def read_nemo(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[DictConfig, dict[str, Tensor]]:
-    """The complete configuration, overrides applied, and the checked weights of a .nemo file of any NeMo version.
+    """Read a .nemo file of any NeMo version: the complete configuration, with overrides applied, and checked weights.
 
-    Nothing is extracted or executed, and an archive with anything odd in it is refused. Raises CheckpointError.
+    Nothing is extracted or executed, and an archive with anything unusual in it is refused. Raises CheckpointError.
     """
     with open_archive(Path(path)) as archive:
         config = _config_in(archive, overrides)
@@ -72,14 +72,14 @@ def read_nemo(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tu
 
 
 def read_nemo_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
-    """The complete configuration in a .nemo file, without its weights. Raises CheckpointError."""
+    """Read the complete configuration in a .nemo file, without its weights. Raises CheckpointError."""
     with open_archive(Path(path)) as archive:
         return _config_in(archive, overrides)
 
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A model of another kind: its class, and the blocks of its configuration that describe an encoder."""
+    """A model other than NEST: its class, and the blocks of its configuration that describe an encoder."""
 
     kind: str
     preprocessor: Any
@@ -87,7 +87,10 @@ class OtherModel:
 
 
 def other_nemo(path: str | os.PathLike[str]) -> OtherModel | None:
-    """What a .nemo file holds that is no NEST; None for a NEST and for other files. Raises CheckpointError."""
+    """Describe the model in a .nemo file if it is not a NEST; return None for a NEST and for other files.
+
+    Raises CheckpointError.
+    """
     if Path(path).suffix != ".nemo" or not Path(path).is_file():
         return None
     with open_archive(Path(path)) as archive:
@@ -100,7 +103,7 @@ def other_nemo(path: str | os.PathLike[str]) -> OtherModel | None:
 
 
 def other_nemo_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a .nemo file, whatever model they are of. Raises CheckpointError."""
+    """Read all tensors of a .nemo file, of any model. Raises CheckpointError."""
     with open_archive(Path(path)) as archive:
         return load_weights(*archive.open(WEIGHTS), str(path))
 
@@ -122,6 +125,6 @@ def _largest_size(model: torch.nn.Module) -> int:
 
 
 def _alone(value: Tensor) -> Tensor:
-    """A tensor without the storage of others around it: `torch.save` would write all of that."""
+    """Return the tensor, copied if it shares its storage: `torch.save` would write the whole storage."""
     value = value.detach().cpu().contiguous()
     return value if value.untyped_storage().nbytes() == value.numel() * value.element_size() else value.clone()

@@ -1,8 +1,8 @@
-"""Between the configuration of a run and the `model_config.yaml` inside a .nemo file.
+"""Translate between the configuration of a run and the `model_config.yaml` inside a .nemo file.
 
-NeMo's side is the `model` block with every interpolation resolved, and what its constructors do with a key that is not
-there: `_BLOCKS` notes that as facts, read off the constructors of NeMo 3.0.0. Archives of older versions lack keys that
-came later and carry keys that went, or that only NeMo needs.
+NeMo stores the `model` block with every interpolation resolved; for a missing key, its constructors' defaults apply.
+`_BLOCKS` lists these defaults, read off the constructors of NeMo 3.0.0. Archives of older versions lack keys that were
+added later, and have keys that were removed or that only NeMo needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nestcli.keys import EXTRA_KEYS
 from nestcli.targets import nemo_target
 from nestcli.untrusted import check_plain, odd_in_yaml
 
-OURS = "nestcli"  # the block of settings that NeMo has no word for; NeMo lets unknown blocks pass
+OURS = "nestcli"  # the block of settings that NeMo does not know; NeMo ignores unknown blocks
 TARGET = "nemo.collections.asr.models.ssl_models.EncDecDenoiseMaskedTokenPredModel"
 _CLASS_NAMES = ("EncDecDenoiseMaskedTokenPredModel", "EncDecMaskedTokenPredModel")
 _TARGETS = frozenset(
@@ -38,10 +38,10 @@ _TARGETS = frozenset(
 )
 
 _REQUIRED: Any = object()  # NeMo's constructor has no default
-_ANY: Any = object()  # whatever the value, it changes nothing here
+_ANY: Any = object()  # any value; it has no effect here
 
-# For each block: the keys that both sides know, with the value that a missing one has in NeMo; and the keys that only
-# NeMo knows, with the values that leave the model as it is.
+# For each block: the keys that both sides know, with NeMo's default for a missing one; and the keys that only NeMo
+# knows, with the values that do not change the model.
 _BLOCKS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
     "preprocessor": (
         {
@@ -110,7 +110,7 @@ _AUGMENTOR_KEYS = frozenset(
     for prefix in ("min", "max")
     for name in ("r_speech", "r_noise", "mix_rate", "num_segments", "num_speakers")
 ) | {"prob", "noise_ratio"}
-# Keys of the model itself, and where the value stands a second time.
+# Keys of the model itself, and the key that holds the same value a second time.
 _SCALARS = {
     "sample_rate": "preprocessor.sample_rate",
     "num_classes": "quantizer.num_classes",
@@ -118,7 +118,7 @@ _SCALARS = {
     "code_dim": "quantizer.code_dim",
     "squeeze_single": "quantizer.squeeze_single",
 }
-# What NeMo stores beside the model, and what its parent classes read and this model never uses.
+# Keys that NeMo stores beside the model, and keys that its parent classes read but this model never uses.
 _INERT = frozenset(
     (
         "target", "nemo_version", "mask_position", "train_ds", "validation_ds", "test_ds", "optim", "model_defaults",
@@ -126,19 +126,19 @@ _INERT = frozenset(
     )
 )  # fmt: skip
 _ABSENT_IS_NONE = ("batch_augmentor", "noise_manifest")
-_REMEDY = "It would be another model without it. Refused."
+_REMEDY = "Refused: without it, this would be a different model."
 
 
 # ---- out -------------------------------------------------------------------------------------------------------
 
 
 def to_nemo(config: DictConfig) -> dict[str, Any]:
-    """The content of `model_config.yaml`: every key that NeMo knows, then ours in a block that NeMo lets pass.
+    """Return the content of `model_config.yaml`: every key that NeMo knows, then ours in a block that NeMo ignores.
 
-    Raises CheckpointError for settings with which NeMo cannot build the model.
+    Raises CheckpointError for settings with which NeMo cannot run the model.
     """
     model = copy.deepcopy(resolved(config)["model"])
-    model["encoder"].pop("backend", None)  # whose code trained it is no part of the model
+    model["encoder"].pop("backend", None)  # the code that trained the model is not a part of it
     if model["mask_position"] != "pre_conv":
         raise CheckpointError(
             f"model.mask_position={model['mask_position']} cannot go into a .nemo file: NeMo 3.0.0 builds such a model "
@@ -148,7 +148,7 @@ def to_nemo(config: DictConfig) -> dict[str, Any]:
     for name, (known, _) in _BLOCKS.items():
         model[name], ours[name] = _parted(model[name], known)
     for name in ("train_ds", "validation_ds"):
-        augmentor = (model[name] or {}).get("batch_augmentor")  # no block: a run without validation
+        augmentor = (model[name] or {}).get("batch_augmentor")  # a run without validation has no such block
         if augmentor:
             model[name]["batch_augmentor"], own = _parted(augmentor, _AUGMENTOR_KEYS)
             ours[name] = {"batch_augmentor": own} if own else {}
@@ -157,7 +157,7 @@ def to_nemo(config: DictConfig) -> dict[str, Any]:
 
 
 def _parted(block: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A block as NeMo takes it, and those of its settings, if they are in use, that only we know."""
+    """Split a block into the keys that NeMo takes, and the settings that only we know, if they are in use."""
     theirs = {key: value for key, value in block.items() if key in known}
     if "_target_" in block:
         theirs = {"_target_": nemo_target(block["_target_"]), **theirs}
@@ -166,7 +166,7 @@ def _parted(block: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str,
 
 
 def yaml_of(content: Mapping[str, Any]) -> bytes:
-    """A configuration as YAML, as NeMo writes it."""
+    """Return a configuration as YAML, in NeMo's style."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(content))).encode()
 
 
@@ -174,21 +174,22 @@ def yaml_of(content: Mapping[str, Any]) -> bytes:
 
 
 def plain_yaml(text: bytes, source: str, keys: Collection[str] | None = None) -> dict[str, Any]:
-    """The YAML of a stranger as plain values: no tags, no anchors, no references, of a bounded size.
+    """Parse untrusted YAML into plain values: no tags, no anchors, no references, and a bounded size.
 
-    With `keys` only those of its blocks are looked into and returned. Raises CheckpointError and ConfigError.
+    With `keys`, only those blocks are checked and returned. Raises CheckpointError and ConfigError.
     """
     try:
         if odd := odd_in_yaml(text.decode("utf-8")):
-            raise CheckpointError(f"{source}: its configuration has {odd}. Refused: NeMo writes none.")
+            raise CheckpointError(f"{source}: its configuration has {odd}. Refused: NeMo does not write such files.")
         content = OmegaConf.to_container(OmegaConf.create(text.decode("utf-8")), resolve=False)
-    except AssertionError:  # OmegaConf's, for a number alone
-        raise CheckpointError(f"{source}: its configuration is no mapping of keys but a single value.") from None
+    except AssertionError:  # OmegaConf raises it for a single number
+        raise CheckpointError(f"{source}: its configuration must be a mapping of keys, not a single value.") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, RecursionError) as error:
         message = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{source}: its configuration is no YAML that NeMo writes: {message}.") from None
+        raise CheckpointError(f"{source}: its configuration is not YAML as NeMo writes it: {message}.") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{source}: its configuration is no mapping of keys but a {type(content).__name__}.")
+        kind = type(content).__name__
+        raise CheckpointError(f"{source}: its configuration must be a mapping of keys, not a {kind}.")
     if keys is not None:
         content = {key: value for key, value in content.items() if key in keys}
     check_plain(content, source)
@@ -196,9 +197,9 @@ def plain_yaml(text: bytes, source: str, keys: Collection[str] | None = None) ->
 
 
 def from_nemo(content: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The complete configuration of a model that came in a .nemo file; what is not the model's is the base file's.
+    """Return the complete configuration of a model from a .nemo file; everything outside `model` is the base file's.
 
-    Raises CheckpointError naming the key that has no counterpart here, ConfigError for values that cannot be.
+    Raises CheckpointError, which names a key without a counterpart here, and ConfigError for impossible values.
     """
     wrapped = content.get("model")
     given = dict(wrapped if isinstance(wrapped, Mapping) else content)
@@ -222,23 +223,23 @@ def from_nemo(content: Mapping[str, Any], source: str, overrides: Sequence[str] 
 
 
 def is_nest(content: Mapping[str, Any]) -> bool:
-    """Whether this describes a NEST, of any version of NeMo's, and not another model of NeMo's."""
+    """Return True if this describes a NEST of any NeMo version, rather than another NeMo model."""
     return content.get("target") in _TARGETS or "quantizer" in content
 
 
 def config_around(preprocessor: Any, encoder: Any, source: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A NEST of standard settings around the preprocessor and the encoder of another model of NeMo's.
+    """Return a NEST configuration with standard settings around the preprocessor and encoder of another NeMo model.
 
-    What the blocks leave out is what NeMo's constructors put there. Raises CheckpointError and ConfigError.
+    Keys that the blocks leave out have the defaults of NeMo's constructors. Raises CheckpointError and ConfigError.
     """
     config = load_config()
     for name, block in (("preprocessor", preprocessor), ("encoder", encoder)):
         ours = _base()["model"][name]
         filled = _block_from_nemo(name, block, ours, source)
-        if name == "preprocessor":  # padding to whole tokens, which only pretraining needs, changes no valid frame
+        if name == "preprocessor":  # only pretraining needs padding to whole tokens; it changes no valid frame
             filled["pad_to"] = ours["pad_to"]
         config.model[name] = OmegaConf.create(filled)
-    config.model.sample_rate = config.model.preprocessor.sample_rate  # here it is the preprocessor's that counts
+    config.model.sample_rate = config.model.preprocessor.sample_rate  # the preprocessor's value is the real one
     return with_overrides(config, overrides, source)
 
 
@@ -251,7 +252,7 @@ def _check_kind(given: Mapping[str, Any], source: str) -> None:
     target = given.get("target")
     if target is not None and not (isinstance(target, str) and target in _TARGETS):
         raise CheckpointError(
-            f"{source} holds a {str(target)[:100]!r}, no NEST. Known: {', '.join(sorted(_CLASS_NAMES))}. Refused."
+            f"{source} holds a {str(target)[:100]!r}, not a NEST. Known: {', '.join(sorted(_CLASS_NAMES))}. Refused."
         )
     if given.get("mask_position") not in (None, "pre_conv"):
         raise CheckpointError(
@@ -261,11 +262,11 @@ def _check_kind(given: Mapping[str, Any], source: str) -> None:
 
 
 def _block_from_nemo(name: str, block: Any, ours: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A block with every key of `ours`: the given value, or that of NeMo's constructor."""
+    """Return a block with every key of `ours`: the given value, or the default of NeMo's constructor."""
     if block is None and name == "spec_augment":
         block = {}
     if not isinstance(block, Mapping):
-        raise CheckpointError(f"{source}: its configuration has no block {name}: it is no NEST model.")
+        raise CheckpointError(f"{source}: its configuration has no block {name}: it is not a NEST model.")
     known, theirs = _BLOCKS[name]
     for key, value in block.items():
         if key not in known and key != "_target_" and not _is_neutral(value, theirs.get(key)):
@@ -283,22 +284,28 @@ def _block_from_nemo(name: str, block: Any, ours: Mapping[str, Any], source: str
 
 
 def _is_neutral(value: Any, allowed: Sequence[Any] | None = None) -> bool:
-    """Whether a key that only NeMo knows changes nothing; one that NeMo 3.0.0 does not know either must be empty."""
+    """Return True if the value of a key that we do not know leaves the model unchanged.
+
+    `allowed` lists such values; None is for a key that NeMo 3.0.0 does not know either, which must be empty.
+    """
     if allowed is None:
         return value in (None, False, 0, "") or value == {} or value == []
     return any(option is _ANY or value == option for option in allowed)
 
 
 def _n_fft(preprocessor: Mapping[str, Any]) -> int | None:
-    """NeMo's choice where the configuration makes none: the next power of 2 from the window's length on."""
+    """Return NeMo's default: the smallest power of 2 that is not below the window's length in samples."""
     size, rate = preprocessor["window_size"], preprocessor["sample_rate"]
     if not isinstance(size, int | float) or not isinstance(rate, int) or not 1 <= size * rate < 1 << 20:
-        return None  # for the checks of the model to answer
+        return None  # the checks of the model report it
     return 1 << (int(size * rate) - 1).bit_length()
 
 
 def _att_context_size(value: Any, source: str) -> Any:
-    """[left, right] in frames; NeMo also takes null, and a list of such pairs to train with by turns."""
+    """Return [left, right] in frames; NeMo also accepts null, and a list of pairs among which training alternates.
+
+    Raises CheckpointError for more than one pair.
+    """
     if value is None:
         return [-1, -1]
     pairs = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
@@ -308,7 +315,7 @@ def _att_context_size(value: Any, source: str) -> Any:
 
 
 def _inert_from_nemo(ours: dict[str, Any], given: Any, place: str) -> dict[str, Any]:
-    """A block of the run that a model came from, as far as we know its keys; it does not touch the weights."""
+    """Return a block that describes the original run, limited to keys that we know; it does not affect the weights."""
     if not isinstance(given, Mapping):
         return ours
     known = {**ours, **dict.fromkeys(key for key in given if f"{place}.{key}" in EXTRA_KEYS)}
@@ -324,13 +331,13 @@ def _inert_from_nemo(ours: dict[str, Any], given: Any, place: str) -> dict[str, 
 
 
 def _put(model: dict[str, Any], key: str, value: Any, source: str) -> None:
-    """Set one of the keys that only we know."""
+    """Set a key that only we know. Raises CheckpointError."""
     if f"model.{key}" not in EXTRA_KEYS:
-        raise CheckpointError(f"{source}: {OURS}.{key} is a setting that this version does not know. Update nestcli.")
+        raise CheckpointError(f"{source}: {OURS}.{key} is unknown to this version. Update nestcli.")
     *blocks, last = key.split(".")
     block: Any = model
     for name in blocks:
         block = block.get(name)
         if not isinstance(block, dict):
-            raise CheckpointError(f"{source}: {OURS}.{key} belongs to a block that is not there.")
+            raise CheckpointError(f"{source}: {OURS}.{key} belongs to a block that is missing.")
     block[last] = value

@@ -1,7 +1,7 @@
-"""NeMo's own Lightning checkpoints: their configuration is pickled as objects of omegaconf.
+"""NeMo's own Lightning checkpoints, whose configuration is pickled as omegaconf objects.
 
-Those objects are not made. Every class that such a pickle names is answered by one that keeps what it is given and does
-nothing, and the plain values are taken out of that.
+These objects are never created. An inert stand-in, which only stores what it is given, replaces every class that such
+a pickle names, and the plain values are taken from the stand-ins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _DEEPEST, _MOST_VALUES = 32, 20_000
 
 
 class Inert:
-    """Stands in for a class of a pickle."""
+    """Stand-in for a class that a pickle names; it stores its state and does nothing."""
 
     def __init__(self, *args: object, **options: object) -> None:
         pass
@@ -32,9 +32,9 @@ _NAMES = (
     "collections.defaultdict", "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str",
     "builtins.bool", "pathlib.PosixPath",
 )  # fmt: skip
-# For `torch.serialization.safe_globals`: what to take in place of each name.
+# For `torch.serialization.safe_globals`: the stand-in for each name.
 STAND_INS = [(Inert, name) for name in _NAMES]
-# The same names as they stand in a pickle of protocol 2.
+# The same names as a pickle of protocol 2 writes them.
 PICKLED = frozenset(
     f"{module} {name}"
     for full in (*_NAMES, "builtins.long", "builtins.unicode")
@@ -43,13 +43,13 @@ PICKLED = frozenset(
 
 
 def hyper_parameters(content: Mapping[str, Any], source: str) -> dict[str, Any] | None:
-    """The configuration of a model of NeMo's in the content of a .ckpt file as plain values, None if there is none.
+    """Return the configuration of a NeMo model in the content of a .ckpt file as plain values, or None without one.
 
-    Raises CheckpointError and ConfigError for what no configuration holds.
+    Raises CheckpointError and ConfigError for content that a configuration cannot have.
     """
     plain = _Reader(source).plain(content.get("hyper_parameters"))
     if isinstance(plain, dict) and (calling := sorted(CALLING & plain.keys())):
-        raise CheckpointError(f"{source}: its hyper_parameters name what is to be called, at {calling[0]}. Refused.")
+        raise CheckpointError(f"{source}: its hyper_parameters name code to call, at {calling[0]}. Refused.")
     plain = plain.get("cfg", plain) if isinstance(plain, dict) else None
     if not isinstance(plain, dict) or "encoder" not in plain:
         return None
@@ -58,7 +58,7 @@ def hyper_parameters(content: Mapping[str, Any], source: str) -> dict[str, Any] 
 
 
 class _Reader:
-    """Takes plain values out of stand-ins; a file may have made them refer to each other in circles."""
+    """Extracts plain values from stand-ins, within limits: a malicious file may make them refer to each other."""
 
     def __init__(self, source: str) -> None:
         self.source, self.seen = source, 0

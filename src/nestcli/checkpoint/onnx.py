@@ -1,4 +1,4 @@
-"""The encoder as an ONNX graph of any batch size and length, with or without the log-mel features before it.
+"""Export the encoder as an ONNX graph for any batch size and length, with or without log-mel features in the graph.
 
 Axes: B batch, N samples, D mel bins, T feature frames, S frames, M model width.
 """
@@ -28,7 +28,7 @@ _HINT = 'pip install "nestcli[onnx]"'
 
 
 class FromFeatures(nn.Module):
-    """Log-mel features (B, D, T) and their frames (B,) to encoded frames (B, S, M) and their number (B,)."""
+    """Encode log-mel features (B, D, T) with frame counts (B,) into frames (B, S, M) with counts (B,)."""
 
     def __init__(self, encoder: SpeechEncoder) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class FromFeatures(nn.Module):
 
 
 class FromAudio(nn.Module):
-    """Waveforms (B, N) and their samples (B,) to encoded frames (B, S, M) and their number (B,)."""
+    """Encode waveforms (B, N) with sample counts (B,) into frames (B, S, M) with counts (B,)."""
 
     def __init__(self, encoder: SpeechEncoder) -> None:
         super().__init__()
@@ -53,11 +53,11 @@ class FromAudio(nn.Module):
 
 
 def write_onnx(path: str | os.PathLike[str], encoder: SpeechEncoder, part: Part = "all") -> None:
-    """Write an encoder in evaluation mode, whole or not at all; batch size and length stay open.
+    """Write an encoder in evaluation mode, atomically; batch size and length stay dynamic.
 
-    Inputs `audio` (B, N) or `features` (B, D, T), and `lengths` (B,) int64; outputs `encoded` (B, S, M) and
-    `encoded_lengths` (B,). Frames beyond an item's length mean nothing. Raises CheckpointError for weights that one
-    file cannot hold, MissingDependencyError without onnx.
+    Inputs: `audio` (B, N) or `features` (B, D, T), and `lengths` (B,) int64. Outputs: `encoded` (B, S, M) and
+    `encoded_lengths` (B,). Ignore frames beyond an item's length. Raises CheckpointError for weights that do not fit
+    into one file, MissingDependencyError without onnx.
     """
     size = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
     if size > _LARGEST:
@@ -87,9 +87,9 @@ def write_onnx(path: str | os.PathLike[str], encoder: SpeechEncoder, part: Part 
 
 
 def onnx_difference(path: str | os.PathLike[str], encoder: SpeechEncoder, part: Part = "all") -> float | None:
-    """The largest difference on valid frames between the graph in onnxruntime and the module, in shapes never traced.
+    """Return the largest difference on valid frames between the graph in onnxruntime and the module.
 
-    None without onnxruntime.
+    The shapes differ from those that were traced. Returns None without onnxruntime, infinity if the lengths differ.
     """
     try:
         import onnxruntime
@@ -119,7 +119,7 @@ def _module(encoder: SpeechEncoder, part: Part) -> tuple[nn.Module, tuple[Tensor
 
 
 def _noise(encoder: SpeechEncoder, items: int, seconds: float) -> tuple[Tensor, Tensor]:
-    """Noise in a batch of unequal lengths, the same at every call."""
+    """Return a batch of noise with unequal lengths, the same at every call."""
     drawn = torch.Generator().manual_seed(items)
     samples = int(seconds * encoder.sample_rate)
     lengths_B = torch.linspace(samples, samples / 2, items).long()
@@ -137,7 +137,10 @@ def _facts(encoder: SpeechEncoder, part: Part) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that it would like to have, and of its own progress."""
+    """Silence the exporter's remarks on optional packages and on its progress.
+
+    Raises MissingDependencyError without onnx or onnxscript.
+    """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401

@@ -1,7 +1,7 @@
-"""What a pickle of tensors may say, looked at opcode by opcode before PyTorch runs any of it.
+"""Check a pickle of tensors opcode by opcode, before PyTorch runs any of it.
 
-PyTorch calls only what is allowed to be called. It does not notice that a key of a few hundred bytes takes longer to
-hash than anybody will wait: a tuple of twice the tuple of twice the tuple ... that the pickle refers back to.
+PyTorch calls only functions that it allows. But it does not notice a key of a few hundred bytes that takes practically
+forever to hash: a tuple of twice the tuple of twice the tuple ... by references inside the pickle.
 """
 
 from __future__ import annotations
@@ -13,37 +13,38 @@ from typing import Any
 
 from nestcli.errors import CheckpointError
 
-# All that a state dict needs. What PyTorch allows beyond it (bytearray, sparse tensors) can ask for any memory.
+# Everything that a state dict needs. PyTorch allows more (bytearray, sparse tensors), which could demand any memory.
 _GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
     r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
 )
 _CALLING = frozenset(("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"))
 _MOST_OPCODES = 500_000  # the largest preset has 130,000, optimiser included
-_LARGEST_TUPLES = 1 << 20  # items of all tuples, those inside of others counted as often as they stand there
+_LARGEST_TUPLES = 1 << 20  # items of all tuples; nested tuples count once for each occurrence
 _MARK = -1
 
 
 def check_pickle(table: bytes, source: str, also: Collection[str] = ()) -> None:
-    """Refuse names of anything but tensors and ordered dictionaries, and tuples that grow; nothing is run.
+    """Refuse names other than those of tensors and ordered dictionaries, and tuples that explode; run nothing.
 
-    `also` are names that it may hold beside those of a state dict. Raises CheckpointError, ValueError for no pickle.
+    `also` are further names that the pickle may hold. Raises CheckpointError, and ValueError if `table` is not a valid
+    pickle.
     """
     sizes = _Sizes(source)
     for number, (opcode, argument, _) in enumerate(pickletools.genops(table)):
         name = opcode.name
         if number > _MOST_OPCODES:
-            raise CheckpointError(f"{source}: the weights have no table of tensors of an ordinary size. Refused.")
+            raise CheckpointError(f"{source}: the weights have no table of tensors of a plausible size. Refused.")
         if name in _CALLING and not (name == "GLOBAL" and (_GLOBALS.fullmatch(str(argument)) or argument in also)):
             named = f" ({str(argument)[:100]!r})" if argument is not None else ""
-            raise CheckpointError(f"{source}: the weights name something to be called{named}. Refused.")
+            raise CheckpointError(f"{source}: the weights name code to call{named}. Refused.")
         sizes.follow(opcode, argument)
 
 
 class _Sizes:
-    """The pickle's stack, on which each tuple is the number of items in it, and everything else is 1.
+    """The pickle's stack, with the number of items in place of each tuple and 1 in place of everything else.
 
-    Tuples are the only containers that can be keys.
+    Only tuples are counted, as they are the only containers that can be keys.
     """
 
     def __init__(self, source: str) -> None:
@@ -73,11 +74,11 @@ class _Sizes:
     def _push(self, size: int) -> None:
         self._seen += size - 1
         if self._seen > _LARGEST_TUPLES:
-            raise CheckpointError(f"{self._source}: the weights hold tuples that grow without end. Refused.")
+            raise CheckpointError(f"{self._source}: the weights hold tuples that grow without limit. Refused.")
         self._stack.append(size)
 
     def _taken(self, opcode: pickletools.OpcodeInfo) -> list[int]:
-        """What an opcode takes from the stack, by pickletools' own table: everything down to the last mark, or some."""
+        """Pop what an opcode takes from the stack, by pickletools' table: a few items, or all down to the last mark."""
         stack, before = self._stack, opcode.stack_before
         taken = []
         if pickletools.markobject in before or (opcode.name == "POP" and stack[-1:] == [_MARK]):

@@ -1,4 +1,4 @@
-"""NEST in one safetensors file: weights under NeMo's names, the configuration as JSON in its metadata, no pickle."""
+"""NEST in one safetensors file, without pickle: weights under NeMo's names, the configuration as JSON metadata."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_HEADER = 8 << 20  # bytes; the largest preset's has 200,000
 
 
 def write_safetensors(path: str | os.PathLike[str], config: DictConfig, state_dict: Mapping[str, Tensor]) -> None:
-    """Write weights and configuration, whole or not at all. Raises CheckpointError."""
+    """Write weights and configuration atomically. Raises CheckpointError."""
     state = fitted_state(state_dict, config, f"the model for {path}")
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(resolved(config))}
     with atomic_file(path) as file:
@@ -35,33 +35,36 @@ def write_safetensors(path: str | os.PathLike[str], config: DictConfig, state_di
 def read_safetensors(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> tuple[DictConfig, dict[str, Tensor]]:
-    """The complete configuration, overrides applied, and the checked weights. Raises CheckpointError, ConfigError."""
+    """Read the complete configuration, with overrides applied, and the checked weights.
+
+    Raises CheckpointError and ConfigError.
+    """
     config = safetensors_config(path, overrides)
     model_skeleton(config, str(path))
     return config, checked_state(safetensors_weights(path), config, str(path))
 
 
 def safetensors_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration alone. Raises CheckpointError and ConfigError."""
+    """Read only the configuration. Raises CheckpointError and ConfigError."""
     with _opened(path) as file:
         text = (file.metadata() or {}).get(CONFIG_KEY)
     if text is None or len(text) > _MAX_CONFIG:
         raise CheckpointError(
-            f"{path} carries no configuration of a NEST: `nest export --to safetensors` did not write it."
+            f"{path} has no NEST configuration: `nest export --to safetensors` did not write it."
             if text is None
             else f"{path}: its configuration has {len(text):,} bytes, more than {_MAX_CONFIG:,}. Refused."
         )
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its configuration is no JSON: {error}.") from None
+        raise CheckpointError(f"{path}: its configuration must be valid JSON: {error}.") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: its configuration is no mapping of keys but a {type(content).__name__}.")
+        raise CheckpointError(f"{path}: its configuration must be a mapping of keys, not a {type(content).__name__}.")
     return config_from_dict(content, str(path), overrides)
 
 
 def safetensors_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, whatever model they are of. Raises CheckpointError."""
+    """Read all tensors of a safetensors file, of any model. Raises CheckpointError."""
     with _opened(path) as file:
         try:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
@@ -79,4 +82,4 @@ def _opened(path: str | os.PathLike[str]) -> Any:
             raise CheckpointError(f"{path} cannot be read: {odd or f'its table has {length:,} bytes'}. Refused.")
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}.") from None
+        raise CheckpointError(f"{path} is not a safetensors file, or it is damaged: {error}.") from None

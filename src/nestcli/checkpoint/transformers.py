@@ -1,7 +1,7 @@
-"""The encoder as a folder that transformers' `ParakeetEncoder` loads, and such folders read: no pickle either way.
+"""Write the encoder as a folder that transformers' `ParakeetEncoder` loads, and read such folders, without pickle.
 
-Files are written and read here without transformers. Source: transformers 5 `ParakeetEncoderConfig`,
-`ParakeetFeatureExtractor`; docs/export.md tells what they cannot express.
+Neither direction needs transformers. Source: `ParakeetEncoderConfig` and `ParakeetFeatureExtractor` of transformers 5;
+docs/export.md lists what they cannot express.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAX_PARTS = 1_000
 _MAX_NUMBER = 1 << 30
 _KIND = "parakeet_encoder"
 _WITH_ENCODER = {"parakeet_ctc": "ParakeetForCTC", "parakeet_rnnt": "ParakeetForRNNT", "parakeet_tdt": "ParakeetForTDT"}
-# Parts of names, ours and theirs; everything else is called alike.
+# Parts of names, ours and theirs; all other names are the same.
 _NAMES = {
     "pre_encode.conv.": "subsampling.layers.",
     "pre_encode.out.": "subsampling.linear.",
@@ -44,7 +44,7 @@ _NAMES = {
     ".pos_bias_u": ".bias_u",
     ".pos_bias_v": ".bias_v",
 }
-# What an encoder of theirs always is, under NeMo's keys.
+# Fixed properties of their encoder, under NeMo's keys.
 _FIXED = {
     "subsampling": "dw_striding", "causal_downsampling": False, "self_attention_model": "rel_pos",
     "att_context_size": [-1, -1], "att_context_style": "regular", "conv_norm_type": "batch_norm", "feat_out": -1,
@@ -54,7 +54,7 @@ _FIXED = {
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a folder describes, under NeMo's keys, and the class of the model in it."""
+    """The configuration blocks in a folder, under NeMo's keys, and the class of its model."""
 
     kind: str
     preprocessor: dict[str, Any]
@@ -62,7 +62,7 @@ class Blocks:
 
 
 def is_transformers(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder of transformers."""
+    """Return True if this is a transformers folder."""
     return (Path(path) / CONFIG).is_file()
 
 
@@ -72,9 +72,10 @@ def is_transformers(path: str | os.PathLike[str]) -> bool:
 def write_transformers(
     folder: str | os.PathLike[str], config: DictConfig, state_dict: Mapping[str, Tensor], *, force: bool = False
 ) -> None:
-    """Write the encoder for `ParakeetEncoder.from_pretrained`, with its feature extractor, whole or not at all.
+    """Write the encoder and its feature extractor atomically, for `ParakeetEncoder.from_pretrained`.
 
-    Raises CheckpointError for an encoder that the class cannot express, naming the key, and for a folder that is there.
+    Raises CheckpointError for an encoder that the class cannot express (it names the key), and, without `force`, for a
+    folder that exists.
     """
     nest = NestConfig.from_config(config)
     description = _described(nest.encoder, nest.preprocessor)
@@ -91,7 +92,7 @@ def write_transformers(
 
 
 def their_name(name: str) -> str:
-    """The name of one of our encoder's tensors in a `ParakeetEncoder`."""
+    """Return the name that a tensor of our encoder has in a `ParakeetEncoder`."""
     return _renamed(name.removeprefix("encoder."), _NAMES)
 
 
@@ -102,7 +103,7 @@ def _renamed(name: str, parts: Mapping[str, str]) -> str:
 
 
 def _described(encoder: EncoderConfig, preprocessor: PreprocessorConfig) -> dict[str, Any]:
-    """Their configuration of our encoder. Raises CheckpointError."""
+    """Return the transformers configuration of our encoder. Raises CheckpointError."""
     _check_expressible(encoder, preprocessor)
     return {
         "architectures": ["ParakeetEncoder"],
@@ -172,7 +173,7 @@ def _extractor(preprocessor: PreprocessorConfig) -> dict[str, Any]:
 
 
 def transformers_blocks(folder: Path) -> Blocks:
-    """What config.json and preprocessor_config.json describe. Raises CheckpointError for another kind of model."""
+    """Read config.json and preprocessor_config.json. Raises CheckpointError for another kind of model."""
     content, source = _read_json(folder / CONFIG), str(folder / CONFIG)
     model_type = str(content.get("model_type"))
     if model_type == _KIND:
@@ -181,14 +182,14 @@ def transformers_blocks(folder: Path) -> Blocks:
         kind, encoder = _WITH_ENCODER[model_type], content["encoder_config"]
     else:
         known = ", ".join([_KIND, *_WITH_ENCODER])
-        raise CheckpointError(f"{source}: the model_type {model_type[:60]!r} has no encoder of ours. Known: {known}.")
+        raise CheckpointError(f"{source}: the model_type {model_type[:60]!r} is not supported. Known: {known}.")
     features = _read_json(folder / FEATURES) if (folder / FEATURES).is_file() else {}
     bins = _number(encoder, "num_mel_bins", 80, source)
     return Blocks(kind, _preprocessor(features, bins, str(folder / FEATURES)), _encoder(encoder, bins, source))
 
 
 def _encoder(theirs: Mapping[str, Any], bins: int, source: str) -> dict[str, Any]:
-    """The encoder's block; keys that are not there have the values of transformers' class."""
+    """Return the encoder's block; missing keys have the defaults of transformers' class."""
     width = _number(theirs, "hidden_size", 1024, source)
     inner = _number(theirs, "intermediate_size", 4096, source)
     bias = theirs.get("attention_bias", True)
@@ -241,7 +242,7 @@ def _preprocessor(theirs: Mapping[str, Any], bins: int, source: str) -> dict[str
 
 
 def read_transformers(folder: Path) -> dict[str, Tensor]:
-    """All weights in a folder; those of the encoder under our names, others under their own. Raises CheckpointError."""
+    """Read all weights in a folder: the encoder's under our names, others under their own. Raises CheckpointError."""
     stored = {name: value for part in _files(folder) for name, value in safetensors_weights(folder / part).items()}
     alone = transformers_blocks(folder).kind == "ParakeetEncoder"
     ours = {theirs: ours for ours, theirs in _NAMES.items()}
@@ -254,7 +255,7 @@ def read_transformers(folder: Path) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[str]:
-    """The files that hold the weights: one, or those that an index names."""
+    """Return the files that hold the weights: a single one, or those that an index names. Raises CheckpointError."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -265,7 +266,8 @@ def _files(folder: Path) -> list[str]:
     named = list(table.values()) if isinstance(table, dict) else []
     odd = [name for name in named if not isinstance(name, str) or Path(name).name != name or name in ("", "..")]
     if odd or not 0 < len(set(named)) <= _MAX_PARTS:
-        raise CheckpointError(f"{folder / INDEX} names no files beside it{f': {str(odd[0])[:60]!r}' if odd else ''}.")
+        named_odd = f": {str(odd[0])[:60]!r}" if odd else ""
+        raise CheckpointError(f"{folder / INDEX} must name files in its own folder{named_odd}.")
     return sorted(set(named))
 
 
@@ -277,21 +279,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {str(error)[:100]}.") from None
+        raise CheckpointError(f"{path} must be valid JSON: {str(error)[:100]}.") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no mapping of keys but a {type(content).__name__}.")
+        raise CheckpointError(f"{path} must hold a mapping of keys, not a {type(content).__name__}.")
     return content
 
 
 def _number(block: Mapping[str, Any], key: str, default: int, source: str) -> int:
     value = block.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_NUMBER:
-        raise CheckpointError(f"{source}: {key} is {repr(value)[:60]}, which is no number from 1 to {_MAX_NUMBER:,}.")
+        raise CheckpointError(f"{source}: {key} is {repr(value)[:60]}; it must be a number from 1 to {_MAX_NUMBER:,}.")
     return value
 
 
 def _share(block: Mapping[str, Any], key: str, default: float, source: str) -> float:
     value = block.get(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise CheckpointError(f"{source}: {key} is {repr(value)[:60]}, which is no share from 0 to 1.")
+        raise CheckpointError(f"{source}: {key} is {repr(value)[:60]}; it must be a share from 0 to 1.")
     return float(value)

@@ -1,6 +1,6 @@
-"""Weights out of files that strangers wrote: looked at before they are loaded, fitted to the model before use.
+"""Weights from untrusted files: check them before loading, and fit them to the model before use.
 
-docs/decisions/0005 tells what is refused and why.
+docs/decisions/0005 explains what is refused and why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nestcli.model.nest import NestModel
 from nestcli.untrusted import short
 
 MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
-MAX_PICKLE = 16 << 20  # bytes of the table of tensors; the largest preset's has 260,000, with optimiser 1,000,000
+MAX_PICKLE = 16 << 20  # bytes of the table of tensors; the largest preset has 260,000, 1,000,000 with its optimiser
 _ENTRY = re.compile(
     r"[^/]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
 )
@@ -33,9 +33,9 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.in
 
 
 def model_skeleton(config: DictConfig, source: str) -> NestModel:
-    """The model that a checkpoint's configuration describes, without memory for its weights.
+    """Build the model that a checkpoint's configuration describes, without allocating memory for its weights.
 
-    Raises CheckpointError for sizes that no model has, and for blocks that do not fit each other.
+    Raises CheckpointError for implausible sizes, and for blocks that do not fit each other.
     """
     try:
         with torch.device("meta"):
@@ -43,18 +43,18 @@ def model_skeleton(config: DictConfig, source: str) -> NestModel:
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from None
     except (RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{source}: its configuration describes no model: {_first_line(error)}") from None
+        raise CheckpointError(f"{source}: its configuration is not a valid model: {_first_line(error)}") from None
 
 
 def fitted_state(state: Mapping[str, Tensor], config: DictConfig, source: str) -> OrderedDict[str, Tensor]:
-    """The weights in the model's order and types, every name and shape checked. Raises CheckpointError."""
+    """Return the weights in the model's order and types; check every name and shape. Raises CheckpointError."""
     wanted = model_skeleton(config, source).state_dict()
     _check_names(state, wanted, source)
     return OrderedDict((name, fitted_tensor(name, state[name], like, source)) for name, like in wanted.items())
 
 
 def checked_state(state: Mapping[str, Tensor], config: DictConfig, source: str) -> dict[str, Tensor]:
-    """`fitted_state` of weights that come from a file: every value is finite too. Raises CheckpointError."""
+    """Return `fitted_state` of weights from a file; check also that every value is finite. Raises CheckpointError."""
     fitted = fitted_state(state, config, source)
     check_finite(fitted, source)
     return dict(fitted)
@@ -68,7 +68,7 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def fitted_tensor(name: str, value: Tensor, like: Tensor, source: str) -> Tensor:
-    """A tensor of the shape and type of `like`. Raises CheckpointError naming it if it is not to be had."""
+    """Return `value` with the type of `like`. Raises CheckpointError, which names it, for another shape or kind."""
     if value.shape != like.shape:
         raise CheckpointError(
             f"{source}: {name} has the shape {list(value.shape)}, the model's has {list(like.shape)}. "
@@ -90,9 +90,9 @@ def _check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sour
 
 
 def load_weights(file: IO[bytes], size: int, source: str) -> dict[str, Tensor]:
-    """The tensors of a state dict that `torch.save` wrote, `size` bytes long. Raises CheckpointError.
+    """Read a state dict of `size` bytes that `torch.save` wrote. Raises CheckpointError.
 
-    Every size is checked against the file's before anything is allocated; nothing in it is executed.
+    Every size in the file is checked against the file's size before memory is allocated; nothing in it is executed.
     """
     check_zip(file, size, source)
     try:
@@ -106,19 +106,19 @@ def load_weights(file: IO[bytes], size: int, source: str) -> dict[str, Tensor]:
 
 
 def loaded(file: Any, *, mmap: bool = False) -> Any:
-    """Tensors and plain data that `torch.save` wrote. Raises OSError, and ValueError for all that damage leads to."""
+    """Read tensors and plain data that `torch.save` wrote. Raises OSError, and ValueError for any kind of damage."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what the checks of the content refuse
+            warnings.simplefilter("ignore")  # the checks of the content refuse what these warnings are about
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
-    except Exception as error:  # damaged opcodes call with any arguments: TypeError, AssertionError, ...
+    except Exception as error:  # damaged opcodes pass arbitrary arguments: TypeError, AssertionError, ...
         raise ValueError(_first_line(error)) from None
 
 
 def checked_tensors(content: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
-    """The entries of a state dict if they are plain tensors in memory and nothing else. Raises CheckpointError."""
+    """Return the entries of a state dict after a check that all are plain tensors in memory. Raises CheckpointError."""
     for name, value in content.items():
         plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and value.device.type == "cpu"
         if not isinstance(name, str) or not plain or value.dtype not in _DTYPES:
@@ -127,9 +127,9 @@ def checked_tensors(content: Mapping[Any, Any], source: str) -> dict[str, Tensor
 
 
 def check_zip(file: IO[bytes], size: int, source: str, also: Collection[str] = ()) -> None:
-    """Refuse what `torch.save` does not write: other formats, entries, compression, overlaps, callables.
+    """Refuse everything that `torch.save` does not write: other formats, entries, compression, overlaps, callables.
 
-    `also` are names that the pickle may hold beside those of a state dict. Raises CheckpointError.
+    `also` are names that the pickle may hold in addition to those of a state dict. Raises CheckpointError.
     """
     if file.read(4) != b"PK\x03\x04":
         raise CheckpointError(
@@ -137,17 +137,17 @@ def check_zip(file: IO[bytes], size: int, source: str, also: Collection[str] = (
             "Load them where you trust them, and save them again with PyTorch 1.6 or later."
         )
     try:
-        stored_digest(file, size)  # a second directory, which one reader finds and another does not, has no place then
+        stored_digest(file, size)  # rules out a second directory, which some readers would find and others would not
     except ValueError:
         raise CheckpointError(
-            f"{source}: the weights cannot be read: they are cut off, or go on behind their end."
+            f"{source}: the weights cannot be read: they are cut off, or more data follows their end."
         ) from None
     try:
         with zipfile.ZipFile(file) as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in a damaged pickle
+            warnings.simplefilter("ignore")  # warnings about escapes in a damaged pickle
             _check_entries(archive.infolist(), size, source)
             [table] = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
-            if table.CRC == 0:  # PyTorch can be told not to compute it
+            if table.CRC == 0:  # PyTorch can be configured not to compute it
                 del table.CRC
             check_pickle(archive.read(table), source, also)
     except UNREADABLE as error:
@@ -159,15 +159,15 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int, source: str) -> No
     odd = [e.filename for e in entries if not _ENTRY.fullmatch(e.filename) or e.compress_type or e.flag_bits & 1]
     if odd or len(set(names)) < len(names) or len(names) > MAX_ENTRIES:
         where = f": {odd[0][:100]!r}" if odd else ""
-        raise CheckpointError(f"{source}: the weights hold what `torch.save` does not write{where}. Refused.")
+        raise CheckpointError(f"{source}: the weights hold entries that `torch.save` does not write{where}. Refused.")
     if sum(entry.file_size for entry in entries) > size or any(e.file_size != e.compress_size for e in entries):
-        raise CheckpointError(f"{source}: the weights claim more bytes than there are. Refused.")
+        raise CheckpointError(f"{source}: the weights claim more bytes than the file has. Refused.")
     tables = [entry.file_size for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(tables) != 1 or tables[0] > MAX_PICKLE:
-        raise CheckpointError(f"{source}: the weights have no table of tensors of an ordinary size. Refused.")
+        raise CheckpointError(f"{source}: the weights have no table of tensors of a plausible size. Refused.")
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # PyTorch's words tell how to have it run
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's message explains how to run the code anyway
         return "they hold more than tensors and plain data"
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]

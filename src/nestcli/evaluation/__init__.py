@@ -1,1 +1,1 @@
-"""What a trained encoder is good for: features of a corpus, and how much they know."""
+"""Use a trained encoder: extract features of a corpus, and measure with probes how much they know."""

@@ -1,4 +1,4 @@
-"""Features of a corpus, layer by layer, on disk: resumable, in memory that does not grow with the corpus.
+"""Write the features of a corpus to disk, layer by layer; resumable, with memory independent of the corpus's size.
 
 Axes: L layers, M model width, S frames.
 """
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What to extract and how; `layers` as typed: all, last, or numbers joined by commas."""
+    """Options of an extraction; `layers` as typed: all, last, or numbers joined by commas."""
 
     layers: str = "all"
     format: str = "npy"
@@ -46,14 +46,14 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         if self.format not in STORES:
-            raise ConfigError(f"--format {self.format}: there is no such format. Known: {', '.join(STORES)}.")
+            raise ConfigError(f"--format {self.format}: unknown format. Known: {', '.join(STORES)}.")
         if self.store not in DTYPES:
             raise ConfigError(f"--store {self.store}: use {' or '.join(DTYPES)}.")
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What is there now; `seconds` of audio."""
+    """The result of an extraction; `seconds` is the duration of the audio."""
 
     utterances: int
     rejected: int
@@ -62,15 +62,15 @@ class Extracted:
     dim: int
     path: Path  # of the features: a folder or a file
     manifest: Path
-    was_done: bool = False  # by an earlier call
+    was_done: bool = False  # an earlier call had already finished
 
 
 def extract(
     given: str, checkpoint: str, out: Path, options: ExtractOptions, progress: Progress = lambda done, total: None
 ) -> Extracted:
-    """Write the features of a manifest, folder or file into `out`, going on where an earlier call was broken off.
+    """Write the features of a manifest, folder or file into `out`; continue an earlier call that was interrupted.
 
-    Raises ConfigError where `out` holds something else, DataError and CheckpointError.
+    Raises ConfigError if `out` holds something else, DataError and CheckpointError.
     """
     encoder = read_encoder(checkpoint).build()
     layers = parsed_layers(options.layers, encoder)
@@ -95,14 +95,14 @@ def extract(
 
 
 def parsed_layers(text: str, encoder: SpeechEncoder) -> Layers:
-    """`all`, `last` or `0,5,-1,input`. Raises ConfigError for a layer that there is not."""
+    """Parse `all`, `last` or `0,5,-1,input`. Raises ConfigError for a layer that does not exist."""
     if text in ("all", "last"):
         return "all" if text == "all" else "last"
     layers: list[Layer] = []
     for word in text.split(","):
         name = word.strip()
         if name != "input" and not name.removeprefix("-").isdecimal():
-            raise ConfigError(f"--layers {text}: {name!r} is no layer. Use all, last, or numbers such as 0,5,11.")
+            raise ConfigError(f"--layers {text}: {name!r} is not a layer. Use all, last, or numbers such as 0,5,11.")
         layers.append("input" if name == "input" else int(name))
     try:
         encoder.chosen(layers)
@@ -112,7 +112,7 @@ def parsed_layers(text: str, encoder: SpeechEncoder) -> Layers:
 
 
 class _Extraction:
-    """One pass through the lines that are not done yet."""
+    """One pass over the lines that are not done yet."""
 
     def __init__(self, inputs: Inputs, store: Store, walk: Walk, dtype: np.dtype[Any]) -> None:
         self.manifest, self.refused = inputs.manifest, inputs.refused
@@ -122,7 +122,7 @@ class _Extraction:
     def run(self, encoder: SpeechEncoder, layers: Layers, progress: Progress) -> None:
         rejected = _journalled(self.journal)
         batches = self.walk.batches(self.manifest.durations)
-        # A batch is made whole or not at all: with other padding the last digits would be others.
+        # A batch is computed as a whole or not at all: with other padding, the last digits would differ.
         todo = [batch for batch in batches if not all(i in rejected or self.store.has(self._name(i)) for i in batch)]
         done = len(self.manifest) - sum(map(len, todo))
         progress(done, len(self.manifest))
@@ -144,7 +144,7 @@ class _Extraction:
                     file.write(json.dumps({"index": each.index, **rejected[each.index]}) + "\n")
 
     def _finish(self, rejected: dict[int, dict[str, Any]]) -> None:
-        """The manifests, in the order of the input, when everything else is there."""
+        """Write the manifests, in the order of the input, once everything else exists."""
         good = [index for index in range(len(self.manifest)) if index not in rejected]
         if not good:
             first = next(iter(rejected.values()))
@@ -168,13 +168,13 @@ class _Extraction:
 
 
 def utterance_name(index: int, path: str) -> str:
-    """A name of its own for every line: its number, and as much of the file's name as is plain."""
+    """Return a unique name for a line: its number, and the end of the file's name in plain characters."""
     stem = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in Path(path).stem)
     return f"{index:08d}-{stem[-80:]}"
 
 
 def _embed(encoder: SpeechEncoder, layers: Layers, audio_BN: Tensor, lengths_B: Tensor) -> list[Tensor]:
-    """(L, M, S) of each item, as NeMo's extract_features has them."""
+    """Return the features (L, M, S) of each item, arranged as in NeMo's extract_features."""
     encoded = encoder(audio_BN, lengths_B, layers=layers)
     return [each[:, :count].transpose(1, 2) for each, count in zip(encoded.features, encoded.lengths, strict=True)]
 
@@ -186,7 +186,7 @@ def _check_output(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file. Name a folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
-        raise ConfigError(f"--out {out} holds other things. Name a new folder.")
+        raise ConfigError(f"--out {out} already holds other files. Name a new folder.")
     refuse_links(out, ConfigError, itself=False)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -194,11 +194,11 @@ def _check_output(out: Path) -> None:
 def _settings(
     given: str, checkpoint: str, inputs: Inputs, encoder: SpeechEncoder, options: ExtractOptions
 ) -> dict[str, Any]:
-    """All that decides what the features are."""
+    """Return everything that determines the features."""
     return {
         "input": os.path.abspath(given),  # noqa: PTH100  # links stay as they are
         "lines": _digest_of(inputs.manifest),
-        "checkpoint": os.path.abspath(checkpoint),  # noqa: PTH100  # the same
+        "checkpoint": os.path.abspath(checkpoint),  # noqa: PTH100  # links stay as they are
         "weights": _digest_of_weights(encoder),
         "layers": options.layers,
         "format": options.format,
@@ -210,7 +210,7 @@ def _settings(
 
 
 def _agreed(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `out` is complete; it holds a part of this very extraction, or nothing. Raises ConfigError."""
+    """Return True if `out` is complete. Raises ConfigError if it holds another extraction than the wanted one."""
     path = out / SETTINGS
     if path.is_file():
         try:
@@ -249,7 +249,7 @@ def _digest_of_weights(encoder: SpeechEncoder) -> str:
 
 
 def _journalled(path: Path) -> dict[int, dict[str, Any]]:
-    """What earlier calls rejected, by line; a last line that a kill cut off does not count."""
+    """Return the rejections of earlier calls, by line; ignore a last line that a kill left incomplete."""
     found = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -267,7 +267,7 @@ def _summary(
         durations = [float(row["duration"]) for row in _rows(out / MANIFEST)]
         rejected = sum(1 for _ in _rows(out / REJECTED))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ConfigError(f"--out {out} holds manifests that are not ours. Name a new folder.") from None
+        raise ConfigError(f"--out {out} holds manifests that nest did not write. Name a new folder.") from None
     names = [place - 1 if place else "input" for place in encoder.chosen(layers)]
     return Extracted(
         utterances=len(durations),

@@ -1,4 +1,4 @@
-"""What is to be embedded, as a manifest: a manifest itself, a folder of audio, or one file."""
+"""Turn the input of an evaluation (a manifest, a folder of audio, or one file) into a manifest."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nestcli.data.utterance_audio import duration_of
 from nestcli.errors import DataError
 from nestcli.prepare.inputs import collect, is_manifest
 
-LISTING = "input.json"  # of a folder or a file, in the folder of results
+LISTING = "input.json"  # the manifest of a folder or a file, in the folder of results
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The lines to go through, all with a duration, and the rows that were refused before they became lines."""
+    """The lines to process, all with a duration, and rows for inputs that were rejected beforehand."""
 
     manifest: Manifest
     refused: tuple[Mapping[str, Any], ...] = ()
@@ -32,7 +32,7 @@ class Inputs:
 def read_inputs(given: str | os.PathLike[str], out: Path) -> Inputs:
     """Open a manifest or Lhotse cuts, or list a folder or file into `out`. Raises DataError.
 
-    Durations that a manifest does not state are read from the files' headers.
+    Durations that a manifest does not state come from the files' headers.
     """
     path = Path(given)
     if path.is_file() and is_manifest(path):
@@ -53,19 +53,19 @@ def read_inputs(given: str | os.PathLike[str], out: Path) -> Inputs:
             rows.append({**known, "audio_filepath": item.path, "duration": round(stated, 6), **offset})
     if not rows:
         why = f" The first: {refused[0]['audio_filepath']}: {refused[0]['detail']}." if refused else ""
-        raise DataError(f"{given}: there is no audio in it that can be read.{why}")
+        raise DataError(f"{given}: it holds no readable audio.{why}")
     write_manifest(out / LISTING, rows)
     return Inputs(read_manifests([os.fspath(out / LISTING)]), tuple(refused))
 
 
 def _with_durations(manifest: Manifest) -> Manifest:
-    """Lines without a duration get what their file has from their offset on; 0 where that cannot be told."""
+    """Give lines without a duration the length of their file from their offset on, or 0 if it is unknown."""
     missing = np.flatnonzero(np.isnan(manifest.durations))
     if not len(missing):
         return manifest
     durations = manifest.durations.copy()
     for index in missing:
-        with suppress(DataError):  # whoever reads the line says what is wrong
+        with suppress(DataError):  # the error is raised again when the line is read
             durations[index] = duration_of(manifest.entry(int(index)))
     durations = np.nan_to_num(durations)
     return replace(manifest, durations=durations)

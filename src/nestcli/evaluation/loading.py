@@ -1,4 +1,4 @@
-"""What a notebook needs: an encoder out of a file, and audio to give it."""
+"""Functions for notebooks: load an encoder from a file, and audio to feed it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nestcli.model.speech_encoder import SpeechEncoder
 
 
 def load_encoder(checkpoint: str | os.PathLike[str], device: str | torch.device = "cpu") -> SpeechEncoder:
-    """The encoder in a checkpoint, ready for features: in evaluation mode, on `device`.
+    """Load the encoder of a checkpoint, in evaluation mode, on `device`.
 
     `checkpoint` is a .nemo (of NEST, or of an ASR model with a FastConformer encoder), .ckpt or .safetensors file, or a
-    folder that transformers' Parakeet encoder loads. Call `train()` on it, or on the module that it is put into, to
-    fine-tune it. Nothing in the file is executed. Raises CheckpointError, ConfigError.
+    folder that transformers' Parakeet encoder loads. To fine-tune the encoder, call `train()` on it or on the module
+    that contains it. Nothing in the file is executed. Raises CheckpointError, ConfigError.
     """
     return read_encoder(user_path(os.fspath(checkpoint))).build().to(device)
 
@@ -26,9 +26,9 @@ def load_encoder(checkpoint: str | os.PathLike[str], device: str | torch.device 
 def load_audio(
     path: str | os.PathLike[str], sample_rate: int = 16_000, *, offset: float = 0.0, duration: float | None = None
 ) -> Tensor:
-    """A file, or `duration` s of it from `offset` s on, as mono float32 samples (N,) at `sample_rate` Hz.
+    """Load a file, or `duration` seconds of it from `offset` seconds on, as mono float32 samples (N,).
 
-    Raises DataError.
+    Samples are at `sample_rate` Hz. Raises DataError.
     """
     return torch.from_numpy(
         read_samples(user_path(os.fspath(path)), sample_rate=sample_rate, offset=offset, duration=duration)

@@ -1,4 +1,4 @@
-"""How much frozen features know: a linear probe, beside the same on an untrained encoder and on log-mel statistics.
+"""Linear probe of frozen features, with an untrained encoder and log-mel statistics as baselines.
 
 Axes: B batch, N samples, U utterances, L layers, S frames, D mel bins, M model width, P pooled numbers of a layer.
 """
@@ -35,7 +35,10 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """What is asked, and how; `split` is auto, utterance, or the name of a field whose values stay together."""
+    """Options of a probe: `label` is the field to predict.
+
+    `split` is auto, utterance, or the name of a field whose values must stay on one side of the split.
+    """
 
     label: str
     split: str = "auto"
@@ -48,14 +51,14 @@ class ProbeOptions:
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.min_count < 2:
-            raise ConfigError("--seeds is a number from 1 on, --min-count one from 2 on.")
+            raise ConfigError("--seeds must be 1 or more, --min-count 2 or more.")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One system with one pooling: the accuracy and the weights of the layers of each split.
+    """Results of one system with one pooling: accuracy and layer weights for each split.
 
-    Of a split with several seeds, these are means over the seeds.
+    For a split with several seeds, these are means over the seeds.
     """
 
     name: str
@@ -75,7 +78,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Everything that was found; `confusion` counts (asked, answered) of the best pretrained row over all splits."""
+    """Result of a probe; `confusion` counts (true, predicted) classes of the best pretrained row over all splits."""
 
     label: str
     split: str
@@ -88,14 +91,14 @@ class ProbeResult:
     notes: tuple[str, ...] = field(default=())
 
     def best(self, name: str) -> Outcome:
-        """The pooling that does best for a system."""
+        """Return the outcome of a system with its best pooling."""
         return max((each for each in self.outcomes if each.name == name), key=lambda each: each.mean)
 
     @property
     def margins(self) -> dict[str, tuple[float, float, bool]]:
-        """The lead over each baseline, its deviation over the splits, and whether it is above two of those.
+        """The lead over each baseline, its standard deviation over splits, and True if it exceeds two of them.
 
-        One split has no deviation, and shows nothing clearly.
+        With a single split the deviation is unknown, and the last value is False.
         """
         found, ours = {}, self.best(PRETRAINED)
         for name in (UNTRAINED, LOG_MEL):
@@ -106,16 +109,16 @@ class ProbeResult:
 
 
 def _deviation(values: Sequence[float] | np.ndarray) -> float:
-    """The deviation that few values let one expect of many (N - 1), 0 for one."""
+    """Return the sample standard deviation (divisor N - 1), 0 for a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def probe(
     given: str, checkpoint: str, out: Path, options: ProbeOptions, progress: Progress = lambda done, total, doing: None
 ) -> ProbeResult:
-    """Probe a checkpoint on a manifest whose lines carry `options.label`. `out` is for a listing, if one is needed.
+    """Probe a checkpoint on a manifest whose lines have the field `options.label`.
 
-    Raises ConfigError and DataError, and CheckpointError.
+    `out` receives the list of files if `given` is not a manifest. Raises ConfigError, DataError and CheckpointError.
     """
     stored = read_encoder(checkpoint)
     device = chosen_device(options.device)
@@ -149,7 +152,7 @@ def _walk(encoder: SpeechEncoder, options: ProbeOptions, device: torch.device) -
 
 @dataclass(frozen=True)
 class _Asked:
-    """The lines that take part, their labels, and what keeps them together, if anything does."""
+    """The lines that take part, their labels, and the groups that must stay together, if any."""
 
     lines: list[int]
     labels: list[str]
@@ -164,7 +167,9 @@ class _Asked:
         return _Asked(lines, labels, groups, self.split, self.notes)
 
 
-_SPEAKERS = " Prepare again with nest prepare-data --speaker-pattern '([^/]+)/[^/]+$', the folder above each file, say."
+_SPEAKERS = (
+    " Prepare again with nest prepare-data --speaker-pattern, such as '([^/]+)/[^/]+$' for the folder above each file."
+)
 
 
 def _asked(manifest: Manifest, options: ProbeOptions) -> _Asked:
@@ -173,7 +178,7 @@ def _asked(manifest: Manifest, options: ProbeOptions) -> _Asked:
     if not lines:
         known = sorted({key for row in rows for key in row} - {"audio_filepath", "duration", "offset"})
         fields, remedy = ", ".join(known) or "none", _SPEAKERS if options.label == "speaker" else ""
-        raise ConfigError(f"--label {options.label}: no line has it. Fields there: {fields}.{remedy}")
+        raise ConfigError(f"--label {options.label}: no line has this field. Fields: {fields}.{remedy}")
     counts = Counter(str(rows[line][options.label]) for line in lines)
     wanted = {label for label, count in counts.items() if count >= options.min_count}
     if len(wanted) < 2 or len(wanted) > MOST_CLASSES:
@@ -195,7 +200,11 @@ def _asked(manifest: Manifest, options: ProbeOptions) -> _Asked:
 def _groups(
     rows: Sequence[dict[str, Any]], labels: Sequence[str], options: ProbeOptions
 ) -> tuple[list[str] | None, str, list[str]]:
-    """What must not be on both sides: speakers, unless they are what is asked for or nobody names them."""
+    """Return the groups that must not be on both sides, a description of the split, and notes.
+
+    With `auto`, groups are speakers, unless the label is the speaker, a line has no speaker, or every class has only
+    one.
+    """
     key = options.split
     if key == "utterance" or (key == "auto" and options.label == "speaker"):
         return None, "utterances of every class", []
@@ -208,7 +217,7 @@ def _groups(
                 "utterances of every class",
                 ["not every line names its speaker: speakers may be on both sides"],
             )
-        raise ConfigError(f"--split {key}: {sum(value in (None, '') for value in values):,} lines have no such field.")
+        raise ConfigError(f"--split {key}: {sum(value in (None, '') for value in values):,} lines lack this field.")
     groups = [str(value) for value in values]
     alone = all(len({g for g, each in zip(groups, labels, strict=True) if each == label}) == 1 for label in set(labels))
     if alone and options.split == "auto":
@@ -224,7 +233,7 @@ def _groups(
 
 
 class _Pooled:
-    """Mean and deviation over the valid frames of each utterance, (U, L, 2 M) of each system."""
+    """Mean and deviation over the valid frames of each utterance: (U, L, 2 M) for each system."""
 
     def __init__(self, manifest: Manifest, walk: Walk, progress: Progress) -> None:
         self.manifest, self.walk, self.progress = manifest, walk, progress
@@ -240,7 +249,7 @@ class _Pooled:
         return self._through(embed, doing)
 
     def of_log_mel(self, encoder: SpeechEncoder) -> Tensor:
-        """Log-mel energies before they are normalised, which the encoder does not get to see: one layer."""
+        """Return log-mel energies before normalisation (which the encoder never sees), as one layer."""
         filterbank, hop = encoder.preprocessor.featurizer, encoder.preprocessor.config.hop_length
 
         def embed(audio_BN: Tensor, lengths_B: Tensor) -> list[Tensor]:
@@ -252,7 +261,7 @@ class _Pooled:
         return self._through(embed, LOG_MEL)
 
     def good(self) -> np.ndarray:
-        """True for the utterances that could be read."""
+        """Return True for each utterance that could be read."""
         keep = np.ones(len(self.manifest), bool)
         keep[list(self.bad)] = False
         return keep
@@ -269,13 +278,13 @@ class _Pooled:
             done += len(batch)
             self.progress(done, len(self.manifest), doing)
         if not found:
-            raise DataError("none of the utterances could be read; nest prepare-data tells why.")
+            raise DataError("none of the utterances could be read; run nest prepare-data to see why.")
         like = next(iter(found.values()))
         return torch.stack([found.get(index, torch.zeros_like(like)) for index in range(len(self.manifest))]).clone()
 
 
 def pooled(features_LSM: Tensor) -> Tensor:
-    """Mean and deviation over frames, one behind the other: (L, S, M) to (L, 2 M)."""
+    """Return mean and deviation over frames, concatenated: (L, S, M) to (L, 2 M)."""
     return torch.cat([features_LSM.mean(1), features_LSM.std(1, correction=0)], -1)
 
 
@@ -283,7 +292,7 @@ def pooled(features_LSM: Tensor) -> Tensor:
 
 
 def _without(plans: Sequence[Split], keep: np.ndarray) -> list[Split]:
-    """The splits in places among the utterances that are kept."""
+    """Return the splits without dropped utterances, with places that count only the kept ones."""
     place = np.cumsum(keep) - 1
     return [
         replace(each, train=place[each.train[keep[each.train]]], test=place[each.test[keep[each.test]]])
@@ -340,7 +349,7 @@ def _judged(
 def _asked_once(
     features_ULP: Tensor, classes_U: Tensor, plan: Split, n_classes: int, seed: int, groups: Sequence[str] | None
 ) -> tuple[float, Tensor, Tensor]:
-    """Accuracy, layer weights and answers of a probe that is trained on one side and asked about the other."""
+    """Train a probe on one side of a split, test it on the other; return accuracy, layer weights and predictions."""
     train, test = torch.from_numpy(plan.train), torch.from_numpy(plan.test)
     together = None if groups is None else [groups[place] for place in plan.train]
     trained = fit(features_ULP[train], classes_U[train], n_classes, seed, together)
@@ -349,6 +358,6 @@ def _asked_once(
 
 
 def _chance(classes_U: Tensor, plan: Split) -> float:
-    """The accuracy of always answering the class that is most frequent in training."""
+    """Return the accuracy of always predicting the most frequent class of the training side."""
     most = classes_U[torch.from_numpy(plan.train)].mode().values
     return float((classes_U[torch.from_numpy(plan.test)] == most).float().mean())

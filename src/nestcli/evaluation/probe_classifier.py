@@ -14,25 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5)  # of the square of the classifier's weights, beside the mean cross-entropy
-_EVEN = 1e-2  # of the squares of the layers' scores: without it the first steps settle on one layer
+STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5)  # factors of the classifier's squared weights, added to the mean cross-entropy
+_EVEN = 1e-2  # factor of the layers' squared scores; without it, the first steps settle on one layer
 _ITERATIONS = 60
 _FOLDS = 3
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A trained probe; features are standardised by the mean and deviation of those that it was trained on."""
+    """A trained probe; it standardises features by the mean and deviation of its training features."""
 
     mean_LP: Tensor
     deviation_LP: Tensor
-    layers_L: Tensor  # their weights, which add up to 1
+    layers_L: Tensor  # weights of the layers, which add up to 1
     weight_CP: Tensor
     bias_C: Tensor
     strength: float
 
     def predict(self, features_ULP: Tensor) -> Tensor:
-        """The most likely class of each utterance (U,)."""
+        """Return the most likely class of each utterance (U,)."""
         logits_UC = _mixed(self._standard(features_ULP), self.layers_L) @ self.weight_CP.T + self.bias_C
         return logits_UC.argmax(1)
 
@@ -43,10 +43,10 @@ class Probe:
 def fit(
     features_ULP: Tensor, classes_U: Tensor, n_classes: int, seed: int, groups: Sequence[str] | None = None
 ) -> Probe:
-    """Train a probe; how strongly its weights are held back is chosen on parts of the same utterances.
+    """Train a probe; choose the strength of its weight penalty by cross-validation on the same utterances.
 
-    With `groups`, two or more, no group is in several parts: a probe that will be asked about strangers is chosen by
-    how it does with strangers.
+    With two or more `groups`, no group is in several folds: a probe that will be tested on unseen groups is also
+    selected on unseen groups.
     """
     alone = groups is None or len(set(groups)) < 2
     folds = _folds(classes_U.numpy(), seed) if alone else _folds_of_groups(groups or (), seed)
@@ -56,7 +56,7 @@ def fit(
 
 
 def _score(features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: float, fold_of: Tensor) -> float:
-    """The share of utterances told rightly by probes that were trained without them."""
+    """Return the cross-validated accuracy: each utterance is predicted by a probe trained without it."""
     right = 0
     for fold in range(_FOLDS):
         kept, asked = fold_of != fold, fold_of == fold
@@ -67,7 +67,7 @@ def _score(features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: fl
 
 
 def _folds(classes_U: np.ndarray, seed: int) -> np.ndarray:
-    """A fold for each utterance; the utterances of a class are dealt out in turn."""
+    """Return a fold for each utterance; the utterances of a class are dealt out in turn."""
     rng = np.random.default_rng(seed)
     folds = np.zeros(len(classes_U), np.int64)
     start = 0
@@ -79,14 +79,14 @@ def _folds(classes_U: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _folds_of_groups(groups: Sequence[str], seed: int) -> np.ndarray:
-    """A fold for each utterance, the same for all of a group; the groups are dealt out in turn."""
+    """Return a fold for each utterance, the same for all of a group; the groups are dealt out in turn."""
     names, place_U = np.unique(np.asarray(groups), return_inverse=True)
     fold_of_name = np.random.default_rng(seed).permutation(len(names)) % _FOLDS
     return fold_of_name[place_U]
 
 
 def fit_with(features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: float) -> Probe:
-    """The minimum of cross-entropy + strength x squared weights, by L-BFGS from zero on all utterances at once."""
+    """Minimise cross-entropy + strength x squared weights by full-batch L-BFGS, starting from zero."""
     mean_LP, deviation_LP = features_ULP.mean(0), features_ULP.std(0, correction=0) + 1e-5
     standard_ULP = _standardised(features_ULP, mean_LP, deviation_LP)
     n_layers, width = standard_ULP.shape[1:]
@@ -108,7 +108,7 @@ def fit_with(features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: 
 
 
 def _standardised(features_ULP: Tensor, mean_LP: Tensor, deviation_LP: Tensor) -> Tensor:
-    """Zero mean and unit deviation of each number; utterances then have a squared length of about 1."""
+    """Scale each feature to zero mean and unit deviation, then utterances to a squared length of about 1."""
     return (features_ULP - mean_LP) / deviation_LP / math.sqrt(features_ULP.size(-1))
 
 

@@ -1,4 +1,4 @@
-"""The probe's pictures: what was taken for what, and which layers were listened to."""
+"""Pictures of a probe: its confusion matrix, and the weights of the layers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from nestcli.evaluation.probe import LOG_MEL, PRETRAINED, UNTRAINED, ProbeResult
 from nestcli.pictures import BLUE, GREY, colour_bar, new_figure, save, styled, words
 
-_MOST_NAMES, _LONGEST_NAME = 40, 24  # class names that can be read along an axis, and letters of one
+_MOST_NAMES, _LONGEST_NAME = 40, 24  # class names that are legible along an axis, and letters of one
 
 
 @styled()
 def draw_confusion(path: Path, result: ProbeResult) -> str:
-    """Write a PNG of the share of each class's utterances (rows) that was taken for each class (columns).
+    """Write a PNG of the confusion matrix: the share of each class (rows) predicted as each class (columns).
 
-    Returns what `pictures.save` does.
+    Returns the value of `pictures.save`.
     """
     counts = np.array(result.confusion, float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -37,7 +37,7 @@ def draw_confusion(path: Path, result: ProbeResult) -> str:
 
 @styled()
 def draw_layers(path: Path, result: ProbeResult) -> None:
-    """Write a PNG of the weight of each layer in the probes, its mean and spread over the splits."""
+    """Write a PNG of each layer's weight in the probes: mean and spread over the splits."""
     rows = [each for each in result.outcomes if each.name != LOG_MEL]
     figure = new_figure(8, 4.5)
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Which utterances a probe is trained on, and which it is asked about."""
+"""Splits of utterances into those that a probe is trained on and those that it is tested on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nestcli.errors import ConfigError
 Indices = npt.NDArray[np.intp]
 
 TEST_SHARE = 1 / 3
-MOST_FOLDS = 10  # groups that are left out one by one; of more, a third at a time
+MOST_FOLDS = 10  # up to this many groups are left out one by one; of more, a third at a time
 
 
 @dataclass(frozen=True)
 class Split:
-    """Places of utterances to train on and to ask about, and the seeds with which this is done.
+    """Places of the utterances to train on and to test on, and the seeds to use.
 
-    `left_out` is the group that is asked about, if it is one.
+    `left_out` is the tested group, if it is a single one.
     """
 
     train: Indices
@@ -30,16 +30,16 @@ class Split:
 
 
 def splits(labels: Sequence[str], groups: Sequence[str] | None, seeds: int) -> list[Split]:
-    """One split a seed. With `groups`, no group is on both sides; without, every class is.
+    """Return the splits. Without `groups`, one per seed with every class on both sides.
 
-    Up to ten groups are left out in turn, each with all seeds; of more, a third is drawn for each seed. Raises
-    ConfigError if no class is left to train on and to ask about.
+    With `groups`, no group is on both sides: up to ten groups are left out in turn, each with all seeds; of more, a
+    third is drawn for each seed. Raises ConfigError if no class remains on both sides.
     """
     if groups is None:
         return [_stratified(np.asarray(labels), seed) for seed in range(seeds)]
     names = sorted(set(groups))
     if len(names) < 2:
-        raise ConfigError(f"all utterances are of one group, {names[0]!r}: use --split utterance.")
+        raise ConfigError(f"all utterances belong to one group, {names[0]!r}: use --split utterance.")
     where = np.asarray(groups)
     if len(names) <= MOST_FOLDS:
         chosen = [(name,) for name in names]
@@ -51,13 +51,13 @@ def splits(labels: Sequence[str], groups: Sequence[str] | None, seeds: int) -> l
     found = [_by_group(np.asarray(labels), where, *each) for each in zip(chosen, seeds_of, strict=True)]
     if any(not len(each.test) for each in found):
         raise ConfigError(
-            "no class has utterances of several groups, so that none can be asked about: use --split utterance."
+            "no class has utterances in several groups, so no class can be tested: use --split utterance."
         )
     return found
 
 
 def _stratified(labels: npt.NDArray[np.str_], seed: int) -> Split:
-    """A third of every class, and at least one utterance of it, on the test's side."""
+    """Return a split that tests a third of every class, and at least one utterance of it."""
     rng = np.random.default_rng(seed)
     test = []
     for label in sorted(set(labels.tolist())):
@@ -70,7 +70,7 @@ def _stratified(labels: npt.NDArray[np.str_], seed: int) -> Split:
 def _by_group(
     labels: npt.NDArray[np.str_], groups: npt.NDArray[np.str_], left_out: Sequence[str], seeds: tuple[int, ...]
 ) -> Split:
-    """The utterances of some groups on the test's side, but for classes that nobody else has."""
+    """Return a split that tests the utterances of the `left_out` groups, except classes that no other group has."""
     there = np.isin(groups, left_out)
     train = np.flatnonzero(~there)
     test = np.flatnonzero(there & np.isin(labels, labels[train]))

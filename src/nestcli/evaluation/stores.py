@@ -1,4 +1,4 @@
-"""Where features lie: an array for each utterance, and what is made of all of them at the end.
+"""Formats of stored features: one array per utterance, combined at the end into what the format needs.
 
 Axes: L layers, M model width, S frames.
 """
@@ -22,14 +22,14 @@ from nestcli.files import atomic_file
 from nestcli.model.speech_encoder import Layers, SpeechEncoder
 
 Array = npt.NDArray[np.floating[Any]]
-Names = Callable[[], Iterable[tuple[int, str]]]  # the lines that are good, with the names of their arrays
-Places = Callable[[str], dict[str, str]]  # what a line of the manifest says of its array
+Names = Callable[[], Iterable[tuple[int, str]]]  # yields the accepted lines, with the names of their arrays
+Places = Callable[[str], dict[str, str]]  # the manifest keys that locate the array of a name
 
-_LARGEST_HEADER = 100_000_000  # bytes; more is not read by safetensors
+_LARGEST_HEADER = 100_000_000  # bytes; safetensors refuses to read a larger one
 
 
 class Store:
-    """Loose .npy files of (L, M, S), as NeMo's extract_features writes them; a thousand in a folder."""
+    """Separate .npy files of (L, M, S), as NeMo's extract_features writes them; a thousand per folder."""
 
     folder = "features"
 
@@ -48,18 +48,18 @@ class Store:
         return self.file(name).is_file()
 
     def put(self, name: str, features_LMS: Array) -> None:
-        with atomic_file(self.file(name), DataError, "The same command goes on where it was.", sync=False) as file:
+        with atomic_file(self.file(name), DataError, "Run the same command again to continue.", sync=False) as file:
             np.save(file, self.arranged(features_LMS))
 
     def arranged(self, features_LMS: Array) -> Array:
         return np.ascontiguousarray(features_LMS)
 
     def finish(self, manifest: Manifest, names: Names) -> Places:
-        """Make what the format wants of all arrays; returns what to say of each in the manifest."""
+        """Combine all arrays as the format needs; return a function that gives each array's manifest keys."""
         return lambda name: {"feature_path": str(self.file(name).absolute())}
 
     def clean(self) -> None:
-        """Remove what the format does not need once the manifest is there."""
+        """Remove files that the format does not need once the manifest exists."""
         if self.folder.startswith("."):
             shutil.rmtree(self.out / self.folder, ignore_errors=True)
 
@@ -69,7 +69,7 @@ class Store:
 
 
 class SafetensorsStore(Store):
-    """One safetensors file, in which every utterance is a tensor (L, M, S)."""
+    """One safetensors file with a tensor (L, M, S) for each utterance."""
 
     folder = ".features"
 
@@ -92,7 +92,7 @@ class SafetensorsStore(Store):
                 "limited to 100 MB. Use --format npy or hdf5 with a new --out."
             )
         text += b" " * (-len(text) % 8)
-        with atomic_file(self.path, DataError, "The same command goes on where it was.") as file:
+        with atomic_file(self.path, DataError, "Run the same command again to continue.") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for _, array in self._arrays(names):
                 file.write(array.tobytes())
@@ -100,7 +100,7 @@ class SafetensorsStore(Store):
 
 
 class Hdf5Store(Store):
-    """One HDF5 file, in which every utterance is a data set (L, M, S)."""
+    """One HDF5 file with a data set (L, M, S) for each utterance."""
 
     folder = ".features"
 
@@ -119,7 +119,7 @@ class Hdf5Store(Store):
 
     def finish(self, manifest: Manifest, names: Names) -> Places:
         with (
-            atomic_file(self.path, DataError, "The same command goes on where it was.") as file,
+            atomic_file(self.path, DataError, "Run the same command again to continue.") as file,
             self._library.File(file, "w") as content,
         ):
             for name, array in self._arrays(names):
@@ -128,7 +128,7 @@ class Hdf5Store(Store):
 
 
 class LhotseStore(Store):
-    """Lhotse's cuts beside arrays: (S, M) as the cut's features, several layers as `layers` of (S, L, M)."""
+    """Lhotse cuts with arrays: a single layer (S, M) as the cut's features, several as its field `layers` (S, L, M)."""
 
     @property
     def path(self) -> Path:
@@ -141,7 +141,7 @@ class LhotseStore(Store):
     def finish(self, manifest: Manifest, names: Names) -> Places:
         from lhotse import CutSet
 
-        temporary = self.path.with_name(f".{self.path.name.removesuffix('.gz')}.gz")  # Lhotse looks at the ending
+        temporary = self.path.with_name(f".{self.path.name.removesuffix('.gz')}.gz")  # Lhotse looks at the extension
         temporary.unlink(missing_ok=True)  # it may be a link
         with CutSet.open_writer(temporary, overwrite=True) as writer:
             for index, name in names():
@@ -193,7 +193,10 @@ class LhotseStore(Store):
 
 
 def _recording(path: str) -> Any:
-    """A Lhotse recording of a file, from its header; Lhotse's own readers put names of .opus and .sph into a shell."""
+    """Return a Lhotse recording of a file, from its header.
+
+    Lhotse's own readers pass the names of .opus and .sph files to a shell.
+    """
     from lhotse import AudioSource, Recording
 
     rate, channels, frames = audio_header(path)

@@ -1,4 +1,4 @@
-"""Through a manifest in batches of similar length: audio is read by threads while the batch before is computed on.
+"""Process a manifest in batches of similar length; threads read the audio while the previous batch is computed.
 
 Axes: B batch, N samples.
 """
@@ -32,7 +32,7 @@ Embed = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Walked:
-    """One line of the manifest: what was made of its audio, or why there is nothing."""
+    """One line of the manifest: the features of its audio, or the reason why it has none."""
 
     index: int
     features: Tensor | None = None
@@ -42,7 +42,7 @@ class Walked:
 
 @dataclass(frozen=True)
 class Walk:
-    """How to go through a manifest; times in seconds."""
+    """Settings for processing a manifest; times in seconds."""
 
     sample_rate: int
     device: torch.device
@@ -53,16 +53,16 @@ class Walk:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ConfigError(f"--precision {self.precision}: known are {', '.join(PRECISIONS)}.")
+            raise ConfigError(f"--precision {self.precision}: use one of {', '.join(PRECISIONS)}.")
         if self.batch_duration <= 0 or self.max_duration <= 0:
-            raise ConfigError("--batch-duration and --max-duration are seconds above 0.")
+            raise ConfigError("--batch-duration and --max-duration must be more than 0 seconds.")
 
     def autocast(self) -> AbstractContextManager[object]:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def batches(self, durations: npt.NDArray[np.float64]) -> list[npt.NDArray[np.int64]]:
-        """Lines by length, the longest first, in batches of `batch_duration` with their padding, or of one line."""
+        """Return batches of lines, longest first, with at most `batch_duration` of padded audio, or a single line."""
         order = np.argsort(-durations, kind="stable")
         found, start = [], 0
         while start < len(order):
@@ -75,9 +75,9 @@ class Walk:
     def through(
         self, manifest: Manifest, batches: Sequence[npt.NDArray[np.int64]], embed: Embed
     ) -> Iterator[list[Walked]]:
-        """The lines of each batch in turn, embedded; nothing is held beyond two batches.
+        """Yield the embedded lines of each batch in turn; at most two batches are in memory.
 
-        `embed` takes waveforms (B, N) and lengths (B,) on the device, and gives a tensor for each item.
+        `embed` takes waveforms (B, N) and lengths (B,) on the device, and returns a tensor for each item.
         """
         with ThreadPoolExecutor(min(_THREADS, available_cores())) as pool:
 
@@ -91,16 +91,16 @@ class Walk:
     def _read(self, manifest: Manifest, index: int) -> Samples | Walked:
         duration = float(manifest.durations[index])
         if duration > self.max_duration:
-            detail = f"{duration:.1f} s are more than {self.max_duration:g} s; cut it with nest prepare-data --segment"
+            detail = f"{duration:.1f} s is more than {self.max_duration:g} s; cut it with nest prepare-data --segment"
             return Walked(index, reason="too_long", detail=detail)
         try:
             samples = read_audio(manifest.entry(index), sample_rate=self.sample_rate)
         except DataError as error:
             return Walked(index, reason=reason_of(error), detail=str(error))
         if len(samples) < self.shortest:
-            return Walked(index, reason="too_short", detail=f"{len(samples)} samples are less than one frame")
+            return Walked(index, reason="too_short", detail=f"{len(samples)} samples are fewer than one frame needs")
         if not np.isfinite(samples).all():
-            return Walked(index, reason="not_finite", detail="some samples are not a number, or infinite")
+            return Walked(index, reason="not_finite", detail="some samples are NaN or infinite")
         return samples
 
     def _embedded(self, batch: npt.NDArray[np.int64], audio: Sequence[Samples | Walked], embed: Embed) -> list[Walked]:
@@ -120,7 +120,7 @@ class Walk:
 
 
 def chosen_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:n`. Raises ConfigError for one that this machine has not."""
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises ConfigError if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

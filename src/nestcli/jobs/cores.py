@@ -1,8 +1,8 @@
-"""How many processors there are to use."""
+"""Number of processor cores that are available."""
 
 import os
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""What a long command has done so far, so that the same command goes on after any interruption.
+"""Journal of a long command's results, so that the same command continues after any interruption.
 
-The results stay on the disk: of each the memory holds where it stands, some 150 bytes, so that a journal of millions
-of lines is opened in seconds.
+Results stay on disk; memory holds only their positions, about 150 bytes each, so that a journal of millions of lines
+opens in seconds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from nestcli.errors import DataError, RunFailedError
 from nestcli.files import held_alone, open_kept
 
 NAME = ".prepared.jsonl"
-_VERSION = 3  # part of every key: results that a former version wrote are not found
+_VERSION = 3  # part of every key, so that results of former versions are not found
 _KEY_BYTES = 16
-_GOES_ON = "The same command goes on where it was."
+_GOES_ON = "Run the same command again to continue."
 REMEDY = f"Is the disk full? {_GOES_ON}"
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _HEAD = b'{"key": "'
@@ -29,22 +29,22 @@ _HEX = slice(len(_HEAD), len(_HEAD) + 2 * _KEY_BYTES)
 
 
 class Journal:
-    """Results by key, appended to a file as they come; a line that a kill cut off does not count."""
+    """Results by key, appended to a file as they arrive; a line that a kill left incomplete is dropped."""
 
     def __init__(self, folder: Path) -> None:
         self._file = open_kept(folder / NAME, "a+b", DataError)
         self._places: dict[bytes, int] = {}
         self._end = self._index()
-        self._file.truncate(self._end)  # the next line shall begin a line
+        self._file.truncate(self._end)  # so that the next result starts a new line
 
     def get(self, key: str) -> Any:
-        """The result of an earlier run, or of this one up to the last `flush`; None if there is none."""
+        """Return the result of an earlier run, or of this one up to the last `flush`; None if not found."""
         place = self._places.get(_digest(key))
         if place is None:
             return None
         try:
             return json.loads(_line_at(self._file.fileno(), place))["result"]
-        except (ValueError, KeyError):  # a disk that lost what it had promised
+        except (ValueError, KeyError):  # the disk lost data that was already written
             return None
 
     def add(self, key: str, result: Any) -> None:
@@ -59,7 +59,7 @@ class Journal:
             self._file.flush()
 
     def close(self) -> None:
-        with suppress(OSError):  # what the disk had no room for is done again
+        with suppress(OSError):  # results that did not fit on the disk are computed again next time
             self._file.close()
         self._places.clear()
 
@@ -71,7 +71,7 @@ class Journal:
             raise RunFailedError(f"{self._file.name} cannot be written: {error.strerror}. {REMEDY}") from None
 
     def _index(self) -> int:
-        """Note where every whole line stands; the end of the last one."""
+        """Index the position of every complete line; return the end of the last one."""
         self._file.seek(0)
         place = 0
         for line in self._file:
@@ -85,7 +85,7 @@ class Journal:
 
 
 def file_version(path: str) -> str:
-    """A name for a file as it is now: another one stands for it when its size or its time changes."""
+    """Return a string that identifies a file's current content: its path, size and modification time."""
     try:
         status = os.stat(path)  # noqa: PTH116  (str paths, perhaps with bytes that are not UTF-8)
     except (OSError, ValueError):
@@ -95,7 +95,7 @@ def file_version(path: str) -> str:
 
 @contextmanager
 def disk_faults_told(folder: Path) -> Iterator[None]:
-    """Raise RunFailedError for a fault of the disk that a library, or another process, left as an OSError."""
+    """Turn an OSError that reports a disk fault, from a library or another process, into RunFailedError."""
     try:
         yield
     except OSError as error:
@@ -104,14 +104,14 @@ def disk_faults_told(folder: Path) -> Iterator[None]:
         place = folder if error.filename is None else Path(os.fsdecode(error.filename))
         if error.errno == errno.EIO and not place.absolute().is_relative_to(folder.absolute()):
             raise RunFailedError(
-                f"{error.filename} cannot be read: {error.strerror}. Look whether its disk is well. {_GOES_ON}"
+                f"{error.filename} cannot be read: {error.strerror}. Check its disk. {_GOES_ON}"
             ) from None
         raise RunFailedError(f"{error.filename or folder} cannot be written: {error.strerror}. {REMEDY}") from None
 
 
 @contextmanager
 def open_journal(folder: Path) -> Iterator[Journal]:
-    """The journal of a folder, for one process at a time. Raises DataError while another works there."""
+    """Open the journal of a folder, for one process at a time. Raises DataError while another process uses it."""
     taken = DataError(f"another run of nest is writing to {folder}; wait for it, or give another --out")
     with held_alone(folder, taken):
         journal = Journal(folder)
@@ -126,7 +126,7 @@ def _digest(key: str) -> bytes:
 
 
 def _line_at(descriptor: int, place: int) -> bytes:
-    """The line of a file that starts at a place, read without moving where the file is written to."""
+    """Read the line that starts at `place`, without moving the file's position for writing."""
     line = b""
     size = 1 << 10
     while not line.endswith(b"\n"):

@@ -1,7 +1,7 @@
 """A pool of processes on a Ray cluster, for preparations that are too large for one machine.
 
-The workers need this package and must see the audio and the output folder under the same paths, as on a cluster with
-a shared file system.
+The workers need this package, and must see the audio and the output folder under the same paths, for example through a
+shared file system.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from nestcli.errors import DataError, MissingDependencyError
 from nestcli.jobs.pool import Died, Limit, Pool, Result, Task, local_pool
 
 _RETRIES = 3  # of a task whose process or machine is lost
-_AHEAD = 4  # tasks for each processor that may wait for an earlier one's result
-_PATIENCE = 10.0  # s for the cluster's address to answer
+_AHEAD = 4  # tasks per processor that may be submitted ahead of the oldest unfinished one
+_PATIENCE = 10.0  # s for the cluster's address to respond
 
 
 def ray_pool(address: str) -> Pool:
-    """A pool on the cluster at an address: HOST:PORT, ray://HOST:PORT, auto (this machine's), or local (a new one).
+    """Return a pool on the cluster at `address`: HOST:PORT, ray://HOST:PORT, auto (this machine's) or local (new).
 
     Raises MissingDependencyError and DataError when it is entered.
     """
@@ -53,7 +53,7 @@ class _RayPool:
             )
         except Exception as error:  # connection errors of several kinds
             raise DataError(
-                f"--ray {self.address}: there is no cluster to work on: {' '.join(str(error).split())[:200]}"
+                f"--ray {self.address}: cannot connect to a cluster: {' '.join(str(error).split())[:200]}"
             ) from None
         self._ray = ray
         self.jobs = max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -85,14 +85,14 @@ class _RayPool:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        except ray.exceptions.RayError as error:  # its process died, again and again
+        except ray.exceptions.RayError as error:  # its process died in every retry
             return Died(f"its process was lost {1 + _RETRIES} times on the cluster ({type(error).__name__})")
 
 
 def _within(work: Callable[[Task], Result], task: Task, seconds: float) -> Result | Died:
-    """On a machine of the cluster: the result of a process that is ended after so many seconds; 0 for no limit.
+    """Run a task on a machine of the cluster, in a process that is killed after `seconds`; 0 for no limit.
 
-    The process stays for the next task: it ends with Ray's own, which has started it.
+    The process is kept for the next task; it ends together with the Ray worker that started it.
     """
     if not seconds:
         return work(task)
@@ -105,7 +105,7 @@ def _own_process() -> Pool:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes to reach an address where there is nothing."""
+    """Check that something listens at the address, as Ray itself would retry for minutes. Raises DataError."""
     host, found, port = address.removeprefix("ray://").rpartition(":")
     if address in ("local", "auto"):
         return
@@ -115,5 +115,5 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
     except OSError as error:
         raise DataError(
-            f"--ray {address}: nothing answers there ({error}). Is the cluster running (`ray status`)?"
+            f"--ray {address}: nothing responds there ({error}). Is the cluster running (`ray status`)?"
         ) from None

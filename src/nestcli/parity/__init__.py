@@ -1,1 +1,1 @@
-"""`nest compare`: whether this is NeMo's model, section by section, against a live NeMo or recorded facts of it."""
+"""`nest compare`: check section by section that this is NeMo's model, against a live NeMo or recorded facts."""

@@ -1,4 +1,4 @@
-"""The section `checkpoint`: .nemo files go both ways and mean the same model."""
+"""The section `checkpoint`: exchange .nemo files in both directions and compare the models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SEED = 13
 
 
 def checkpoint_section(context: Context, section: Section) -> None:
-    """We restore NeMo's archive and NeMo restores ours, each with the same weights and loss."""
+    """Check that we restore NeMo's archive, and NeMo ours, with the same weights and loss."""
     subject = context.subject
     _ = context.built
     reference = _loss(subject.model, subject.waveforms)

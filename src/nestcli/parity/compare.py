@@ -1,4 +1,4 @@
-"""`nest compare` as a function: the sections in their order, each kept from harming the others."""
+"""`nest compare` as a function: run the sections in order; an error in one does not stop the others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ VERSION = "3.0.0"
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be compared: a configuration, weights if it came with some, audio files, sections."""
+    """A request to compare: a configuration, weights if it comes from a checkpoint, audio files, sections."""
 
     name: str
     config: DictConfig
@@ -62,7 +62,7 @@ class Request:
 
 
 def compare(request: Request, nemo: Nemo, started: Callable[[int, int, str], None] | None = None) -> Report:
-    """Run the sections; `started` is told (number, of how many, name) before each. Raises NestError."""
+    """Run the sections; call `started(number, total, name)` before each. Raises NestError."""
     context = live_context(request, nemo) if nemo.live else recorded_context(request, nemo)
     wanted = [name for name in SECTIONS if not request.only or name in request.only]
     sections = []
@@ -81,7 +81,7 @@ def compare(request: Request, nemo: Nemo, started: Callable[[int, int, str], Non
 
 
 def live_context(request: Request, nemo: Nemo) -> Context:
-    """The configuration itself, on the audio that was given or made."""
+    """Return the context for a live NeMo: the requested configuration, on the given or on synthetic audio."""
     rate = int(request.config.model.sample_rate)
     audio: list[np.ndarray] = audio_of_files(request.audio, rate) if request.audio else made_audio(rate)
     batch = make_batch(audio)
@@ -93,7 +93,7 @@ def live_context(request: Request, nemo: Nemo) -> Context:
 
 
 def recorded_context(request: Request, nemo: Nemo) -> Context:
-    """The small model and the audio of the recording; only `config` and `parameters` look at the request."""
+    """Return the context for a recording: its small model and audio; only `config` and `parameters` use the request."""
     config = load_config("small", RECORDED_MODEL)
     stored = load_file(FACTS / "subject.safetensors")
     state = {name.removeprefix("state."): value for name, value in stored.items() if name.startswith("state.")}
@@ -113,7 +113,7 @@ def _run(name: str, context: Context) -> Section:
         raise
     except NemoRaisedError as error:
         section.add(Check("NeMo answers", False, None, None, None, None, f"NeMo raised {error}"))
-    except Exception as error:  # a fault of ours must show as one, wherever it strikes
+    except Exception as error:  # a bug on our side must be reported as such, wherever it occurs
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
         section.add(Check("our side runs", False, None, None, None, None, where))

@@ -1,4 +1,4 @@
-"""What every section of a comparison is given."""
+"""The context that every section of a comparison receives."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nestcli.parity.subject import SEED, Subject
 
 @dataclass
 class Context:
-    """Our side, NeMo's side, and the configuration that the user asked about.
+    """Our side, NeMo's side, and the configuration that the user requested.
 
-    With a recording the subject is the recorded small model, whatever the user asked about.
+    With a recording, the subject is always the recorded small model.
     """
 
     make_subject: Callable[[], Subject]
@@ -33,7 +33,10 @@ class Context:
 
     @cached_property
     def built(self) -> Answer:
-        """NeMo's model of the same configuration: its initial weights' checksums. It has the subject's weights then."""
+        """Build NeMo's model of the same configuration; return checksums of its initial weights.
+
+        Afterwards NeMo's model has the subject's weights.
+        """
         built = self.nemo.ask("build", {"model": self.subject.nemo_model, "seed": SEED})
         self.nemo.ask("load", {}, dict(self.subject.model.state_dict()))
         return built

@@ -1,7 +1,7 @@
-"""Where our defaults depart from NeMo on purpose: what NeMo does, what we do, the switch, and a small proof.
+"""Intentional differences from NeMo: NeMo's behaviour, ours, the switch between them, and a small proof.
 
-A proof runs on both sides in well under a second and says what came out. With a recording, NeMo's part of it is the
-recorded one.
+A proof runs on both sides in well under a second and reports the results. With a recording, NeMo's part of it comes
+from the recording.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _WIDTH = 8000  # samples of the batches made here
 
 @dataclass(frozen=True)
 class Proof:
-    """What came out on both sides, in words, and whether it went as the difference says."""
+    """The results of both sides, in words; `reproduced` is True if they confirm the difference."""
 
     shown: str
     reproduced: bool
@@ -54,7 +54,7 @@ class _Entry:
 
 
 def known_differences(context: Context, *, prove: bool) -> list[KnownDifference]:
-    """Every known difference, each with its proof if it has one and `prove` is set."""
+    """Return every known difference, with its proof if it has one and `prove` is set."""
     return [_proved(entry, context) if prove and entry.prove else entry.difference for entry in ENTRIES]
 
 
@@ -82,7 +82,7 @@ def _tones(lengths: list[int], level: float) -> Tensor:
 def _mixture(
     context: Context, arguments: dict[str, Any], lengths: list[int], noise_lengths: list[int], noise: Tensor
 ) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
-    """NeMo's facts and tensors, and our default mixture, of one batch."""
+    """Return NeMo's facts and tensors, and our default mixture, for one batch."""
     case = {"class": "MultiSpeakerNoiseAugmentation", "seed": 1, "arguments": {**_ARGUMENTS, **arguments}}
     content = {"lengths": lengths, "noise_lengths": noise_lengths, "noise": round(float(noise.square().sum()), 3)}
     batch = {
@@ -146,7 +146,7 @@ def _full_scale(context: Context) -> Proof:
 
 
 def _noise_with_offset(context: Context) -> Proof:
-    """A file of which the manifest declares the second half, told apart by its mean."""
+    """Draw clips from a file of which the manifest declares only the second half, recognisable by its mean."""
     if not context.nemo.live:
         raise NotRecordedError("sample_noise")
     rate, draws = 16000, 8
@@ -192,11 +192,11 @@ def _silence(context: Context) -> Proof:
 
 
 def _nothing_selected(context: Context) -> Proof:
-    """An utterance that is shorter than a block."""
+    """Compute the loss of an utterance that is shorter than a masking block."""
     _ = context.built
     masking = context.subject.model.mask_processor.config
     if not masking.allow_overlap or masking.block_size < 8:
-        raise NotRecordedError("forward")  # these settings mask something of every utterance
+        raise NotRecordedError("forward")  # these settings mask a part of every utterance
     samples = (masking.block_size - 1) * context.subject.model.preprocessor.config.hop_length
     length = torch.tensor([samples])
     batch = {"clean": context.subject.batch["clean"][:1, :samples], "clean_len": length}
@@ -207,7 +207,7 @@ def _nothing_selected(context: Context) -> Proof:
 
 
 def _default_model(context: Context) -> NestModel:
-    """Our model with our defaults in place of NeMo's behaviour."""
+    """Return our model with our defaults instead of NeMo's behaviour."""
     config = context.subject.config.copy()
     config.model.preprocessor.nemo_exact = config.model.loss.nemo_exact = False
     model = NestModel(NestConfig.from_config(config))
@@ -281,11 +281,11 @@ ENTRIES = (
     _entry("max_mask_ratio", "accepted and ignored", "honoured where it is set", "model.masking.max_mask_ratio=null",
            _max_mask_ratio),
     _entry("the cosine quantizer", "raises a dtype error", "works", None, _cosine),
-    _entry("mask_position: post_conv", "cannot run, or swaps time and frequency", "masks and learns as meant", None,
+    _entry("mask_position: post_conv", "cannot run, or swaps time and frequency", "masks and learns as intended", None,
            _post_conv),
     _entry("the validation loss", "mean over batches, not synchronised over devices",
            "mean over masked tokens, over all devices", _LOSS_SWITCH),
-    _entry("masks in validation", "drawn anew every time", "the same every time", None),
+    _entry("masks in validation", "different every time", "the same every time", None),
     _entry("tokens under mixed precision", "projected in the low precision", "computed in fp32", None),
     _entry("attention under 16-mixed", "inputs in fp32, fp16 replaced by bf16", "fp16; bf16-mixed avoids both", None),
     _entry("accumulation at an epoch's end", "a shorter one ends the epoch", "steps never straddle a cut", None),

@@ -1,6 +1,6 @@
 """The figures of a comparison's page: differences layer by layer, and features and masks of both sides.
 
-Every function returns HTML in which all that comes from the report is escaped.
+Every function returns HTML in which all text from the report is escaped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WIDTH = 4.7  # inches of 72 units
 
 @styled()
 def curves_figure(section: Section) -> str:
-    """The section's curves by layer, beside their tolerance."""
+    """Return a figure of the section's differences by layer, with their tolerance."""
     limits = {label: _limit(section, label) for label in section.curves}
     decades = shared_decades(list(section.curves.values()), list(limits.values()))
     panels = []
@@ -44,20 +44,20 @@ def curves_figure(section: Section) -> str:
             panels.append(_panel(label, shown, draw_curve(values, limits[label], decades), f"{label}: {shown}"))
     caption = (
         "Largest difference between our output and NeMo's after each layer, on a logarithmic scale. "
-        "A dot on the lowest line is no difference at all; a cross is beyond the tolerance."
+        "A dot on the lowest line means that both are equal; a cross means beyond the tolerance."
     )
     return _figure(f"{section.name.capitalize()}, layer by layer", caption, panels)
 
 
 def _limit(section: Section, label: str) -> float | None:
-    """The tolerance of the checks from which a curve was made."""
+    """Return the tolerance of the checks behind a curve."""
     limits = (check.tolerance for check in section.checks if check.name.startswith(f"{label}: ") and check.tolerance)
     return next(limits, None)
 
 
 @styled()
 def pictures_figure(section: Section) -> str:
-    """Ours, NeMo's and their difference for every pair of `ours[, label]` and `NeMo[, label]`."""
+    """Return a figure of ours, NeMo's and their difference for every pair of `ours[, label]` and `NeMo[, label]`."""
     pairs: dict[str, dict[str, Picture]] = {}
     for key, values in section.pictures.items():
         side, _, label = key.partition(", ")

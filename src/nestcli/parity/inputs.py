@@ -1,4 +1,4 @@
-"""The sections `preprocessor`, `masking` and `quantizer`: what the network is given and what it has to predict.
+"""The sections `preprocessor`, `masking` and `quantizer`: the network's inputs and its targets.
 
 Axes: B batch, D mel bins, T feature frames, S tokens, G codebooks, C codes, E code width.
 """
@@ -26,13 +26,13 @@ TRAIN_SEED, _MASK_SEED = 7, 11
 
 
 def blocks_of(subject: Subject) -> NestConfig:
-    """The blocks of the subject's configuration."""
+    """Return the blocks of the subject's configuration."""
     return NestConfig.from_config(subject.config)
 
 
 @torch.no_grad()
 def features_of(subject: Subject, which: str) -> tuple[Tensor, Tensor]:
-    """Our features (B, D, T) of the clean or noisy audio in evaluation mode, and their lengths (B,)."""
+    """Return our features (B, D, T) of the clean or noisy audio in evaluation mode, and their lengths (B,)."""
     features_BDT, lengths_B = subject.fresh(train=False).preprocessor(
         subject.batch[which], subject.batch[f"{which}_len"]
     )
@@ -41,7 +41,7 @@ def features_of(subject: Subject, which: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def masked_features(subject: Subject) -> tuple[Tensor, Tensor, Tensor]:
-    """Our masked noisy features (B, D, T), their lengths (B,) and the mask (B, T)."""
+    """Return our masked noisy features (B, D, T), their lengths (B,) and the mask (B, T)."""
     features_BDT, lengths_B = features_of(subject, "noisy")
     torch.manual_seed(_MASK_SEED)
     masked_BDT, mask_BT = subject.model.mask_processor(features_BDT, lengths_B)
@@ -52,7 +52,7 @@ def masked_features(subject: Subject) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def preprocessor_section(context: Context, section: Section) -> None:
-    """Features of the clean audio in both modes, with dither from the same seed in training."""
+    """Compare features of the clean audio in both modes, with dither from the same seed in training."""
     subject = context.subject
     _ = context.built
     audio = {"audio": subject.batch["clean"], "audio_len": subject.batch["clean_len"]}
@@ -73,7 +73,7 @@ def _features(preprocessor: LogMelPreprocessor, audio: Mapping[str, Tensor]) -> 
 
 
 def _default_features(subject: Subject, audio: Mapping[str, Tensor], theirs_BDT: Tensor) -> Check:
-    """With our default, bins that never change are zero; every other bin is NeMo's."""
+    """Check our default, in which bins that never change are zero and every other bin equals NeMo's."""
     config = copy.deepcopy(subject.config)
     config.model.preprocessor.nemo_exact = False
     default = LogMelPreprocessor(NestConfig.from_config(config).preprocessor).eval()
@@ -89,7 +89,7 @@ def _default_features(subject: Subject, audio: Mapping[str, Tensor], theirs_BDT:
 
 
 def masking_section(context: Context, section: Section) -> None:
-    """Masks from the same seeds for the utterances at hand and for awkward lengths, both modes."""
+    """Compare masks from the same seeds, for the subject's utterances and for edge-case lengths, in both modes."""
     masking = blocks_of(context.subject).masking
     lengths = (context.subject.batch["clean_len"] // _hop(context.subject)).tolist()
     for overlap in (True, False):
@@ -143,7 +143,10 @@ def _mask(case: Mapping[str, Any]) -> tuple[Tensor, float]:
 
 
 def quantizer_section(context: Context, section: Section) -> None:
-    """Tokens of the clean features on every window that holds audio; the same with four codebooks drawn anew."""
+    """Compare tokens of the clean features on every window with audio, then again with new codebooks.
+
+    The new quantizer has four codebooks, or one if the subject's has several.
+    """
     subject = context.subject
     _ = context.built
     features_BDT, lengths_B = features_of(subject, "clean")
@@ -197,7 +200,7 @@ def _same_tokens(
 def _margin(
     quantizer: RandomProjectionQuantizer, features_BDT: Tensor, place: list[int], ours_BSG: Tensor, theirs_BSG: Tensor
 ) -> float:
-    """How much nearer our code is to a window than NeMo's, as a difference of dot products."""
+    """Return how much closer our code is to a window than NeMo's, as a difference of dot products."""
     item, token, book = place
     unit_E = quantizer.project(features_BDT[item : item + 1])[0, token, book].double()
     codes_CE = quantizer.codebooks[book]

@@ -1,4 +1,4 @@
-"""The section `augmentation`: the same noisy batches from the same seeds."""
+"""The section `augmentation`: compare noisy batches from the same seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nestcli.data.mixing import AugmentationConfig
 from nestcli.parity.context import Context
 from nestcli.parity.report import Check, Section, close, equal, worst
 
-SAMPLES = 1e-6  # tolerance, as a share of the peak: the gains come from sums in another order
+SAMPLES = 1e-6  # tolerance, as a share of the peak, as the gains come from sums in a different order
 _CLASSES = {
     "MultiSpeakerNoiseAugmentation": mix_speakers_and_noise,
     "SpeakerNoiseAugmentation": mix_one_speaker_or_noise,
@@ -24,7 +24,7 @@ _FOR_MANY = ("min_num_segments", "max_num_segments", "min_num_speakers", "max_nu
 
 
 def augmentation_section(context: Context, section: Section) -> None:
-    """Random batches through both classes, with `nemo_exact`; the settings of the configuration and random ones."""
+    """Compare random batches in both classes with `nemo_exact`, for the configuration's and for random settings."""
     for name in _CLASSES:
         cases, batches = _cases(context, name)
         given = {f"{number}.{key}": value for number, batch in enumerate(batches) for key, value in batch.items()}
@@ -32,7 +32,7 @@ def augmentation_section(context: Context, section: Section) -> None:
         noises, audios, lengths, draws = [], [], [], []
         for number, (case, batch) in enumerate(zip(cases, batches, strict=True)):
             facts = theirs.facts["cases"][number]
-            if "error" in facts:  # an empty segment: NeMo's bug, see known_differences
+            if "error" in facts:  # an empty segment crashes NeMo, see known_differences
                 continue
             mixed, draw = mixed_by_us(case, batch)
             label = f"batch {number}"
@@ -49,7 +49,7 @@ def augmentation_section(context: Context, section: Section) -> None:
 
 
 def mixed_by_us(case: dict[str, Any], batch: dict[str, Tensor], *, exact: bool = True) -> tuple[NoiseBatch, float]:
-    """Our mixture of one case, and the next draw of the generator after it."""
+    """Return our mixture of one case, and the generator's next draw after it."""
     config = AugmentationConfig(**{**case["arguments"], **_single(case), "nemo_exact": exact})
     rng = random.Random(case["seed"])
     audio, audio_len = batch["audio"], batch["audio_len"]
@@ -83,7 +83,7 @@ def _cases(context: Context, name: str) -> tuple[list[dict[str, Any]], list[dict
 
 
 def _arguments(context: Context, name: str, choose: random.Random, number: int) -> dict[str, Any]:
-    """Every other time those of the configuration, else random ones."""
+    """Return the configuration's arguments for even numbers, random ones for odd numbers."""
     block = context.config.model.train_ds.get("batch_augmentor")
     keys = [key for key in asdict(_DEFAULTS) if key != "nemo_exact" and (name[0] == "M" or key not in _FOR_MANY)]
     if block is not None and number % 2 == 0:
@@ -111,7 +111,7 @@ _DEFAULTS = AugmentationConfig(0.5, 0.5, -5.0, 5.0, -5.0, 20.0, 0.5, 0.5)
 
 
 def _batch(context: Context, choose: random.Random) -> dict[str, Tensor]:
-    """Cuts of the audio as speech and other cuts, sometimes shorter, as noise."""
+    """Return a batch with cuts of the audio as speech and other, sometimes shorter, cuts as noise."""
     audio, lengths = context.subject.batch["clean"], context.subject.batch["clean_len"]
     width, items = context.augmentation_samples, choose.randint(2, 4)
     made = {key: torch.zeros(items, width) for key in ("audio", "noise")}

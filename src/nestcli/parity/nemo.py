@@ -1,6 +1,6 @@
-"""Ways to ask NeMo: in this process, in another environment's, or in a recording of it.
+"""Clients of NeMo: in this process, in another environment's process, or in a recording.
 
-Each answers the operations of `worker.py`.
+Each supports the operations of `worker.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FACTS = Path(__file__).parent / "facts"
 
 @dataclass(frozen=True)
 class Answer:
-    """What NeMo gave for one request."""
+    """NeMo's answer to one request."""
 
     facts: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -44,15 +44,15 @@ class Answer:
 
 
 class NemoRaisedError(Exception):
-    """NeMo refused or failed at a request."""
+    """NeMo raised an error for a request."""
 
 
 class NotRecordedError(Exception):
-    """The recording has no answer to a request; a live NeMo would."""
+    """The recording has no answer to a request; a live NeMo would have one."""
 
 
 class Nemo(Protocol):
-    """NeMo, wherever it runs."""
+    """Interface to NeMo, wherever it runs."""
 
     version: str
     live: bool
@@ -65,15 +65,16 @@ class Nemo(Protocol):
 
 
 def find_nemo(python: str | None) -> Nemo:
-    """A live NeMo: in the environment of `python` if one is named, else in this process. Raises NestError."""
+    """Return a live NeMo: in the environment of `python` if given, else in this process. Raises NestError."""
     if python is None and importlib.util.find_spec("nemo") is None:
         python = os.environ.get("NEST_NEMO_PYTHON") or None
     if python is not None:
         return BridgedNemo(python)
     if importlib.util.find_spec("nemo") is None:
         raise MissingDependencyError(
-            "--nemo: NeMo is not installed in this environment. Name the Python of one that has it: "
-            f"--nemo-python PATH or NEST_NEMO_PYTHON=PATH. To make one: python3 -m venv nemo && nemo/bin/{INSTALL_NEMO}"
+            "--nemo: NeMo is not installed in this environment. Give the Python of one that has it: "
+            "--nemo-python PATH or NEST_NEMO_PYTHON=PATH. "
+            f"To create one: python3 -m venv nemo && nemo/bin/{INSTALL_NEMO}"
         )
     return ImportedNemo()
 
@@ -100,7 +101,7 @@ class ImportedNemo:
 
 
 class BridgedNemo:
-    """NeMo in a process of another environment's Python; tensors go over in safetensors files."""
+    """NeMo in a process of another environment's Python; tensors are exchanged in safetensors files."""
 
     live = True
 
@@ -143,7 +144,7 @@ class BridgedNemo:
 
 
 class RecordedNemo:
-    """NeMo's answers as they were recorded (`record.py`), for the requests of one fixed small model."""
+    """NeMo's recorded answers (see `record.py`) to the requests for one fixed small model."""
 
     live = False
 
@@ -168,9 +169,9 @@ class RecordedNemo:
 
 
 class RecordingNemo:
-    """Passes requests on to a live NeMo and keeps its answers."""
+    """Forwards requests to a live NeMo and keeps its answers."""
 
-    live = False  # sections ask it only what a recording will be asked
+    live = False  # so that sections send only the requests that they send to a recording
 
     def __init__(self, nemo: Nemo) -> None:
         self.nemo, self.version = nemo, nemo.version
@@ -192,6 +193,6 @@ class RecordingNemo:
 
 
 def request_key(operation: str, parameters: Mapping[str, Any]) -> str:
-    """A request's name in a recording; the tensors that go with it follow from the recorded subject."""
+    """Return a request's name in a recording; its tensors need no name, as they follow from the recorded subject."""
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
     return f"{operation}-{digest}"

@@ -1,4 +1,4 @@
-"""The sections `encoder`, `decoder`, `loss` and `gradients`: every part on the same input, then the whole model.
+"""The sections `encoder`, `decoder`, `loss` and `gradients`: each part on the same input, then the whole model.
 
 Axes: B batch, D mel bins, T feature frames, S sub-sampled frames, M model width, N selected tokens, C codes, G books.
 """
@@ -41,7 +41,11 @@ FRAMES, LOG_PROBS, LOSS, GRADIENT = 1e-4, 1e-5, 1e-6, 1e-4  # tolerances
 
 
 def encoder_section(context: Context, section: Section) -> None:
-    """Every layer's output in evaluation and in training with dropout, fused attention, a limited context."""
+    """Compare every layer's output in several settings.
+
+    The settings are evaluation, training with dropout, the attention variant (fused or plain) that the subject does not
+    use, and a limited context.
+    """
     subject = context.subject
     _ = context.built
     masked_BDT, lengths_B, _mask_BT = masked_features(subject)
@@ -68,7 +72,10 @@ def encoder_section(context: Context, section: Section) -> None:
 def _encoded(
     model: NestModel, features_BDT: Tensor, lengths_B: Tensor, *, train: bool, changes: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], float]:
-    """Outputs of the sub-sampling, of every layer and of the encoder; running statistics after training."""
+    """Return the outputs of the sub-sampling, every layer and the encoder (and running statistics), and the next draw.
+
+    Running statistics are included in training mode.
+    """
     encoder = _encoder_with(model, changes).train(train)
     found: dict[str, Tensor] = {}
     hooks: list[tuple[nn.Module, str]] = [(encoder.pre_encode, "pre_encode")]
@@ -104,7 +111,7 @@ def _encoder_with(model: NestModel, changes: Mapping[str, Any]) -> ConformerEnco
 
 
 def decoder_section(context: Context, section: Section) -> None:
-    """Log-probabilities of the same encoded frames."""
+    """Compare log-probabilities of the same encoded frames."""
     subject = context.subject
     _ = context.built
     encoded_BSM = _our_encoded(subject)
@@ -122,7 +129,7 @@ def _our_encoded(subject: Subject) -> Tensor:
 
 
 def loss_section(context: Context, section: Section) -> None:
-    """The loss of the same predictions, and the loss of the whole model, where masks and tokens are its own."""
+    """Compare the loss of the same predictions, and of the whole model, which draws its own masks and tokens."""
     subject = context.subject
     _ = context.built
     section.add(_loss_alone(context))
@@ -143,7 +150,7 @@ def loss_section(context: Context, section: Section) -> None:
 
 @torch.no_grad()
 def _loss_alone(context: Context) -> Check:
-    """With windows of which 0, 1, ... 8 frames are masked, so that the threshold decides."""
+    """Compare the loss of windows with 0, 1, ... 8 masked frames, which tests the selection threshold."""
     subject = context.subject
     loss, config = subject.model.loss, subject.model.loss.config
     log_probs = subject.model.decoder.log_probs(_our_encoded(subject))
@@ -172,7 +179,7 @@ def _with_books(values: Tensor, dims: int) -> Tensor:
 
 
 def _copies(waveforms: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """NeMo's behaviour dithers the caller's waveform in place."""
+    """Copy the waveforms, as NeMo's behaviour dithers them in place."""
     return tuple(value.clone() for value in waveforms)
 
 
@@ -180,7 +187,7 @@ def _copies(waveforms: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def gradients_section(context: Context, section: Section) -> None:
-    """Gradients of every parameter, in training with dropout."""
+    """Compare gradients of every parameter, in training with dropout."""
     subject = context.subject
     _ = context.built
     theirs = context.nemo.ask("gradients", {"seed": TRAIN_SEED}, subject.batch)
@@ -203,7 +210,10 @@ def gradients_section(context: Context, section: Section) -> None:
 
 
 def _of_same_terms(name: str, gradients: dict[str, Tensor]) -> float:
-    """Norm of the gradient of a bias's weight, which sums the same terms: by their size a sum of nothing rounds."""
+    """Return the gradient norm of the weight beside a bias, 0 without one.
+
+    Both gradients sum the same terms, whose size determines the rounding of a bias gradient that is zero.
+    """
     weight = gradients.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
     return 0.0 if weight is None else float(weight.norm())
 
@@ -218,10 +228,10 @@ def _loss_and_gradients(model: NestModel, waveforms: tuple[Tensor, ...]) -> tupl
 
 @torch.no_grad()
 def stirred(model: NestModel) -> NestModel:
-    """The model with its trained weights changed in their last bits: what it gives then shows what rounding decides.
+    """Change the trained weights in their last bits; the model's new results show the effect of rounding.
 
-    Some gradients are zero in exact arithmetic: those of keys' biases, which move every score of a row alike, and of
-    biases before batch normalisation. Others are all but zero.
+    Some gradients are zero in exact arithmetic: those of the keys' biases, which shift all scores of a row equally, and
+    those of biases before batch normalisation. Others are almost zero.
     """
     generator = torch.Generator().manual_seed(TRAIN_SEED)
     for value in model.parameters():

@@ -1,10 +1,10 @@
-"""Record a live NeMo's answers for the comparison without NeMo.
+"""Record a live NeMo's answers, for comparisons without NeMo.
 
     python -m nestcli.parity.record NEMO_PYTHON [FOLDER]
 
 Writes subject.safetensors (the small model's weights and the audio), answers.safetensors and answers.json. The other
-facts of that folder, config.json and presets.json, are NeMo's nest_fast-conformer.yaml and the table in its head, which
-are not in its wheel.
+facts in that folder, config.json and presets.json, are NeMo's nest_fast-conformer.yaml and the table at its top, which
+NeMo's wheel does not contain.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def record(python: str, folder: Path) -> Report:
     rows = (f"{json.dumps(key)}: {json.dumps(facts, separators=(',', ':'))}" for key, facts in nemo.facts.items())
     (folder / "answers.json").write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes for its owner alone
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
     return report
 
 

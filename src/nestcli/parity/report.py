@@ -1,6 +1,6 @@
-"""What a comparison finds: checks in sections, the first divergence, and its JSON.
+"""Report of a comparison: checks in sections, the first divergence, and its JSON.
 
-A check holds our value, NeMo's, the largest difference between them and what is allowed.
+A check holds our value, NeMo's value, the largest difference between them and the tolerance.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SECTIONS = (
     "training", "augmentation", "checkpoint",
 )  # fmt: skip
 
-ROUNDINGS = 10  # times our own rounding that two sides may differ where rounding decides
+ROUNDINGS = 10  # where rounding decides, the sides may differ by this many times our own rounding
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison. `where` names the element at which the sides first part, if they do."""
+    """One comparison; `where` names the first element at which the sides differ, if they do."""
 
     name: str
     passed: bool
@@ -49,7 +49,7 @@ class Check:
 
 @dataclass
 class Section:
-    """The checks of one part of the model. Curves and pictures are for the HTML page alone."""
+    """The checks of one part of the model; curves and pictures are only for the HTML page."""
 
     name: str
     checks: list[Check] = field(default_factory=list)
@@ -66,19 +66,19 @@ class Section:
 
 @dataclass(frozen=True)
 class KnownDifference:
-    """A place where our default departs from NeMo on purpose."""
+    """An intentional difference between our default and NeMo."""
 
     name: str
-    nemo: str  # what NeMo does
-    ours: str  # what we do
-    switch: str | None  # the key that restores NeMo's behaviour, None if there is none
-    shown: str | None = None  # what a small reproduction on both sides gave just now; None if there was none
-    reproduced: bool | None = None  # whether it went as `nemo` and `ours` say
+    nemo: str  # NeMo's behaviour
+    ours: str  # our behaviour
+    switch: str | None  # the key that restores NeMo's behaviour, None without one
+    shown: str | None = None  # the result of a small reproduction on both sides; None if it did not run
+    reproduced: bool | None = None  # True if the result confirms `nemo` and `ours`; None if it did not run
 
 
 @dataclass
 class Report:
-    """A whole comparison."""
+    """The result of a whole comparison."""
 
     config: str
     nemo_version: str
@@ -94,7 +94,7 @@ class Report:
 
     @property
     def first_divergence(self) -> tuple[Section, Check] | None:
-        """The first check that failed, in the order in which a batch meets the sections."""
+        """The first check that failed, in the order in which a batch passes through the sections."""
         for section in self.sections:
             for check in section.checks:
                 if not check.passed:
@@ -123,7 +123,7 @@ class Report:
 
 
 def equal(name: str, ours: Any, nemo: Any, *, note: str | None = None) -> Check:
-    """Both sides are the same plain value; of two lists the first place where they part is named."""
+    """Check that both plain values are equal; for two lists, name the first place where they differ."""
     if ours == nemo:
         return Check(name, True, ours, nemo, 0.0, 0.0, None, note)
     where = f"ours {ours!r}, NeMo's {nemo!r}"
@@ -136,7 +136,7 @@ def equal(name: str, ours: Any, nemo: Any, *, note: str | None = None) -> Check:
 
 
 def same_entries(name: str, ours: Mapping[str, Any], nemo: Mapping[str, Any], *, note: str | None = None) -> Check:
-    """Both sides have the same keys in the same order with the same values; the difference is how many differ."""
+    """Check that both sides have the same keys, order and values; the difference is the number of differing keys."""
     differing = [key for key in {**nemo, **ours} if key not in ours or key not in nemo or ours[key] != nemo[key]]
     where = None
     if differing:
@@ -151,7 +151,7 @@ def same_entries(name: str, ours: Mapping[str, Any], nemo: Mapping[str, Any], *,
 
 
 def same_elements(name: str, ours: Tensor, nemo: Tensor, *, note: str | None = None) -> Check:
-    """Every element of two tensors of masks or numbers is the same; shown are the sums, the difference counts."""
+    """Check that two tensors of masks or numbers are equal; show their sums, and the number of differing elements."""
     if ours.shape != nemo.shape:
         return close(name, ours, nemo, 0.0, note=note)
     differences = (ours.double() - nemo.double()).abs()
@@ -163,7 +163,7 @@ def same_elements(name: str, ours: Tensor, nemo: Tensor, *, note: str | None = N
 def close(
     name: str, ours: Tensor, nemo: Tensor, tolerance: float, *, relative: bool = False, note: str | None = None
 ) -> Check:
-    """Largest difference of two tensors, absolute or as a share of NeMo's value; shown are the values there."""
+    """Check the largest difference of two tensors, absolute or as a share of NeMo's value; show the values there."""
     if ours.shape != nemo.shape:
         shapes = tuple(ours.shape), tuple(nemo.shape)
         return Check(name, False, str(shapes[0]), str(shapes[1]), None, tolerance, "the shapes differ", note)
@@ -186,10 +186,11 @@ def close(
 def close_in_norm(
     name: str, ours: Tensor, nemo: Tensor, tolerance: float, *, rounding: float = 0.0, note: str | None = None
 ) -> Check:
-    """L2 norm of the difference of two tensors as a share of NeMo's norm.
+    """Check the L2 norm of the difference of two tensors as a share of NeMo's norm.
 
-    `rounding` is how far our own tensor moves when the weights are changed in their last bits. Where ten times that is
-    more than the tolerance allows, ten times that is allowed, and the share is of the norm which that means.
+    `rounding` is the distance that our own tensor moves when the weights change in their last bits. If ten times this
+    distance is more than the tolerance allows, it is the limit instead, and the share refers to the norm for which the
+    tolerance allows that much.
     """
     if ours.shape != nemo.shape:
         return close(name, ours, nemo, tolerance, note=note)
@@ -206,7 +207,7 @@ def close_in_norm(
 
 
 def worst(name: str, checks: list[Check], *, note: str | None = None) -> Check:
-    """Many checks of one kind as one: the first that failed, or else the one with the largest difference."""
+    """Combine many checks of one kind: the first that failed, or else the one with the largest difference."""
     failed = [check for check in checks if not check.passed]
     chosen = failed[0] if failed else max(checks, key=lambda check: check.difference or 0.0)
     where = chosen.name if chosen.where is None else f"{chosen.name}: {chosen.where}"

@@ -1,4 +1,4 @@
-"""The sections `config` and `parameters`: is it the same file, and the same model on paper?"""
+"""The sections `config` and `parameters`: compare the configuration file and the structure of the model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from nestcli.parity.nemo import FACTS, NotRecordedError
 from nestcli.parity.report import Check, Section, close, equal, same_entries, worst
 from nestcli.parity.subject import nemo_model_block, with_nemo_behaviour
 
-SIZES = tuple(preset for preset in PRESETS if preset not in (BASE, "demo"))  # those in the head of NeMo's file
-_ROUNDING = 1e-9  # of sums in float64 of equal values added in another order
+SIZES = tuple(preset for preset in PRESETS if preset not in (BASE, "demo"))  # those at the top of NeMo's file
+_ROUNDING = 1e-9  # tolerance for float64 sums of equal values in a different order
 
 
 # ---- config ------------------------------------------------------------------------------------------------------
 
 
 def config_section(context: Context, section: Section) -> None:
-    """Every key of NeMo's nest_fast-conformer.yaml, and the sizes of the models that its head lists."""
+    """Compare every key of NeMo's nest_fast-conformer.yaml, and the sizes of the models listed at its top."""
     theirs, source = _file_of_nemo(context)
     ours = dict(leaves(raw_config(BASE)))
     blocks = list(dict.fromkeys(_block(key) for key in [*theirs, *ours]))
@@ -41,7 +41,7 @@ def config_section(context: Context, section: Section) -> None:
 
 
 def departures(config: DictConfig) -> list[str]:
-    """Settings of the model to which a configuration gives another value than NeMo's file."""
+    """Return the model settings whose values in a configuration differ from NeMo's file."""
     base, chosen = dict(leaves(resolved(load_config(BASE)))), dict(leaves(resolved(config)))
     elsewhere = ("model.train_ds", "model.validation_ds", "model.optim")
     follows = {key for key, value in leaves(raw_config(BASE)) if isinstance(value, str) and "${" in value}
@@ -55,7 +55,9 @@ def _file_of_nemo(context: Context) -> tuple[dict[str, Any], str]:
         if shipped is not None:
             return dict(leaves(shipped)), "against the file of this NeMo"
     recorded = json.loads((FACTS / "config.json").read_text(encoding="utf-8"))
-    return dict(leaves(recorded)), "against the recorded keys and values of 3.0.0's file, which its wheel does not hold"
+    return dict(
+        leaves(recorded)
+    ), "against the recorded keys and values of 3.0.0's file, which its wheel does not contain"
 
 
 def _block(key: str) -> str:
@@ -67,7 +69,7 @@ def _block(key: str) -> str:
 
 
 def parameters_section(context: Context, section: Section) -> None:
-    """Names, shapes, types, order and counts for every preset and the configuration at hand; initial weights."""
+    """Compare names, shapes, types, order and counts for every preset and the configuration, and initial weights."""
     for preset in SIZES:
         section.add(*_same_structure(context, preset, load_config(preset)))
     if context.name not in SIZES or _is_changed(context):
@@ -109,7 +111,7 @@ def _total(model: NestModel) -> int:
 
 
 def _sums(sizes: Mapping[str, Any], depth: int) -> dict[str, int]:
-    """Numbers of parameters by the first parts of their names, e.g. encoder.layers.3."""
+    """Return the number of parameters by the first parts of their names, such as encoder.layers.3."""
     sums: Counter[str] = Counter()
     for name, (count, _) in sizes.items():
         sums[".".join(re.split(r"\.", name)[:depth])] += count
@@ -117,7 +119,7 @@ def _sums(sizes: Mapping[str, Any], depth: int) -> dict[str, int]:
 
 
 def _initial_weights(context: Context) -> Check:
-    """Weights drawn from the same seed. Digests tell equality to the last bit, sums serve where processors differ."""
+    """Compare initial weights from the same seed: digests show bit equality, sums work across different processors."""
     ours, theirs = context.subject.initial, context.built.facts["weights"]
     names = same_entries("initial weights", dict.fromkeys(ours), dict.fromkeys(theirs))
     if not names.passed:

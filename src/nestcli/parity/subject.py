@@ -28,7 +28,7 @@ from nestcli.parity.worker import checksums
 SEED = 20
 LONGEST = 6.0  # seconds of audio taken from a file
 SHORTEST = 1.5
-LENGTHS = (1.0, 0.74, 0.55, 0.3)  # shares of a single file, so that the utterances differ in length
+LENGTHS = (1.0, 0.74, 0.55, 0.3)  # shares of a single file, to get utterances of different lengths
 _DRAWS = "model.encoder.dropout_draws"
 _NEMO_BEHAVIOUR = {
     "model.preprocessor.nemo_exact": True,
@@ -43,28 +43,28 @@ _NEMO_BEHAVIOUR = {
 
 @dataclass
 class Subject:
-    """What is compared: our model in fp32 on the CPU, and the batch that both sides are given."""
+    """Our model in fp32 on the CPU, and the batch that both sides receive."""
 
     name: str
     config: DictConfig  # with the switches that restore NeMo's behaviour
     model: NestModel
     nemo_model: dict[str, Any]  # the `model` block for NeMo
     batch: dict[str, Tensor]  # clean, clean_len, noisy, noisy_len
-    initial: dict[str, Any]  # checksums of the weights as they were drawn
+    initial: dict[str, Any]  # checksums of the initial weights
 
     @property
     def waveforms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return tuple(self.batch.values())  # type: ignore[return-value]  # four, as made by `make_batch`
 
     def fresh(self, *, train: bool) -> NestModel:
-        """A copy of the model, because training mode changes running statistics."""
+        """Return a copy of the model, because training mode changes running statistics."""
         return copy.deepcopy(self.model).train(train)
 
 
 def make_subject(
     name: str, config: DictConfig, state: Mapping[str, Tensor] | None, batch: dict[str, Tensor]
 ) -> Subject:
-    """A model with the weights of a checkpoint, or with initial ones that are moved away from zeros and ones."""
+    """Build a model with the weights of a checkpoint, or with initial ones moved away from zeros and ones."""
     config, _ = with_nemo_behaviour(config)
     torch.manual_seed(SEED)
     nest = NestConfig.from_config(config)
@@ -79,11 +79,11 @@ def make_subject(
 
 
 def with_nemo_behaviour(config: DictConfig) -> tuple[DictConfig, list[str]]:
-    """The configuration with NeMo's behaviour restored, and what that changed against the user's own choice."""
+    """Return the configuration with NeMo's behaviour restored, and notes on user settings that this overrides."""
     exact, notes = copy.deepcopy(config), []
     if OmegaConf.select(config, "model.encoder.compile") and not OmegaConf.select(config, _DRAWS):
         config = copy.deepcopy(config)
-        OmegaConf.update(config, _DRAWS, "hash", force_add=True)  # what it means
+        OmegaConf.update(config, _DRAWS, "hash", force_add=True)  # compiled models use this by default
     for key, value in _NEMO_BEHAVIOUR.items():
         chosen = OmegaConf.select(config, key)
         if not key.endswith("nemo_exact"):
@@ -95,7 +95,7 @@ def with_nemo_behaviour(config: DictConfig) -> tuple[DictConfig, list[str]]:
 
 
 def nemo_model_block(config: DictConfig) -> dict[str, Any]:
-    """The `model` block as NeMo's constructors take it: no data, no optimiser, no keys of our own."""
+    """Return the `model` block for NeMo's constructors: without data, optimiser and keys of our own."""
     model = dict(resolved(config)["model"])
     for key in ("train_ds", "validation_ds", "test_ds", "optim"):
         model.pop(key, None)
@@ -114,7 +114,7 @@ _OURS_ALONE = {
 
 @torch.no_grad()
 def unsettle(model: NestModel) -> None:
-    """Move every value that starts at 0 or 1, so that leaving one out would show."""
+    """Move every value that starts at 0 or 1, so that a comparison notices if one is not used."""
     generator = torch.Generator().manual_seed(SEED)
     for name, value in model.state_dict().items():
         if not value.is_floating_point():
@@ -133,7 +133,7 @@ def unsettle(model: NestModel) -> None:
 
 
 def make_batch(clean: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """Waveforms padded to the longest, and the same with the next one mixed into their middle."""
+    """Return waveforms padded to the longest, and a noisy version with the next one mixed into their middle."""
     width = max(len(row) for row in clean)
     clean_BN = torch.zeros(len(clean), width)
     for row, samples in zip(clean_BN, clean, strict=True):
@@ -148,7 +148,7 @@ def make_batch(clean: Sequence[np.ndarray]) -> dict[str, Tensor]:
 
 
 def audio_of_files(paths: Sequence[Path], sample_rate: int) -> list[np.ndarray]:
-    """Up to eight utterances of unequal lengths, cut from one file or from several. Raises DataError."""
+    """Load up to eight utterances: one per file, or four of unequal lengths from a single file. Raises DataError."""
     sounds = []
     for path in paths[:8]:
         sound = load_audio(str(path), sample_rate=sample_rate, offset=0.0, duration=LONGEST)
@@ -161,7 +161,7 @@ def audio_of_files(paths: Sequence[Path], sample_rate: int) -> list[np.ndarray]:
 
 
 def made_audio(sample_rate: int, seconds: Sequence[float] = (5.2, 3.9, 2.6, 1.4)) -> list[np.ndarray]:
-    """Utterances like speech in what matters here: a voice whose pitch and formants move, hiss, and pauses."""
+    """Return synthetic speech-like utterances: a voice whose pitch and formants move, hiss, and pauses."""
     generator = np.random.default_rng(SEED)
     return [_utterance(int(length * sample_rate), sample_rate, generator) for length in seconds]
 

@@ -1,4 +1,4 @@
-"""The section `training`: optimiser steps in lock-step from the same weights on the same batches."""
+"""The section `training`: the same optimiser steps on both sides, from the same weights on the same batches."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from nestcli.parity.worker import optimizer_settings
 
 STEPS = 20
 LOSS, WEIGHTS = 1e-5, 1e-4  # tolerances, relative
-_WARMUP, _PEAK = 8, 2e-4  # so that twenty steps see the rise and the fall, and the weights move
+_WARMUP, _PEAK = 8, 2e-4  # chosen so that twenty steps cover the rise and the fall, and the weights move
 _BATCHES = 4
 _SECONDS = 2.5  # of each utterance
 
 
 def training_section(context: Context, section: Section) -> None:
-    """Twenty steps without dropout: losses, learning rates, and the weights afterwards."""
+    """Compare twenty steps without dropout: losses, learning rates, and the weights afterwards."""
     subject = context.subject
     _ = context.built
     config = _without_dropout(subject.config)
@@ -64,7 +64,7 @@ def _without_dropout(config: DictConfig) -> DictConfig:
 
 
 def _batches(batch: dict[str, Tensor], sample_rate: int) -> list[dict[str, Tensor]]:
-    """Small batches of two utterances each, cut at different places."""
+    """Return small batches of two utterances each, cut at different places."""
     made = []
     longest = int(_SECONDS * sample_rate)
     for number in range(_BATCHES):
@@ -81,7 +81,7 @@ def _batches(batch: dict[str, Tensor], sample_rate: int) -> list[dict[str, Tenso
 def _trained(
     config: DictConfig, model: NestModel, batches: list[dict[str, Tensor]], seeds: list[int]
 ) -> tuple[NestModel, list[float], list[float], dict[str, Any]]:
-    """Our training step, written out: forward, backward, AdamW, Noam annealing."""
+    """Run our training step, written out: forward, backward, AdamW, Noam annealing."""
     ours = NestModel(NestConfig.from_config(config))
     ours.load_state_dict(model.state_dict())
     ours.train()
@@ -103,7 +103,7 @@ def _trained(
 
 
 def _same_losses(ours: list[float], stirred_ours: list[float], theirs: list[float]) -> Check:
-    """Differences as shares of NeMo's loss; where ten times our own rounding so far is more, that is allowed."""
+    """Compare losses as shares of NeMo's loss; allow ten times our own rounding so far where that is more."""
     ours_S, stirred_S, theirs_S = (torch.tensor(side, dtype=torch.float64) for side in (ours, stirred_ours, theirs))
     rounding_S = (ours_S - stirred_S).abs().cummax(0).values
     shares_S = (ours_S - theirs_S).abs() / torch.maximum(theirs_S, ROUNDINGS * rounding_S / LOSS)
@@ -118,10 +118,10 @@ def _same_losses(ours: list[float], stirred_ours: list[float], theirs: list[floa
 def _same_weights(
     ours: Mapping[str, Tensor], moved: Mapping[str, Tensor], theirs: Mapping[str, Tensor], note: str
 ) -> list[Check]:
-    """All weights and running statistics, together and one by one.
+    """Compare all weights and running statistics, together and one by one.
 
-    `moved` are ours after a run from weights changed in their last bits: Adam divides by the gradient's size, and so
-    makes whole steps of rounding where a gradient is all but zero.
+    `moved` are ours after a run from weights changed in their last bits. Adam divides by the gradient's size, so it
+    turns rounding into full steps where a gradient is almost zero.
     """
     names = [name for name, value in ours.items() if value.is_floating_point()]
     checks, decided = [], []

@@ -1,12 +1,12 @@
-"""NeMo's side of a comparison: answers requests with what NeMo 3.0.0 computes.
+"""NeMo's side of a comparison: answer requests with results of NeMo 3.0.0.
 
-This file stands alone: it imports nothing of nestcli, so that the python of another environment can run it.
+This file is standalone: it imports nothing from nestcli, so that the Python of another environment can run it.
 
     NEMO_PYTHON worker.py FOLDER
 
-reads one JSON request a line from standard input, {"operation": NAME, "parameters": {...}, "tensors": FILE}, and
-answers each with one line {"facts": {...}, "tensors": FILE} or {"error": TEXT}. Tensors travel as safetensors files in
-FOLDER. Whatever NeMo prints goes to standard error. `answer` is the same thing as a function of this process.
+reads one JSON request per line from standard input, {"operation": NAME, "parameters": {...}, "tensors": FILE}, and
+answers each with one line {"facts": {...}, "tensors": FILE} or {"error": TEXT}. Tensors are exchanged as safetensors
+files in FOLDER. NeMo's own output goes to standard error. The function `answer` does the same within a process.
 
 Everything runs on the CPU in fp32. `model` in the parameters is the resolved `model` block of a configuration.
 """
@@ -24,16 +24,16 @@ import tempfile
 import traceback
 from pathlib import Path
 
-_STATE: dict[str, object] = {}  # the model of this comparison, once "build" made it
+_STATE: dict[str, object] = {}  # the model of this comparison, once "build" has created it
 
 
 def forget():
-    """Let go of the kept model."""
+    """Release the kept model."""
     _STATE.clear()
 
 
 def answer(operation, parameters, tensors):
-    """The facts (plain data) and tensors that NeMo gives for one request."""
+    """Return the facts (plain data) and tensors that NeMo computes for one request."""
     import torch
 
     facts, found = OPERATIONS[operation](parameters, tensors)
@@ -56,7 +56,7 @@ def _config(model):
 
 
 def _built(model, on_meta=False):
-    """NeMo's model; on the meta device it has names, shapes and types but takes no memory."""
+    """Build NeMo's model; on the meta device it has names, shapes and types but takes no memory."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -64,7 +64,7 @@ def _built(model, on_meta=False):
         return _model_class()(cfg=_config(model))
 
     class PlainNumbers(TorchFunctionMode):
-        """NeMo reads numbers out of a few small tensors while it builds: these stay on the CPU."""
+        """Keeps a few small tensors on the CPU, as NeMo reads numbers from them while it builds the model."""
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
             kwargs = dict(kwargs or {})
@@ -77,7 +77,7 @@ def _built(model, on_meta=False):
 
 
 def _model(train):
-    """The kept model with its kept weights and statistics, whatever ran before."""
+    """Return the kept model, reset to its kept weights and statistics."""
     model = _STATE["model"]
     model.load_state_dict(_STATE["weights"])
     model.zero_grad(set_to_none=True)
@@ -92,7 +92,7 @@ def _structure(parameters, _tensors):
 
 
 def _build(parameters, _tensors):
-    """Builds and keeps the model from a seed; its initial weights as checksums."""
+    """Build and keep the model from a seed; return checksums of its initial weights."""
     import torch
 
     _STATE.clear()
@@ -104,7 +104,7 @@ def _build(parameters, _tensors):
 
 
 def checksums(state):
-    """For every tensor its sum, its absolute sum (in float64) and a digest of its bytes."""
+    """Return for every tensor its sum, its absolute sum (in float64) and a digest of its bytes."""
     rows = {}
     for name, value in state.items():
         wide = value.detach().double()
@@ -164,7 +164,7 @@ def _quantizer_of(parameters):
 
 
 def _tokens(parameters, tensors):
-    """One utterance at a time: NeMo's table of differences takes 1 MB a token."""
+    """Quantize one utterance at a time, as NeMo's table of differences takes 1 MB per token."""
     import torch
 
     quantizer = _quantizer_of(parameters)
@@ -174,7 +174,7 @@ def _tokens(parameters, tensors):
 
 
 def _encoder_with(changes):
-    """The encoder of the model with some of its settings changed."""
+    """Return the encoder of the model with some of its settings changed."""
     from nemo.collections.asr.modules import ConformerEncoder
 
     if not changes:
@@ -232,7 +232,7 @@ def _masked_loss(_parameters, tensors):
 
 
 def _forward_of(model, batch, seed):
-    """NeMo's forward and loss of one batch; the waveforms are copies, because dither changes them in place."""
+    """Run NeMo's forward pass and loss on one batch, with copies of the waveforms: dither changes them in place."""
     import torch
 
     torch.manual_seed(seed)
@@ -265,7 +265,7 @@ def _gradients(parameters, tensors):
 
 
 def _train(parameters, tensors):
-    """Optimiser steps from the kept weights, with NeMo's optimiser and schedule."""
+    """Run optimiser steps from the kept weights, with NeMo's optimiser and schedule."""
     from nemo.core.optim.lr_scheduler import NoamAnnealing
 
     model = _built(parameters["model"])
@@ -294,7 +294,10 @@ def _train(parameters, tensors):
 
 
 def optimizer_settings(optimizer):
-    """An optimiser's class, its groups' sizes and what decides its steps; not how the steps are computed."""
+    """Return an optimiser's class, the sizes of its groups and the settings that determine its steps.
+
+    Settings that only choose how the steps are computed (such as fused) are left out.
+    """
     deciding = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "initial_lr")
     found = {"class": type(optimizer).__name__}
     for number, group in enumerate(optimizer.param_groups):
@@ -310,7 +313,7 @@ _BATCH = ("clean", "clean_len", "noisy", "noisy_len")
 
 
 def _augment(parameters, tensors):
-    """Mixes every case's batch: tensors "<case>.audio" and so on. An exception of NeMo's is a fact."""
+    """Mix the batch of every case (tensors "<case>.audio" and so on). An exception from NeMo becomes a fact."""
     from nemo.collections.asr.data.ssl_dataset import AudioNoiseBatch
     from nemo.collections.asr.modules import ssl_modules
 
@@ -332,7 +335,7 @@ def _augment(parameters, tensors):
 
 
 def _sample_noise(parameters, _tensors):
-    """Noise clips that NeMo's loader draws from one line of a noise manifest."""
+    """Return noise clips that NeMo's loader draws from one line of a noise manifest."""
     import numpy
     from nemo.collections.asr.data.ssl_dataset import sample_noise
 
@@ -349,7 +352,7 @@ def _sample_noise(parameters, _tensors):
 
 
 def _save(_parameters, _tensors):
-    """The bytes of the .nemo file that NeMo writes of the kept model."""
+    """Return the bytes of the .nemo file that NeMo writes for the kept model."""
     import numpy
     import torch
 
@@ -360,7 +363,7 @@ def _save(_parameters, _tensors):
 
 
 def _restore(parameters, tensors):
-    """Restores the bytes of a .nemo file and gives the loss of a batch; nothing else is told."""
+    """Restore the bytes of a .nemo file; return the loss of a batch and the names of weights that differ."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -376,7 +379,7 @@ def _restore(parameters, tensors):
 
 
 def _shipped_yaml(_parameters, _tensors):
-    """NeMo's own nest_fast-conformer.yaml, unresolved, if this installation has it; the wheel has none."""
+    """Return NeMo's nest_fast-conformer.yaml, unresolved, if this installation has it; the wheel does not."""
     import nemo
     from omegaconf import OmegaConf
 
@@ -388,7 +391,7 @@ def _shipped_yaml(_parameters, _tensors):
 
 
 def _cosine(parameters, tensors):
-    """What the quantizer with the cosine distance does."""
+    """Return the error of the quantizer with cosine distance, or None."""
     try:
         _quantizer_of(parameters)(input_signal=tensors["features"])
     except RuntimeError as error:
@@ -397,7 +400,7 @@ def _cosine(parameters, tensors):
 
 
 def _post_conv(parameters, tensors):
-    """What a model that masks after the sub-sampling does with a batch."""
+    """Return the error of a model that masks after the sub-sampling, or None."""
     import torch
 
     try:
@@ -447,12 +450,12 @@ OPERATIONS = {
 def main(folder):
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # NeMo and what it loads print to standard output, which is ours alone
+    os.dup2(2, 1)  # NeMo and its dependencies print to standard output, which is reserved for answers
     with contextlib.suppress(BrokenPipeError):
         for number, line in enumerate(requests):
             answers.write(json.dumps(_reply(json.loads(line), Path(folder) / f"answer-{number}.safetensors")) + "\n")
             answers.flush()
-    shutil.rmtree(folder, ignore_errors=True)  # whoever asked has ended, perhaps killed
+    shutil.rmtree(folder, ignore_errors=True)  # the process that sent the requests has ended, perhaps killed
 
 
 def _reply(request, path):
@@ -470,6 +473,6 @@ def _reply(request, path):
 
 
 if __name__ == "__main__":
-    # Python puts this file's folder first, where our nemo.py would hide NeMo.
+    # Python puts this file's folder first in sys.path, where our nemo.py would hide NeMo.
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     main(sys.argv[1])

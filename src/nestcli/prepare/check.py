@@ -1,4 +1,4 @@
-"""The checking of many files: each is decoded once, in processes that may die, and never again in a later run."""
+"""Check many files: decode each one once, in processes that may die, and keep the reports for later runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nestcli.jobs.patience import PATIENCE, REMEDY, file_size, seconds_for
 from nestcli.jobs.pool import Died, Pool
 from nestcli.storage import allowed_folders
 
-File = tuple[str, int | None]  # a path, and the channel to look at; None for the average of all
+File = tuple[str, int | None]  # a path, and the channel to check; None for the average of all channels
 Progress = Callable[[int, int], None]
 
-_BATCH_BYTES, _BATCH_FILES = 8 << 20, 64  # of one task: enough that handing it over costs nothing beside it
+_BATCH_BYTES, _BATCH_FILES = 8 << 20, 64  # of one task: large enough that the overhead of a task does not matter
 _CRASHED, _TIMED_OUT = "decoder_crash", "timed_out"
 
 
@@ -28,16 +28,16 @@ def check_files(
     progress: Progress = lambda done, total: None,
     patience: float = PATIENCE,
 ) -> dict[File, AudioReport]:
-    """The report of every file, decoded now or in an earlier run if it is still the same file.
+    """Return the report of every file; reuse the report of an earlier run if the file has not changed since.
 
-    A file that has not answered after `patience` s, and more where it is long, is reported as timed_out.
+    A file that takes longer than `patience` seconds, plus an allowance for its size, is reported as timed_out.
     """
     reports: dict[File, AudioReport] = {}
     todo: list[File] = []
     for file in files:
         why = allowed_folders.outside(file[0])
         known = None if why else _from_json(journal.get(_version(file)))
-        if why:  # not in the journal: the next run may be in another jail
+        if why:  # not in the journal: the next run may allow other folders
             reports[file] = AudioReport(reason=allowed_folders.REASON, detail=why)
         elif known is None:
             todo.append(file)
@@ -45,7 +45,7 @@ def check_files(
             reports[file] = known
     for number, (file, version, report) in enumerate(_checked(todo, pool, patience), 1):
         reports[file] = report
-        if report.reason not in (_CRASHED, _TIMED_OUT):  # of which the file need not be the cause
+        if report.reason not in (_CRASHED, _TIMED_OUT):  # the file is not always the cause of these
             journal.add(version, _as_json(report))
         if number % 16 == 0 or number == len(todo):
             journal.flush()
@@ -54,7 +54,7 @@ def check_files(
 
 
 def _checked(todo: Sequence[File], pool: Pool, patience: float) -> Iterator[tuple[File, str, AudioReport]]:
-    """Every file, the version of it that was decoded, and its report."""
+    """Yield every file, the version of it that was decoded, and its report."""
     sent: deque[list[File]] = deque()
     again: list[File] = []
 
@@ -64,7 +64,7 @@ def _checked(todo: Sequence[File], pool: Pool, patience: float) -> Iterator[tupl
     for results in pool.in_order(_inspect_all, _noting(_batches(todo), sent), limit):
         batch = sent.popleft()
         if isinstance(results, Died):
-            again.extend(batch)  # one of them is the culprit
+            again.extend(batch)  # one of them is the cause; find out which, one by one
         else:
             yield from ((file, *result) for file, result in zip(batch, results, strict=True))
     for file, result in zip(again, pool.in_order(_inspect, again, lambda file: limit([file])), strict=True):
@@ -77,7 +77,7 @@ def _checked(todo: Sequence[File], pool: Pool, patience: float) -> Iterator[tupl
 
 
 def _noting(batches: Iterable[list[File]], sent: deque[list[File]]) -> Iterator[list[File]]:
-    """Pass batches on, and keep those under way: a list of all would be as large as the corpus's."""
+    """Yield the batches, and keep the unfinished ones in `sent`: a list of all would be as long as the corpus."""
     for batch in batches:
         sent.append(batch)
         yield batch
@@ -88,7 +88,7 @@ def _inspect_all(files: Sequence[File]) -> list[tuple[str, AudioReport]]:
 
 
 def _inspect(file: File) -> tuple[str, AudioReport]:
-    version = _version(file)  # before it is read: what changes meanwhile is looked at again
+    version = _version(file)  # before reading, so that a file that changes meanwhile is checked again next time
     return version, inspect_audio(*file)
 
 
@@ -111,7 +111,7 @@ def _batches(files: Iterable[File]) -> Iterator[list[File]]:
 
 
 def _as_json(report: AudioReport) -> dict[str, Any]:
-    """What differs from an empty report; infinities, which JSON does not have, as text."""
+    """Return the fields that differ from an empty report; infinities are text, as JSON cannot represent them."""
     empty = asdict(AudioReport())
     changed = {key: value for key, value in asdict(report).items() if value != empty[key]}
     return {
@@ -121,7 +121,7 @@ def _as_json(report: AudioReport) -> dict[str, Any]:
 
 
 def _from_json(known: Any) -> AudioReport | None:
-    """The report that a journal holds; None for what is no report of ours."""
+    """Return the report that a journal entry holds, or None if it is not a valid report."""
     if not isinstance(known, dict):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What there is to check, in input order: folders, files, globs, manifests of NeMo and Lhotse, folders of Kaldi."""
+"""Collect the audio to check, in input order, from folders, files, globs, NeMo and Lhotse manifests, Kaldi folders."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from nestcli.prepare.kaldi import is_kaldi, read_kaldi
 from nestcli.storage import addresses, file_kinds
 from nestcli.storage.file_kinds import foreign, has_json_lines, is_audio_or_array
 
-# also what nobody here can read: it shall be rejected with its reason, not passed over
+# Includes formats that nest cannot read: such files must be rejected with a reason instead of ignored.
 AUDIO_SUFFIXES = frozenset(
     ".wav .wave .flac .mp3 .mp2 .ogg .oga .opus .sph .nist .aif .aiff .aifc .au .snd .caf .w64 .rf64"  # noqa: SIM905
     " .voc .wv .amr .awb .gsm .m4a .mp4 .aac .wma .webm .mka .ape".split()
 )
 OUTPUTS = frozenset(["train_manifest.json", "val_manifest.json", "rejected.jsonl", "summary.json", "summary.svg"])
 OUTPUT_FOLDERS = frozenset(["audio", "train_shards", "val_shards"])
-_REFUSED = "nest_cannot_use"  # why, in the row of a line that is of no use
+_REFUSED = "nest_cannot_use"  # key of the reason in the row of an unusable line
 MANIFEST_SUFFIXES = file_kinds.SUFFIXES
 
 
@@ -37,10 +37,10 @@ MANIFEST_SUFFIXES = file_kinds.SUFFIXES
 class Item:
     """One utterance to check: a whole file, or the segment that a manifest names.
 
-    `path` is absolute; `key` is the path relative to the input that it came with, or as its manifest writes
-    it, or Kaldi's name of the recording. Times are in seconds; the duration is NaN where no manifest states one.
-    `facts` is what is known without a manifest to read it from again; `refused` says why the item cannot be looked at,
-    and `reason` is the code of that. `channel` is the one that the manifest chooses.
+    `path` is absolute; `key` is the path relative to the input it was found in, the path as the manifest writes it,
+    or Kaldi's name of the recording. Times are in seconds; `duration` is NaN if no manifest states it.
+    `facts` holds the metadata of an item that has no manifest to read it from again. `refused` says why the item
+    cannot be checked, and `reason` is the code for that. `channel` is the one that the manifest chooses.
     """
 
     path: str
@@ -56,11 +56,11 @@ class Item:
     channel: Channel | None = None
 
     def known(self) -> dict[str, Any]:
-        """All that the item's manifest says about it, read again from there."""
+        """Return everything that the item's manifest says about it, read from the manifest again."""
         return dict(self.facts or {}) if self.manifest is None else self.manifest.row(self.index)
 
     def where(self) -> str:
-        """The manifest's line, for messages."""
+        """Return the manifest and line of the item (or its path), for messages."""
         if self.manifest is None:
             return self.path
         entry = self.manifest.entry(self.index)
@@ -69,7 +69,7 @@ class Item:
 
 @dataclass(slots=True)
 class Collection:
-    """The items found, and how many files in folders were no audio by their names, by ending."""
+    """The items found, and the number of other files in the folders: in total (`passed_over`) and by extension."""
 
     items: list[Item] = field(default_factory=list)
     passed_over: int = 0
@@ -77,9 +77,9 @@ class Collection:
 
 
 def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
-    """List everything in the inputs; folders are walked, except `out` and what is hidden.
+    """List everything in the inputs; walk folders, except `out` and hidden ones.
 
-    Raises DataError, before anything is listed, for an input that does not exist, and where no input is audio.
+    Raises DataError for an input that does not exist, before anything is listed, and if no input is audio.
     """
     collection = Collection()
     for path in [path for each in inputs for path in _existing(os.fspath(each), out, collection)]:
@@ -99,23 +99,21 @@ def collect(inputs: Sequence[str | os.PathLike[str]], out: Path) -> Collection:
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a named file is a manifest: by its ending, or, unless it claims to be audio, by its first bytes."""
+    """Return True if a file is a manifest: by its extension or, unless that is one of audio, by its first bytes."""
     if path.name.lower().endswith(MANIFEST_SUFFIXES):
         return not is_audio_or_array(path)
     return path.suffix.lower() not in AUDIO_SUFFIXES and has_json_lines(path)
 
 
 def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
-    """The input, or, where there is no such file, those that it matches as a glob."""
+    """Return the input itself or, if no such file exists, the files that it matches as a glob."""
     if not given:
-        raise DataError(
-            "an input is empty; give folders, audio files or manifests. Is a variable of the shell not set?"
-        )
+        raise DataError("an input is empty; give folders, audio files or manifests. Is a shell variable unset?")
     given = user_path(given)
     if os.path.lexists(given):
         return [Path(given)]
     if addresses.is_remote(given):
-        raise DataError(f"{given} is a remote address; copy the audio to this machine, or a disk that it sees, first")
+        raise DataError(f"{given} is a remote address; first copy the audio to a disk that this machine can read")
     if glob.has_magic(given):
         if found := sorted(glob.glob(given, recursive=True)):  # noqa: PTH207  (absolute patterns, "~", hidden files)
             return _wanted(given, [Path(each) for each in found], out, collection)
@@ -124,9 +122,11 @@ def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
 
 
 def _wanted(pattern: str, found: Sequence[Path], out: Path, collection: Collection) -> list[Path]:
-    """What a glob found, without what is in a folder that it found too, in `out`, or no audio by its name.
+    """Filter the paths that a glob found.
 
-    Other files, such as manifests, are meant where the pattern ends so: `corpus/**` also finds JSON of other kinds.
+    Drops what lies inside a folder that was found too, what lies in `out`, and files without an audio extension.
+    Other files, such as manifests, stay only if the pattern itself has their extension: `corpus/**` also matches JSON
+    files that are not manifests.
     """
     named = Path(pattern).suffix.lower()
     own_ending = (named,) if named and not glob.has_magic(named) else ()
@@ -145,7 +145,10 @@ def _wanted(pattern: str, found: Sequence[Path], out: Path, collection: Collecti
 
 
 def made_before(out: Path) -> list[Path]:
-    """The folders of converted audio and of shards in `out`: a journal tells them from a user's of the same name."""
+    """Return the folders of converted audio and shards that earlier runs made in `out`.
+
+    A journal inside distinguishes them from a user's folder of the same name.
+    """
     folders = [out / name for name in OUTPUT_FOLDERS]
     return [folder for folder in folders if not folder.is_symlink() and (folder / JOURNAL).is_file()]
 
@@ -169,7 +172,7 @@ def _add_folder(root: Path, out: Path, collection: Collection) -> None:
 
 
 def _walk(root: str, out: str) -> Iterator[tuple[str, list[str]]]:
-    """Folders and their visible files, sorted; links to folders are followed, each folder is entered once."""
+    """Yield folders with their visible files, sorted; follow links to folders, but enter each folder only once."""
 
     def stop(error: OSError) -> None:
         raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}; change its permissions")
@@ -186,7 +189,7 @@ def _walk(root: str, out: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _any_row(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of a manifest, or one of Lhotse's recordings, which is all of its file; or why it cannot be used."""
+    """Return the row of a manifest's line, or of a Lhotse recording (a whole file), or the reason it is unusable."""
     is_recording = "sources" in record and "recording" not in record and "audio_filepath" not in record
     try:
         row = recording_to_row(record) if is_recording else to_row(record)
@@ -208,7 +211,7 @@ def _manifest_items(path: str) -> Iterator[Item]:
         entry = manifest.entry(index)
         elsewhere = addresses.is_remote(entry.audio_filepath)
         yield Item(
-            # abspath folds "..", as pathlib does not
+            # abspath resolves "..", pathlib does not
             path=entry.audio_filepath if elsewhere else os.path.abspath(entry.audio_filepath),  # noqa: PTH100
             key=str(row["audio_filepath"]),
             offset=entry.offset,
@@ -223,7 +226,7 @@ def _manifest_items(path: str) -> Iterator[Item]:
 
 def _kaldi_items(folder: Path) -> Iterator[Item]:
     for utterance in read_kaldi(folder):
-        command = "wav.scp has a command in place of a file, and commands are not run; write its output to a file"
+        command = "wav.scp has a command instead of a file, and nest runs no commands; write its output to a file"
         yield Item(
             path=utterance.path or f"{folder.absolute()}/wav.scp: {utterance.name}",
             key=utterance.recording,

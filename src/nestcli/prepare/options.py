@@ -1,4 +1,4 @@
-"""What a preparation is asked to do, and what of it cannot be done."""
+"""Options of `nest prepare-data`, and their checks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ VAL_FRACTION = {"speech": 0.05, "noise": 0.0}
 
 @dataclass(frozen=True, slots=True)
 class PrepareOptions:
-    """What to make of the inputs; durations in seconds, None for no limit; `max_clipped` as a share of the samples.
+    """Options of a preparation; durations in seconds, None for no limit; `max_clipped` as a share of the samples.
 
-    `val_fraction` None is 0.05 for speech and 0 for noise. `jobs` None is one process a core; `ray` is the address of
-    a cluster that works instead. `channel` is for files whose manifest chooses none; None averages all channels.
-    `sample_rate` is that of converted files and shards. `patience` is how long a file may give no answer, in seconds.
+    `val_fraction` None means 0.05 for speech and 0 for noise. `jobs` None means one process per core; `ray` is the
+    address of a Ray cluster to use instead. `channel` applies to files whose manifest chooses none; None averages all
+    channels. `sample_rate` (Hz) is the rate of converted files and shards. `patience` is the time in seconds after
+    which a file that does not respond is given up.
     """
 
     kind: Literal["speech", "noise"] = "speech"
@@ -45,7 +46,7 @@ class PrepareOptions:
 
 
 def checked_fraction(options: PrepareOptions) -> float:
-    """Check the options; the share of validation."""
+    """Check the options and return the share of validation. Raises DataError for an impossible value."""
     fraction = VAL_FRACTION[options.kind] if options.val_fraction is None else options.val_fraction
     if not 0 <= fraction < 1:
         raise DataError(f"a validation share of {fraction:g} is not possible; give 0 or more, and less than 1")
@@ -60,27 +61,31 @@ def checked_fraction(options: PrepareOptions) -> float:
         raise DataError(f"pieces of {options.segment:g} s are not possible; give --segment more than 0")
     if not RATES[0] <= options.sample_rate <= RATES[1]:
         raise DataError(
-            f"{options.sample_rate} Hz is no rate from {RATES[0]} to {RATES[1]} Hz; give --sample-rate 16000"
+            f"a sample rate must be from {RATES[0]} to {RATES[1]} Hz, not {options.sample_rate}; "
+            "give --sample-rate 16000"
         )
     if options.channel is not None and options.channel < 0:
-        raise DataError(f"there is no channel {options.channel}; the first is 0")
+        raise DataError(f"channel {options.channel} does not exist; the first is 0")
     if not options.patience > 0:
-        raise DataError(f"{options.patience:g} s are too short for any file; give --patience more than 0")
+        raise DataError(f"{options.patience:g} s is too short for any file; give --patience more than 0")
     if options.shards is not None and options.shards < 1:
-        raise DataError(f"{options.shards} shards hold nothing; give 1 or more")
+        raise DataError(f"{options.shards} shards are not possible; give 1 or more")
     if options.jobs is not None and options.jobs < 1:
-        raise DataError(f"{options.jobs} jobs do no work; give 1 or more")
+        raise DataError(f"{options.jobs} jobs are not possible; give 1 or more")
     return fraction
 
 
 def speaker_finder(pattern: str | None) -> Callable[[Item], str | None]:
-    """A function that finds an item's speaker: by the pattern in its path, else in its manifest."""
+    """Return a function that finds an item's speaker: by the pattern in its path, else from its manifest.
+
+    Raises DataError for an invalid pattern.
+    """
     if pattern is None:
         return lambda item: item.speaker or None
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise DataError(f"the speaker pattern {pattern!r} is no regular expression: {error}") from None
+        raise DataError(f"the speaker pattern {pattern!r} must be a valid regular expression: {error}") from None
     if not compiled.groups:
         raise DataError(f"the speaker pattern {pattern!r} has no group; put ( ) around the speaker's part of it")
     group = "speaker" if "speaker" in compiled.groupindex else 1

@@ -1,6 +1,6 @@
-"""From folders, files and manifests to checked manifests: collect, check, judge, shape, split, write, pack.
+"""Turn folders, files and manifests into checked manifests: collect, check, judge, shape, split, write, pack.
 
-Every step is a function of its own over items in input order; the result depends on inputs and options only.
+Every step is a function over items in input order; the result depends only on the inputs and options.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nestcli.storage.file_kinds import known_ending
 
 __all__ = ["SHORT", "PrepareOptions", "PrepareSummary", "first_rejection", "prepare"]
 
-SHORT = 1.0  # s; `nest pretrain` leaves out shorter utterances unless told otherwise
+SHORT = 1.0  # s; `nest pretrain` skips shorter utterances by default
 
 _write_rows = partial(write_manifest, error=RunFailedError, remedy=REMEDY)
 Progress = Callable[..., None]  # (done, total, doing)
@@ -48,10 +48,11 @@ Progress = Callable[..., None]  # (done, total, doing)
 
 @dataclass(frozen=True, slots=True)
 class PrepareSummary:
-    """What was prepared, as it stands in summary.json; durations in seconds, levels in dBFS.
+    """Content of summary.json; durations in seconds, levels in dBFS.
 
-    `shards` are the keys of `model.train_ds` and `model.validation_ds` that make `nest pretrain` read the shards;
-    `not_packed` utterances could not be read any more when those were made, and stand in their folders' skipped.jsonl.
+    `shards` holds the keys of `model.train_ds` and `model.validation_ds` that make `nest pretrain` read the shards.
+    `not_packed` counts utterances that had become unreadable when the shards were written; skipped.jsonl in the
+    shards' folder lists them.
     """
 
     kind: str
@@ -84,8 +85,9 @@ def prepare(
 ) -> PrepareSummary:
     """Check every input and write train_manifest.json, val_manifest.json, rejected.jsonl and summary.json.
 
-    The result depends on inputs and options only, not on who works how fast; a run that was interrupted goes on where
-    it was. Raises DataError for a wrong call or input; where nothing can be accepted the summary says so.
+    The result depends only on inputs and options, not on the number or speed of processes. After an interruption the
+    same call continues where it stopped. Raises DataError for a wrong option or input; if nothing can be accepted, the
+    summary says so.
     """
     fraction = checked_fraction(options)
     find_speaker = speaker_finder(options.speaker_pattern)
@@ -128,7 +130,7 @@ def prepare(
 
 
 def first_rejection(out: str | os.PathLike[str]) -> str:
-    """The first input that was left out and why, for a message."""
+    """Return the first rejected input and the reason, for a message."""
     with (Path(out) / "rejected.jsonl").open(encoding="utf-8") as file:
         row = json.loads(file.readline())
     return f"{row['audio_filepath']}: {row['detail']}"
@@ -153,14 +155,14 @@ def _make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"the folder {folder} cannot be made: {error.strerror}") from None
+        raise DataError(f"the folder {folder} cannot be created: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise DataError(f"the folder {folder} cannot be written to; choose another for --out")
     return folder
 
 
 def _check_folders(folder: Path, options: PrepareOptions) -> None:
-    """Nothing that this run writes to, or tidies up, may be a link."""
+    """Check that no folder that this run writes to or cleans up is a link. Raises DataError."""
     used = {folder / "audio"} if options.convert else set()
     if options.shards:
         used |= {folder / "train_shards", folder / "val_shards"}
@@ -170,12 +172,12 @@ def _check_folders(folder: Path, options: PrepareOptions) -> None:
 
 def _nothing_found(inputs: Sequence[str | os.PathLike[str]], collection: Collection) -> str:
     where = ", ".join(os.fspath(each) for each in inputs)
-    others = f"; {collection.passed_over} other files were passed over" if collection.passed_over else ""
+    others = f"; {collection.passed_over} other files were ignored" if collection.passed_over else ""
     for ending, count in collection.endings.most_common():
         if about := known_ending(ending):
             held = "a file" if count == 1 else f"{count} files"
-            return f"there is no audio file in {where}, but {held} of the ending {ending}: {about}{others}."
-    return f"there is no audio in {where}{others}. Give folders, audio files or manifests."
+            return f"no audio file found in {where}, but {held} with the extension {ending}: {about}{others}."
+    return f"no audio found in {where}{others}. Give folders, audio files or manifests."
 
 
 # --- shaping and packing
@@ -191,7 +193,7 @@ def _shaped(
     journal: Journal,
     progress: Progress,
 ) -> tuple[list[Accepted], list[Rejected]]:
-    """The utterances after cutting and converting; those that became too short or could not be made are rejected."""
+    """Cut and convert the accepted utterances; reject those that become too short or fail."""
     if options.segment is None and not options.convert:
         return accepted, rejected
     audio = folder.absolute() / "audio"
@@ -219,7 +221,7 @@ def _piecewise(
         start = whole.offset
         for piece in pieces:
             if fault := length_fault(piece.duration, limits):
-                where = f"its piece at {start:.2f} s: " if len(pieces) > 1 else ""
+                where = f"the piece at {start:.2f} s: " if len(pieces) > 1 else ""
                 rejected.append(Rejected(whole.item, fault[0], where + fault[1]))
                 start += piece.duration
                 continue
@@ -232,9 +234,9 @@ def _piecewise(
 
 @contextmanager
 def _audio_journal(folder: Path) -> Iterator[Journal]:
-    """The journal of converted files. Raises DataError where the folder is somebody else's."""
+    """Open the journal of converted files. Raises DataError if the folder holds files of the user."""
     if folder.is_dir() and any(folder.iterdir()) and folder not in made_before(folder.parent):
-        raise DataError(f"{folder} has files of yours; converted ones would go between them. Give another --out")
+        raise DataError(f"{folder} already holds files that nest did not write; give another --out")
     folder.mkdir(exist_ok=True)
     journal = Journal(folder)
     try:
@@ -245,7 +247,7 @@ def _audio_journal(folder: Path) -> Iterator[Journal]:
 
 @contextmanager
 def _without_leftovers(folder: Path) -> Iterator[None]:
-    """Remove what a run that was killed had not finished, and what this one's processes are writing when it fails."""
+    """Remove unfinished files: on entry those of a killed run, on exit those of this run's processes if it fails."""
     _clear_leftovers(folder)
     try:
         yield
@@ -265,7 +267,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 def _shape_task(utterance: Accepted, how: ShapeOptions) -> ShapeTask:
     item = utterance.item
-    # one name for one content: another run with other options must not find its own pieces changed
+    # The name depends on the content, so that a run with other options does not change the pieces of this one.
     content = (item.path, utterance.offset, utterance.duration, how.segment, how.sample_rate, how.channel)
     return ShapeTask(item.path, utterance.offset, utterance.duration, file_name(item.key, repr(content)), how)
 
@@ -273,7 +275,7 @@ def _shape_task(utterance: Accepted, how: ShapeOptions) -> ShapeTask:
 def _packed(
     folder: Path, manifests: dict[str, str | None], options: PrepareOptions, pool: Pool, progress: Progress
 ) -> dict[str, ShardSet]:
-    """Shards of both sides; those of validation in proportion."""
+    """Write the shards of both sides; validation gets a proportional number."""
     assert options.shards is not None
     shards: dict[str, ShardSet] = {}
     counts = {side: _n_lines(path) for side, path in manifests.items() if path is not None}
@@ -303,7 +305,7 @@ def _n_lines(path: str) -> int:
 
 
 def _groups(accepted: Sequence[Accepted], by: str) -> list[str | None]:
-    """What must stay on one side of the split: a speaker, or all that came from one path."""
+    """Return the group of each utterance that must stay on one side of the split: its speaker, or its input path."""
     if by == "utterance":
         return [each.item.key for each in accepted]
     speakers = [each.speaker for each in accepted]
@@ -313,11 +315,13 @@ def _groups(accepted: Sequence[Accepted], by: str) -> list[str | None]:
 
 def _check_speakers(speakers: Iterable[str | None]) -> None:
     if not any(speakers):
-        raise DataError("no speakers are known to split by; give --speaker-pattern, or manifests with speakers")
+        raise DataError(
+            "the split needs speakers, but none is known; give --speaker-pattern or manifests with speakers"
+        )
 
 
 def _write(folder: Path, accepted: Sequence[Accepted], in_val: Sequence[bool]) -> dict[str, str | None]:
-    """Write both manifests; the path of each, None for one that has no lines."""
+    """Write both manifests and return their paths, None for one without lines."""
     written: dict[str, str | None] = {}
     for name, side in (("train", False), ("val", True)):
         path = folder / f"{name}_manifest.json"
@@ -325,13 +329,13 @@ def _write(folder: Path, accepted: Sequence[Accepted], in_val: Sequence[bool]) -
             _write_rows(path, (_row(each) for each, is_val in zip(accepted, in_val, strict=True) if is_val is side))
             written[name] = str(path.absolute())
         else:
-            path.unlink(missing_ok=True)  # of an earlier run
+            path.unlink(missing_ok=True)  # from an earlier run
             written[name] = None
     return written
 
 
 def _row(utterance: Accepted) -> dict[str, Any]:
-    """The manifest's line: all that the input's manifest knew, with what was measured in place."""
+    """Return the manifest's line: everything that the input's manifest says, updated with the measured values."""
     row = utterance.item.known()
     row.update(audio_filepath=utterance.audio, duration=utterance.duration)
     row.pop("offset", None)
@@ -383,7 +387,10 @@ def _summarise(
 
 
 def _histograms(durations: npt.NDArray[np.float64], levels: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
-    """Hours by the seconds, and utterances by the dBFS, up to which they go; coarse, for the terminal."""
+    """Return coarse histograms for the terminal: hours by duration bin (s), utterances by level bin (dBFS).
+
+    A bin is named by its upper end.
+    """
     hours = zip(*duration_bins(durations, most=12), strict=True)
     counts = zip(*level_bins(levels, step=6.0), strict=True)
     return {

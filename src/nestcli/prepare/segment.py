@@ -1,6 +1,6 @@
-"""What becomes of an accepted recording on request: pieces of a limited length, and files of one channel and rate.
+"""Cut accepted recordings into pieces of limited length, and convert them to files of one channel and rate.
 
-A recording is decoded once, in blocks: what is held of it is no longer than a block, or than a piece.
+Each recording is decoded once, in blocks, so that memory holds at most a block or a piece of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from nestcli.jobs.patience import PATIENCE, file_size, seconds_for
 from nestcli.jobs.patience import REMEDY as REMEDY_OF_PATIENCE
 from nestcli.jobs.pool import Died, Pool
 
-_LEAST = 0.25  # of the longest piece: what the last one has at least; the others have three times that share of a mean
+# The last piece has at least this share of the longest allowed piece; the others have at least three times this share
+# of an even division.
+_LEAST = 0.25
 _HOP, _WINDOW = 0.01, 0.2  # s: levels are compared every 10 ms, over 200 ms
 
 
@@ -33,7 +35,11 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class ShapeOptions:
-    """`segment` is in seconds, None leaves recordings whole; `folder` is for converted files, None makes none."""
+    """Options of cutting and converting.
+
+    `segment` is the longest piece in seconds; None leaves recordings whole. `folder` receives converted files; None
+    converts nothing.
+    """
 
     segment: float | None = None
     folder: str | None = None
@@ -43,7 +49,7 @@ class ShapeOptions:
 
 @dataclass(frozen=True, slots=True)
 class ShapeTask:
-    """A recording or a part of one, in seconds; `name` is that of its files, below the folder and without ending."""
+    """A recording or a part of one, in seconds; `name` is the path of its files below the folder, without extension."""
 
     path: str
     offset: float
@@ -54,7 +60,7 @@ class ShapeTask:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An utterance that came out, in seconds of its file, which has `size` bytes where it was made here."""
+    """An utterance that was cut, in seconds of its file; `size` is the file's size in bytes if it was converted."""
 
     path: str
     offset: float
@@ -69,7 +75,7 @@ def shape(
     progress: Callable[[int, int], None],
     patience: float = PATIENCE,
 ) -> Iterator[list[Piece] | str]:
-    """The pieces of every task, or what is wrong with it. What an earlier run made, and is still there, stays."""
+    """Yield the pieces of every task, or an error message. Pieces from an earlier run that still exist are reused."""
     todo = [number for number, task in enumerate(tasks) if _made_before(journal, task) is None]
     results = pool.in_order(
         _shape_one,
@@ -77,8 +83,8 @@ def shape(
         lambda task: patience + seconds_for(file_size(task.path), task.offset + task.duration),
     )
     for number, result in _filled(len(tasks), todo, results):
-        if result is None:  # asked for again: a list of all pieces would be as large as the corpus's
-            yield _made_before(journal, tasks[number]) or "it changed while this ran; run the same command again"
+        if result is None:  # looked up again: a list of all pieces would be as long as the corpus
+            yield _made_before(journal, tasks[number]) or "it changed during the run; run the same command again"
             continue
         if isinstance(result, Died):
             yield f"{result.detail}; {REMEDY_OF_PATIENCE}" if result.timed_out else f"its process died: {result.detail}"
@@ -92,7 +98,7 @@ def shape(
 
 
 def _filled(count: int, numbers: Sequence[int], results: Iterator[_Result]) -> Iterator[tuple[int, _Result | None]]:
-    """Each number up to the count, with its result where it is one of `numbers`, which are sorted."""
+    """Yield each number below `count`, with the next result if it is one of `numbers` (sorted), else with None."""
     wanted = deque(numbers)
     for number in range(count):
         if wanted and wanted[0] == number:
@@ -110,7 +116,7 @@ def _made_before(journal: Journal, task: ShapeTask) -> list[Piece] | None:
     known = journal.get(_version(task))
     try:
         pieces = None if known is None else [Piece(*each) for each in known]
-    except TypeError:  # nothing that we wrote
+    except TypeError:  # not an entry that nest wrote
         return None
     if pieces is None or not all(_is_of(piece, task) for piece in pieces):
         return None
@@ -118,7 +124,7 @@ def _made_before(journal: Journal, task: ShapeTask) -> list[Piece] | None:
 
 
 def _is_of(piece: Piece, task: ShapeTask) -> bool:
-    """Whether a piece is a part of the recording itself, or a whole file of ours."""
+    """Return True if a piece is a part of the task's recording, or an unchanged file in the task's folder."""
     if task.options.folder is None:
         return piece.path == task.path and piece.size is None
     ours = str(piece.path).startswith(f"{task.options.folder}/") and ".." not in Path(piece.path).parts
@@ -136,7 +142,7 @@ def _size(path: str) -> int:
 
 
 def _shape_one(task: ShapeTask) -> tuple[str, list[Piece] | str]:
-    """The version of what was read, and the pieces, or what is wrong."""
+    """Return the version of the file that was read, and the pieces or an error message."""
     version = _version(task)
     options = task.options
     try:
@@ -156,7 +162,7 @@ def _shape_one(task: ShapeTask) -> tuple[str, list[Piece] | str]:
 
 
 def _marked(task: ShapeTask, rate: int, blocks: Iterable[Samples]) -> list[Piece]:
-    """The pieces as parts of the same file, in whole microseconds."""
+    """Return the pieces as parts of the same file, in whole microseconds."""
     assert task.options.segment is not None
     pieces: list[Piece] = []
     start, samples = task.offset, 0
@@ -169,10 +175,10 @@ def _marked(task: ShapeTask, rate: int, blocks: Iterable[Samples]) -> list[Piece
 
 
 def _written(task: ShapeTask, number: str, blocks: Iterable[Samples]) -> Piece:
-    """Write a file of the blocks. Raises RunFailedError: where one cannot be written, others cannot either."""
+    """Write the blocks to a file. Raises RunFailedError: if one file cannot be written, others cannot either."""
     rate, frames = task.options.sample_rate, 0
     path = Path(task.options.folder or "") / f"{task.name}{number}.flac"
-    # through a Python file: to a descriptor libsndfile loses the last page of a full disk without an error
+    # Write through a Python file: given a descriptor, libsndfile silently loses the last page when the disk is full.
     with atomic_file(path, RunFailedError, REMEDY, sync=False) as part:
         with sf.SoundFile(part, "w", rate, 1, subtype="PCM_16", format="FLAC") as sound:
             for block in blocks:
@@ -186,7 +192,7 @@ def _written(task: ShapeTask, number: str, blocks: Iterable[Samples]) -> Piece:
 def _write(sound: sf.SoundFile, block: Samples, path: Path) -> None:
     try:
         sound.write(block)
-    except (sf.LibsndfileError, AssertionError):  # soundfile asserts that all was written
+    except (sf.LibsndfileError, AssertionError):  # soundfile asserts that everything was written
         raise RunFailedError(f"{path} cannot be written. {REMEDY}") from None
 
 
@@ -196,8 +202,7 @@ def _write(sound: sf.SoundFile, block: Samples, path: Path) -> None:
 def _cut(blocks: Iterable[Samples], duration: float, segment: float, rate: int) -> Iterator[Samples]:
     """Cut a recording of about `duration` s into pieces of at most `segment` s.
 
-    Each ends in the middle of the quietest 200 ms between three quarters of what an even division would give it and
-    the limit.
+    Each piece ends in the middle of the quietest 200 ms between three quarters of its even share and the limit.
     """
     longest = max(1, int(segment * rate))
     left = round(duration * rate)
@@ -222,14 +227,14 @@ def _cut(blocks: Iterable[Samples], duration: float, segment: float, rate: int) 
 
 
 def _end_of_piece(samples: Samples, left: int, longest: int, rate: int) -> int:
-    """Where the first piece of `left` samples ends, of which at least `longest` are given."""
+    """Return the end of the first piece of `left` remaining samples; `samples` holds at least `longest` of them."""
     first = int(3 * _LEAST * left / math.ceil(left / longest))
-    last = min(longest, int(left - _LEAST * longest))  # what is left is long enough to be of use
+    last = min(longest, int(left - _LEAST * longest))  # leaves a rest that is long enough to use
     return min(longest, first + _quietest(samples[first:last], rate))
 
 
 def _quietest(samples: Samples, rate: int) -> int:
-    """The middle of the quietest 200 ms, as a number of samples, at least 1."""
+    """Return the middle of the quietest 200 ms, in samples, at least 1."""
     if not len(samples):
         return 1
     hop = max(1, int(_HOP * rate))

@@ -1,4 +1,4 @@
-"""Which utterances are taken and which are left out, and why: judged from reports, in input order."""
+"""Accept or reject utterances, with a reason, from the reports of their files, in input order."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from nestcli.audio.load import kept_channel, stated_slack
 from nestcli.prepare.check import File
 from nestcli.prepare.inputs import Item
 
-MAX_CLIPPED = 0.01  # share of samples in runs at full scale; speech with one in a hundred is audibly distorted
+MAX_CLIPPED = 0.01  # share of samples in runs at full scale; at one in a hundred, speech is audibly distorted
 
 
 @dataclass(frozen=True, slots=True)
 class DurationLimits:
-    """Durations in seconds; None for no limit. With `cut`, what is too long is cut later. `max_clipped` is a share."""
+    """Limits of an utterance: durations in seconds, None for no limit; `max_clipped` is a share of the samples.
+
+    With `cut`, utterances that are too long are accepted and cut later.
+    """
 
     min_duration: float | None
     max_duration: float | None
@@ -28,7 +31,7 @@ class DurationLimits:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An utterance to use; times in seconds of its file."""
+    """An accepted utterance; times in seconds of its file."""
 
     item: Item
     offset: float
@@ -36,8 +39,8 @@ class Accepted:
     speaker: str | None
     sample_rate: int
     rms_db: float
-    channel: int | None = None  # None for the average of all, or for the only one
-    path: str | None = None  # of a file that was made of it
+    channel: int | None = None  # None for the average of all channels, or for the only one
+    path: str | None = None  # of the converted file
 
     @property
     def audio(self) -> str:
@@ -46,7 +49,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """An input that is left out, why, and what to say about it."""
+    """A rejected input: the code of the reason, and an explanation for the user."""
 
     item: Item
     reason: str
@@ -60,14 +63,14 @@ def judge(
     find_speaker: Callable[[Item], str | None],
     channel: int | None = None,
 ) -> tuple[list[Accepted], list[Rejected]]:
-    """Sort the items into those to take and those to leave out. Of what is there twice, the first is taken.
+    """Split the items into accepted and rejected ones. Of duplicates, the first is accepted.
 
-    `channel` is for items that choose none; there is a report of each item's file and channel.
+    `channel` applies to items that choose none; `reports` must hold a report for each item's file and channel.
     """
     accepted: list[Accepted] = []
     rejected: list[Rejected] = []
     places: set[bytes] = set()  # hashes, as there may be millions
-    contents: dict[bytes, int] = {}  # by the number of the item
+    contents: dict[bytes, int] = {}  # hash of the content: number of the item
     folders: dict[str, str] = {}
     for number, item in enumerate(items):
         if item.refused is not None:
@@ -80,7 +83,7 @@ def judge(
         report = reports[item.path, kept]
         kept = kept if report.channels > 1 else None
         offset, duration = _segment(item, report)
-        # whichever input named it, and whether that stated its length or not
+        # the same place, whichever input named it, and whether or not that input stated the length
         place = _short(f"{_real_path(item.path, folders)}\0{kept}", offset, duration)
         content = _short(report.digest, offset, duration)
         same_as = items[contents[content]].path if content in contents else None
@@ -95,12 +98,12 @@ def judge(
 
 
 def _short(what: str, offset: float, duration: float) -> bytes:
-    """A part of something in 12 bytes, of which two are the same with a chance of 1e-16 among a million."""
+    """Return a hash of a segment in 12 bytes; among a million, two are equal with a probability of 1e-16."""
     return blake2b(f"{what}\0{offset}\0{duration}".encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
 def _real_path(path: str, folders: dict[str, str]) -> str:
-    """What os.path.realpath says; every folder is looked up once."""
+    """Return os.path.realpath(path), resolving every folder only once."""
     if os.path.islink(path):  # noqa: PTH114  (str paths, perhaps with bytes that are not UTF-8)
         return os.path.realpath(path)
     folder, name = os.path.split(path)
@@ -112,7 +115,7 @@ def _real_path(path: str, folders: dict[str, str]) -> str:
 def _fault(
     item: Item, report: AudioReport, duration: float, limits: DurationLimits, seen: bool, same_as: str | None
 ) -> tuple[str, str] | None:
-    """The first reason to leave an item out, and what to say about it."""
+    """Return the first reason to reject an item (code, explanation), or None to accept it."""
     if report.reason is not None:
         return report.reason, report.detail
     stated_end = item.offset + (0.0 if math.isnan(item.duration) else item.duration)
@@ -122,21 +125,21 @@ def _fault(
     if duration <= 0 or stated_end > report.duration + slack:
         detail = f"{item.where()} goes beyond the file's {report.duration:.2f} s"
         return "truncated", f"{detail}; copy the file again, or correct the line"
-    if seen:  # after its own faults: of broken files each has its own reason
-        return "duplicate_path", "the same audio is in the inputs already"
+    if seen:  # checked after the faults above, so that each broken file is reported with its own fault
+        return "duplicate_path", "the same audio already occurs earlier in the inputs"
     if report.clipped > limits.max_clipped:
-        return "clipped", f"{report.clipped:.1%} of its samples are cut off at full scale"
+        return "clipped", f"{report.clipped:.1%} of its samples are clipped"
     if same_as is not None:
-        return "duplicate_content", f"its samples are those of {same_as}"
+        return "duplicate_content", f"its samples are the same as those of {same_as}"
     return length_fault(duration, limits)
 
 
 def length_fault(duration: float, limits: DurationLimits) -> tuple[str, str] | None:
-    """Why an utterance is too short or too long."""
+    """Return the reason (code, explanation) if an utterance is too short or too long, else None."""
     if limits.min_duration is not None and duration < limits.min_duration:
-        return "too_short", f"{duration:.2f} s are less than {limits.min_duration:g} s"
+        return "too_short", f"{duration:.2f} s is less than {limits.min_duration:g} s"
     if limits.max_duration is not None and duration > limits.max_duration and not limits.cut:
-        return "too_long", f"{duration:.2f} s are more than {limits.max_duration:g} s"
+        return "too_long", f"{duration:.2f} s is more than {limits.max_duration:g} s"
     return None
 
 
@@ -149,7 +152,7 @@ def _is_utf8(path: str) -> bool:
 
 
 def _segment(item: Item, report: AudioReport) -> tuple[float, float]:
-    """Offset and duration in seconds, in whole microseconds and never beyond the decoded end."""
+    """Return offset and duration in seconds, rounded to microseconds and never beyond the decoded end."""
     if report.frames == 0:
         return item.offset, 0.0
     end = report.frames * 1_000_000 // report.sample_rate

@@ -1,4 +1,4 @@
-"""Which utterances are for validation: a hash of a name decides, so that a growing corpus keeps its sides."""
+"""Choose the utterances for validation by a hash of a name, so that utterances keep their side as a corpus grows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from hashlib import blake2b
 
 
 def for_validation(groups: Sequence[str | None], fraction: float) -> list[bool]:
-    """Whether each utterance is for validation, given the group (speaker, path) that must stay together.
+    """Return True for each utterance that goes to validation, given the groups (speaker, path) to keep together.
 
-    About `fraction` of the groups are; at least one, and never all, where there are two. Without a group an
-    utterance trains.
+    About `fraction` of the groups go to validation: at least one, but never all, if there are two or more. Utterances
+    without a group go to training.
     """
     shares = {group: _share(group) for group in dict.fromkeys(groups) if group is not None}
     chosen = {group for group, share in shares.items() if share < fraction}
@@ -22,5 +22,5 @@ def for_validation(groups: Sequence[str | None], fraction: float) -> list[bool]:
 
 
 def _share(group: str) -> float:
-    """A number in [0, 1) that depends on nothing but the name."""
+    """Return a number in [0, 1) that depends only on the name."""
     return int.from_bytes(blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") / 2**64

@@ -1,4 +1,4 @@
-"""Shards: audio packed into tars of even size, in NeMo's layout or as Lhotse's Shar, one task a shard."""
+"""Write shards: pack audio into tars of equal size, in NeMo's layout or as Lhotse Shar, one task per shard."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from nestcli.jobs.pool import Died, Pool
 Format = Literal["nemo-tar", "shar"]
 
 _write = partial(write_manifest, error=RunFailedError, remedy=REMEDY)
-_AS_THEY_ARE = ("FLAC", "WAV")  # whole files of one channel, 16 bits and the wanted rate go in untouched
+_AS_THEY_ARE = ("FLAC", "WAV")  # whole mono files of 16 bits and the wanted rate are packed unchanged
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSet:
-    """Shards that were written. `config` are the keys of a data set that make `nest pretrain`, and NeMo, read them."""
+    """The shards that were written; `config` holds the data set keys that make `nest pretrain` and NeMo read them."""
 
     format: Format
     folder: str
@@ -47,7 +47,7 @@ class ShardSet:
 
 @dataclass(frozen=True, slots=True)
 class _Packing:
-    """One shard to write: rows of a manifest with absolute paths, numbered by their place in it."""
+    """One shard to write: (line number, row) of a manifest, with absolute paths."""
 
     folder: str
     number: int
@@ -75,8 +75,9 @@ def write_shards(
 ) -> ShardSet:
     """Pack the utterances of a checked manifest, shuffled, into `shards` files in `out`.
 
-    A shard that an earlier run has finished from the same rows is left as it is. What cannot be read is left out and
-    told in `skipped`; raises DataError if that is everything, or if a shard's files give no answer for `patience` s.
+    A shard that an earlier run finished from the same rows is kept. Utterances that cannot be read are left out and
+    listed in `skipped`. Raises DataError if none can be read, or if a shard takes longer than `patience` seconds plus
+    an allowance for the size of its files.
     """
     out = Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -91,14 +92,14 @@ def write_shards(
     _write(out / "skipped.jsonl", skipped)
     written = sum(len(each.rows) for each in packed)
     if not written:
-        raise DataError(f"nothing of {manifest} could be packed; the first: {skipped[0]['detail']}")
+        raise DataError(f"no utterance of {manifest} could be packed; the first: {skipped[0]['detail']}")
     config = _nemo_manifests(out, packed) if format == "nemo-tar" else {"use_lhotse": True, "shar_path": str(out)}
     return ShardSet(format, str(out), config, shards, written, skipped)
 
 
 def _tasks(manifest: str, out: Path, shards: int, format: Format, sample_rate: int) -> list[_Packing]:
     lines = read_manifests([manifest])
-    order = np.random.default_rng(0).permutation(len(lines))  # every shard is a fair sample of all
+    order = np.random.default_rng(0).permutation(len(lines))  # makes every shard a random sample of the corpus
     tasks = []
     for number, chosen in enumerate(np.array_split(order, shards)):
         rows = []
@@ -150,7 +151,7 @@ def _files(task: _Packing) -> list[Path]:
 
 
 def _clear_others(out: Path, format: Format, shards: int) -> None:
-    """Remove what an earlier run with other shards left: a glob over the folder must not find it."""
+    """Remove the shards of an earlier run that do not belong to this one: a glob over the folder must not find them."""
     for path in [*out.glob("audio_*.tar"), *out.glob("recording.*.tar"), *out.glob("cuts.*.jsonl.gz")]:
         number = path.name.replace("_", ".").split(".")[1]
         of_format = path.name.startswith("audio_") == (format == "nemo-tar")
@@ -164,7 +165,7 @@ def _clear_others(out: Path, format: Format, shards: int) -> None:
 
 
 def _nemo_manifests(out: Path, packed: Sequence[_Packed]) -> dict[str, Any]:
-    """Write one manifest a shard and one of all; the keys that name them."""
+    """Write one manifest per shard and one for all; return the config keys that name them."""
     for number, each in enumerate(packed):
         _write(out / "sharded_manifests" / f"manifest_{number}.json", each.rows)
     _write(out / "tarred_audio_manifest.json", (row for each in packed for row in each.rows))
@@ -196,13 +197,13 @@ def _pack_tar(task: _Packing) -> _Packed:
 
 
 def _plain(stem: str) -> str:
-    """A name that tar, NeMo and every file system take literally. NeMo would cut "-sub1" off."""
+    """Return a name that is safe for tar, NeMo and every file system. NeMo would strip a suffix like "-sub1"."""
     kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "_" for letter in stem)
     return kept.replace("-sub", "_sub")[:60]
 
 
 def _content(row: dict[str, Any], task: _Packing) -> tuple[bytes, str, float]:
-    """The bytes of an utterance's member, its ending, and its duration in seconds."""
+    """Return the bytes of an utterance's tar member, its extension, and its duration in seconds."""
     path = row["audio_filepath"]
     try:
         with sf.SoundFile(path) as sound:
@@ -217,7 +218,7 @@ def _content(row: dict[str, Any], task: _Packing) -> tuple[bytes, str, float]:
         if untouched:
             return Path(path).read_bytes(), ending, _seconds(frames, task.sample_rate)
     except (OSError, sf.LibsndfileError):
-        pass  # load_audio knows further formats, and has the words
+        pass  # load_audio reads more formats, and raises the right error
     samples = _samples(row, task)
     return _flac(samples, task.sample_rate), "flac", _seconds(len(samples), task.sample_rate)
 
@@ -243,7 +244,7 @@ def _flac(samples: Samples, rate: int) -> bytes:
 
 
 def _seconds(frames: int, rate: int) -> float:
-    """In whole microseconds, never beyond the end."""
+    """Return the duration in seconds, rounded down to microseconds so that it never exceeds the file."""
     return frames * 1_000_000 // rate / 1e6
 
 
@@ -278,14 +279,14 @@ def _pack_shar(task: _Packing) -> _Packed:
 
 
 def _forget_time(path: Path) -> None:
-    """Zero the time in a gzip's header: the same cuts shall be the same bytes, whenever they are written."""
+    """Zero the time in a gzip header, so that the same cuts give the same bytes whenever they are written."""
     with path.open("r+b") as file:
         file.seek(4)
         file.write(bytes(4))
 
 
 def _cut(line: int, row: dict[str, Any], samples: Samples, rate: int) -> Any:
-    """A Lhotse cut of an utterance, with all that its row knows."""
+    """Return a Lhotse cut of an utterance, with all metadata of its row."""
     from lhotse import Recording, SupervisionSegment
 
     name = f"{line:07d}-{_plain(Path(row['audio_filepath']).stem)}"

@@ -305,7 +305,7 @@ def test_what_cannot_be_opened_is_told_with_a_remedy_in_every_command(tmp_path):
     for name, reason in cases.items():
         report = inspect_audio(tmp_path / name)
         assert report.reason == reason
-        assert re.search("; (mend|correct|leave it out)", report.detail), report.detail
+        assert re.search("; (fix|correct|leave it out)", report.detail), report.detail
         with pytest.raises(AudioError) as error:
             load_audio(tmp_path / name, sample_rate=RATE)
         assert (error.value.reason, reason_of(error.value)) == (reason, reason)

@@ -64,7 +64,7 @@ def test_a_flipped_bit_and_a_cut_are_found_wherever_they_are(tmp_path: Path) -> 
         with pytest.raises(DamagedError):
             verify(path)
     path.write_bytes(data + b"\0")
-    with pytest.raises(DamagedError, match="goes on behind its end"):
+    with pytest.raises(DamagedError, match="more data follows its end"):
         load_lightning_checkpoint(path)
 
 

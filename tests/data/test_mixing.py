@@ -208,7 +208,7 @@ def test_energy_is_the_mean_of_squares(length: int) -> None:
 
 @pytest.mark.parametrize(("total", "n_parts"), [(3, 4), (5, 2), (40, 5)])
 def test_random_split_at_once_is_distributed_as_sample_by_sample(total: int, n_parts: int) -> None:
-    """How many parts there are, and the sizes of the first and the last, in 1,500 splits of either kind."""
+    """Compare the number of parts and the sizes of the first and the last in 1,500 splits of either kind."""
     draws = 1500
     at_once = [_random_split(total, n_parts, random.Random(f"a{n}"), always_draw=False) for n in range(draws)]
     one_by_one = [_random_split(total, n_parts, random.Random(f"b{n}"), always_draw=True) for n in range(draws)]

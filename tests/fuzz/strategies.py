@@ -1,4 +1,4 @@
-"""How much the property tests try, and what they try: text of every kind, JSON, and files with damage in them."""
+"""Settings and inputs of the property tests: text of every kind, JSON, and damaged files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ json_values = st.recursive(
 
 
 def places_in(value: Any) -> Iterator[tuple[Any, ...]]:
-    """Where values stand in a JSON value: the keys and numbers that lead to each, the innermost last."""
+    """Yield the path to each value in a JSON value: its keys and numbers, the innermost last."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield (key,)
         for path in places_in(inner):

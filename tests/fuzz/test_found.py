@@ -1,4 +1,4 @@
-"""What the property tests and atheris have found, each as its smallest example."""
+"""Faults that the property tests and atheris have found, each as its smallest example."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ def test_a_block_within_a_text_is_refused() -> None:
 def test_a_number_of_many_digits(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(f"base: small\nname: 0x{'f' * 5000}\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml: it holds a number of too many digits"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: it holds a number with too many digits"):
         load_config(str(path))
 
 
 def test_a_file_that_is_a_number_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("3")
-    with pytest.raises(ConfigError, match=r"a\.yaml: a configuration is a mapping of keys, this is a single value"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: a configuration must be a mapping of keys, this is a single val"):
         load_config(str(path))
     with pytest.raises(CheckpointError, match=r"a\.nemo: .* a single value"):
         plain_yaml(b"3", "a.nemo")
@@ -210,7 +210,7 @@ def zipped(table: bytes) -> bytes:
         b"\x80\x02K\x01Q.",  # AssertionError: a storage that is a number
         b"\x80\x02ctorch\nFloatStorage\n)R.",  # TypeError, or a warning that such storages are deprecated
         b"\x89\x02}.",  # another protocol: a warning
-        b"\x80\x02S'\\s'\n.",  # an escape that there is not: a warning
+        b"\x80\x02S'\\s'\n.",  # an unknown escape: a warning
     ],
 )
 def test_pickles_that_make_torch_raise_and_warn(tmp_path: Path, table: bytes) -> None:

@@ -62,7 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where the files are; afterwards it is as before, and little memory was used."""
+    """Yield a folder for the files; check afterwards that it is as before, and that little memory was used."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield tmp_path
     assert len(list(tmp_path.iterdir())) <= 1
@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def load_or_refused(path: Path, content: bytes) -> bool:
-    """Whether a file is loaded; what is must fit its configuration, what is not must be named."""
+    """Return True if a file is loaded. It must then fit its configuration, or else the error must name it."""
     path.write_bytes(content)
     try:
         loaded = load_checkpoint(path)

@@ -30,9 +30,9 @@ CANARY, SECRET = "canary", "secret.wav"
 
 @dataclass(frozen=True)
 class Case:
-    """One hostile input: the words of the call (`{path}`, `{out}`, `{good}` are filled in), and what is said of it.
+    """One hostile input: the words of the call (`{path}`, `{out}`, `{good}` are filled in), and the expected message.
 
-    `rejects` is the reason of its rejection row where the call may go on without it; None: exit code 2.
+    `rejects` is the reason in its rejection row if the call may continue without it; None means exit code 2.
     """
 
     name: str

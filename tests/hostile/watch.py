@@ -105,7 +105,7 @@ def _ended(child: int) -> int | None:
 
 
 def _run(words: list[str], folder: Path, instead: str) -> NoReturn:
-    """In the child: the command with its output in files, and what Python tells of it."""
+    """Run the command in the child; write its output and Python's audit events to files."""
     started: list[str] = []
     written: list[str] = []
 

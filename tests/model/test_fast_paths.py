@@ -169,7 +169,7 @@ def encoder(*overrides: str) -> ConformerEncoder:
 @pytest.mark.filterwarnings("ignore")  # torch.compile has deprecated things of its own
 @pytest.mark.parametrize("draws", ["torch", "hash"])
 def test_compiled_layers_equal_plain_ones(draws: str) -> None:
-    """In training with dropout and in evaluation, at several sizes, after one compilation for each way of use."""
+    """Compare both in training with dropout and in evaluation, at several sizes, with one compilation for each mode."""
     plain = encoder(f"model.encoder.dropout_draws={draws}")
     compiled = encoder(f"model.encoder.dropout_draws={draws}", "model.encoder.compile=true")
     exact = encoder(f"model.encoder.dropout_draws={draws}").double()

@@ -1,4 +1,4 @@
-"""bf16-true and shorter types: weights in bf16, and running statistics that go on moving."""
+"""bf16-true and shorter types: weights in bf16, and running statistics that keep moving."""
 
 from pathlib import Path
 

@@ -160,7 +160,7 @@ def test_compressed_and_other_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="is compressed; unpack it with gunzip"):
         TarMembers(str(path))
     path.write_bytes(b"<html>" * 500)
-    with pytest.raises(DataError, match="no tar file, or a damaged one"):
+    with pytest.raises(DataError, match="not a tar file, or a damaged one"):
         TarMembers(str(path))
     with pytest.raises(DataError, match=r"gone\.tar cannot be read: No such file"):
         TarMembers(str(tmp_path / "gone.tar"))
@@ -195,7 +195,7 @@ def test_giant_and_negative_sizes_are_refused_before_anything_is_read(tmp_path, 
 
 
 def test_sizes_of_pax_records_count(tmp_path):
-    """As of files beyond 8 GiB, whose own field has no room for it."""
+    """Files beyond 8 GiB have such records, because their size does not fit into the header's own field."""
     path = built(
         tmp_path / "a.tar", ("x", b"x", 11, b"11 size=03\n"), ("a.wav", b"0", 0, b"abc"), ("b.wav", b"0", 1, b"d")
     )

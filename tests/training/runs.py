@@ -100,7 +100,7 @@ def processes_of(group):
 
 
 def fake_scontrol(folder, script):
-    """What puts a `scontrol` that writes down its calls, and then runs a script, in the PATH of a command."""
+    """Write a `scontrol` that records its calls and then runs a script; return the environment with it in PATH."""
     folder.mkdir()
     program = folder / "scontrol"
     program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n{script}\n')

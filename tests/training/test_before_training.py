@@ -1,4 +1,4 @@
-"""What can be known before training is refused, or told, before training; --dry-run says the same."""
+"""Problems that can be known before training are refused or reported then; --dry-run says the same."""
 
 import json
 import time

@@ -60,7 +60,7 @@ def poison_batch(run: Pretraining, places: set[tuple[int, int]], epoch: int, num
 
 
 def states_before_steps(run: Pretraining, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Everything that a step may change, as it is at each step's beginning; filled as the run goes on."""
+    """Everything that a step may change, as it is at each step's beginning; filled during the run."""
     seen: list[dict[str, Any]] = []
     step = run.module.training_step
 
@@ -92,7 +92,7 @@ def test_a_nan_in_a_batch_leaves_nothing_behind(
     rows = lines(result.metrics)
     assert [row["bad_steps"] for row in rows] == [0, 0, 0, 1, 1, 1]
     assert [row["train_loss"] is None for row in rows] == [False, False, False, True, False, False]
-    assert len({row["lr"] for row in rows}) == 5  # the schedule goes on: steps 1 and 2 have the same rate
+    assert len({row["lr"] for row in rows}) == 5  # the schedule continues: steps 1 and 2 have the same rate
     [bad] = lines(tmp_path / "run" / "bad_batches.jsonl")
     assert (bad["step"], bad["reason"], bad["loss"], bad["ids"]) == (4, "the loss is nan", None, ids)
     manifest = [json.loads(line) for line in corpus["train"].read_text().splitlines()]

@@ -48,7 +48,7 @@ def rows_of(result: RunResult) -> list[dict[str, Any]]:
 
 
 def recorded_outputs(run: Pretraining) -> list[tuple[dict[str, Any], Any]]:
-    """What every training step gives, with its batch; filled as the run goes on."""
+    """Return the outputs of every training step with its batch; the list is filled during the run."""
     seen: list[tuple[dict[str, Any], Any]] = []
     step = run.module.training_step
 

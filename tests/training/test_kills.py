@@ -138,7 +138,7 @@ def assert_same_outcome(killed: Path, whole: Path) -> None:
 
 
 def last(run: Path) -> dict[str, Any]:
-    """What the run would go on from; after a kill between the two writes of its last step that is the best model's."""
+    """Load the checkpoint to resume from; after a kill between the last step's two writes it is the best model's."""
     return load_lightning_checkpoint(next(newest_first(run / "checkpoints")))
 
 

@@ -1,4 +1,4 @@
-"""What a run goes on from: the newest whole checkpoint, whatever happened to the others; and disks that are full."""
+"""A run resumes from the newest intact checkpoint, whatever happened to the others, and survives full disks."""
 
 import json
 import os
@@ -104,7 +104,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_if_it_were_not(
     reporter = Listener()
     Pretraining(config, reporter).dry_run()
     assert (
-        "-step=6-last.ckpt is damaged: it is cut off, or goes on behind its end. The run resumes" in reporter.notes[0]
+        "-step=6-last.ckpt is damaged: it is cut off, or more data follows its end. The run resumes"
+        in reporter.notes[0]
     )
     assert reporter.notes[0].endswith("-step=4-last.ckpt, step 4. It will be set aside.")
     assert {path.name for path in (folder / "checkpoints").iterdir()} == before

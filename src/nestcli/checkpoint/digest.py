@@ -106,7 +106,7 @@ def stored_digest(file: IO[bytes], size: int) -> str | None:
     marked = struct.pack("<H", _COMMENT) + _MARK
     if tail.startswith(b"PK\x05\x06") and re.fullmatch(re.escape(marked) + rb"[0-9a-f]{64}", tail[_END - 2 :]):
         return tail[-_DIGITS:].decode()
-    raise ValueError("it is cut off, or goes on behind its end")
+    raise ValueError("it is cut off, or more data follows its end")
 
 
 def verify(path: str | os.PathLike[str]) -> None:

@@ -100,7 +100,7 @@ def test_a_class_that_is_no_name(value: str) -> None:
 
 
 def doubling(first: str, way: str) -> dict[str, Any]:
-    """Each value is twice the one before, whose name is written `way`: 2^40 letters in the end."""
+    """Each value doubles the one before, which is referenced as `way`; the last has 2^40 letters."""
     chain = [first, *((way.format(number) + way.format(number)) for number in range(40))]
     return {"list": chain, "block": {f"k{number}": value for number, value in enumerate(chain)}, "via": "${block}"}
 
@@ -125,7 +125,7 @@ def test_references_below_keys_that_are_no_text_are_counted() -> None:
 
 
 def test_a_block_within_a_text_is_refused() -> None:
-    """Its backslashes would double from one text to the next."""
+    """Its backslashes would double at every reference."""
     with pytest.raises(ConfigError, match="refers to more than a single value"):
         check_references({"a": ["\\"], "b": ["x${a}"], "c": ["x${b}"]}, "x.yaml")
     with pytest.raises(ConfigError, match="refers to more than a single value"):
@@ -194,7 +194,7 @@ def test_a_part_of_a_file_in_a_rarer_format_is_no_whole_one(tmp_path: Path, form
 
 
 def zipped(table: bytes) -> bytes:
-    """Weights with a pickle of our own in them."""
+    """Return weights that contain our own pickle."""
     out, buffer = io.BytesIO(), io.BytesIO()
     torch.save({"a": torch.zeros(3)}, buffer)
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out, "w") as new:

@@ -1,4 +1,4 @@
-"""Manifests, cuts, Kaldi's tables and ranges of shards: what is written is read, and what is odd is refused by name."""
+"""Manifests, cuts, Kaldi's tables and ranges of shards: valid ones are read, odd ones refused by name."""
 
 from __future__ import annotations
 

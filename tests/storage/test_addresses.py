@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Keeps connections open, as real servers do, and answers with whole files whatever part is asked for."""
+    """Server that keeps connections open, as real ones do, and sends whole files even if a part was requested."""
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -454,7 +454,7 @@ def test_forked_processes_make_a_copy_once(server, cache):
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
-    """A bucket on a server of its own; tests see it through the environment, as users see theirs."""
+    """Start a server with a bucket; tests reach it through the environment, as users do."""
     pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
     pytest.importorskip("s3fs")
@@ -557,7 +557,7 @@ def test_parent_and_forked_processes_read_s3_in_turn(bucket):
 
 @pytest.fixture
 def odd_s3(server, monkeypatch):
-    """The server that misbehaves, in the place of S3."""
+    """Use the misbehaving server as S3."""
     pytest.importorskip("s3fs")
     for key, value in (
         ("AWS_ENDPOINT_URL", server.url),

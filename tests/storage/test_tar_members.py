@@ -1,4 +1,4 @@
-"""The positions of members in tars, beside Python's own reader; hostile and damaged tars."""
+"""Positions of members in tars, compared with Python's own reader; hostile and damaged tars."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ def reference(path):
 
 
 def built(path, *members):
-    """A tar of members as (name, type, size in the header, content), which need not go together."""
+    """Write a tar of members (name, type, size in the header, content); the size need not match the content."""
     with path.open("wb") as file:
         for name, kind, size, content in members:
             info = tarfile.TarInfo(name)
@@ -176,7 +176,7 @@ def test_a_header_with_a_wrong_sum_is_refused(tmp_path):
 
 
 def patched(header, start, field):
-    """A header with a field replaced and its sum made right again."""
+    """Return a header with a field replaced and its checksum corrected."""
     changed = bytearray(header)
     changed[start : start + len(field)] = field
     changed[148:156] = b" " * 8

@@ -1,4 +1,4 @@
-"""The tar files of NeMo: looked through block by block, and refused whole when anything in them is odd.
+"""NeMo's tar files: checked block by block, and refused as a whole if anything in them is unexpected.
 
 Nothing is extracted. `storage.tar_headers` walks the archive; this file decides which headers a model may have.
 """
@@ -23,7 +23,7 @@ from nestcli.storage.tar_headers import BLOCK, BrokenTarError, headers
 
 RECORD = 20 * BLOCK  # tar files are padded to it
 MAX_MEMBERS = 256  # NeMo writes 3, and a few more for a tokenizer
-MAX_EXPANSION = 8  # of gzip; fp32 weights that come from bf16 shrink to less than half, others by little
+MAX_EXPANSION = 8  # of gzip; fp32 weights converted from bf16 shrink to less than half, others barely
 _ALWAYS_EXPANDED = 64 << 20  # bytes; small files of zeros shrink further
 _MAX_TAIL = 1 << 20  # bytes of padding after the last member
 _MAX_NOTES = 1 << 16  # bytes of a PAX header
@@ -51,7 +51,7 @@ class Member:
 
 
 class Archive:
-    """An open archive whose every header is checked; `open` gives one member's bytes."""
+    """Open archive with every header checked; `open` returns one member's bytes."""
 
     def __init__(self, file: IO[bytes], source: str) -> None:
         self.source = source
@@ -91,7 +91,7 @@ def _expand(raw: IO[bytes], plain: IO[bytes], source: str) -> None:
         with gzip.GzipFile(fileobj=raw) as packed:
             while piece := packed.read(1 << 20):
                 if plain.tell() + len(piece) > limit:
-                    raise CheckpointError(f"{source}: what is packed in it grows beyond {limit:,} bytes. Refused.")
+                    raise CheckpointError(f"{source}: its unpacked content exceeds {limit:,} bytes. Refused.")
                 plain.write(piece)
         plain.flush()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -45,8 +45,8 @@ def export(
 ) -> Exported:
     """Write a checkpoint as `to`, a key of WRITERS, at `out`, which is new unless `force` is set, and verify it.
 
-    Raises CheckpointError, ConfigError, MissingDependencyError; RunFailedError if what was written differs from the
-    checkpoint or cannot be read. What stood at `out` before is there again then.
+    Raises CheckpointError, ConfigError, MissingDependencyError; RunFailedError if the result differs from the
+    checkpoint or cannot be read. On any error, the previous file or folder at `out` is restored.
     """
     with _kept(out):
         return _export(checkpoint, to, out, part, force)
@@ -138,7 +138,7 @@ def _verified(out: Path, checkpoint: str | os.PathLike[str], look: Look) -> tupl
     except RunFailedError:
         _remove(out)
         raise
-    except Exception as error:  # whatever the other library raises
+    except Exception as error:  # the other library may raise anything
         _remove(out)
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise RunFailedError(f"{out}: what was written cannot be used: {problem}. {bug}") from error
@@ -158,7 +158,7 @@ def _transformers(stored: StoredEncoder, out: Path) -> tuple[str, float | None]:
     weights = _largest(encoder, read_encoder(out).state_dict)
     try:
         output = _difference_in_transformers(out, stored)
-    except ImportError as error:  # it is not installed, or lacks what its extractor needs: librosa, up to 5.20
+    except ImportError as error:  # transformers is missing, or librosa, which its extractor needs up to 5.20
         why = str(error).strip().partition(". ")[0]
         return f"read again, all weights the same; no output was compared: {why}", weights
     return "loaded by transformers, features and output compared", max(weights, output)

@@ -325,7 +325,7 @@ def test_a_file_that_the_disk_refuses_stops_the_run_which_goes_on_later(
     resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, hard))  # the kernel's refusal in the midst of a file
     try:
         with pytest.raises(
-            RunFailedError, match=r"\.ckpt cannot be written: File too large.*The same command"
+            RunFailedError, match=r"\.ckpt cannot be written: File too large.*the same command"
         ) as raised:
             train(corpus, tmp_path, "trainer.max_steps=8")
     finally:

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: by Ctrl-C, SIGTERM and Slurm; what they leave, and how give the same command again."""
+"""Runs that Ctrl-C, SIGTERM or Slurm stops: what they save, and how the same command resumes them."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Health of runs: what metrics.jsonl says, against the same numbers worked out by hand; collapse; the display."""
+"""Health of runs: the values in metrics.jsonl against a separate computation; collapse; the display."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Several processes of a run: the losses and utterances of one, nothing that hangs, and one end for all."""
+"""Runs of several processes: same losses and utterances as with one, no hang, and a common end."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def done(run):
 
 
 def seen(trace):
-    """The utterances of every optimiser step, over all processes."""
+    """Return the utterances of every optimiser step, over all processes."""
     steps = {}
     for file in trace.glob("*.jsonl"):
         for step, items, _ in map(json.loads, file.read_text().splitlines()):

@@ -43,7 +43,7 @@ def finished(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def run(corpus: dict[str, Path], finished: Path, tmp_path: Path) -> Moves:
-    """A copy of it, its configuration, and its model."""
+    """Return a copy of that folder, its configuration, and its model."""
     shutil.copytree(finished, tmp_path / "run")
     config = tiny_config(corpus, f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run")
     return tmp_path / "run", config, Pretraining(config, Listener()).module.model
@@ -282,7 +282,7 @@ def test_a_disk_with_too_little_room_is_refused_before_training(
 def test_full_shared_memory_is_no_full_disk(
     free: int, name: str | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lock of a loader process that cannot be made has no file's name, and Lightning's own errors follow from it."""
+    """A lock that a loader process cannot create has no file name; Lightning's own errors follow from it."""
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr("nestcli.training.run_folder._SHARED_MEMORY", Path("/"))
     monkeypatch.setattr("nestcli.training.run_folder.shutil.disk_usage", lambda _: usage(9, 8, free))

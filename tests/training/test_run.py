@@ -1,4 +1,4 @@
-"""Runs: the files they leave, exact resumes, and what NeMo's users look for in a checkpoint."""
+"""Runs: the files they leave, exact resumes, and the contents of a checkpoint that NeMo users expect."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every picture: the same file from the same numbers, our style alone, and matplotlib's settings as they were."""
+"""Every picture: the same file from the same numbers, only our style, and unchanged matplotlib settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are written whole: whose error it was, and paths as persons write them."""
+"""Atomic file writing: the cause of an error is named, and paths may be written as people write them."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Words of other people in pictures: letters that the default font lacks, with a font for them and without."""
+"""Foreign names in pictures: letters that the default font lacks, with and without a font that has them."""
 
 import io
 import itertools

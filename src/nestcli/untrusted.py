@@ -1,4 +1,4 @@
-"""What a configuration that a stranger wrote may hold: plain values of a bounded size, and no way to call anything."""
+"""Checks of configurations from untrusted sources: plain values of bounded size, and nothing that can call code."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 from nestcli.errors import ConfigError
 from nestcli.targets import TARGETS
 
-MAX_YAML = 1 << 18  # bytes; NeMo's own is 10,000 long with its comments, 4,000 in a .nemo
-MOST_EVENTS = 40_000  # of a YAML file: about two a value
-# Of configurations inside checkpoints: far beyond NeMo's own, which have 5 levels and 150 values.
+MAX_YAML = 1 << 18  # bytes; NeMo's own configuration has 10,000 with comments, 4,000 in a .nemo
+MOST_EVENTS = 40_000  # in a YAML file: about two per value
+# Limits for configurations inside checkpoints, far above NeMo's own, which have 5 levels and 150 values.
 _DEEPEST, _MOST_VALUES = 32, 20_000
 CALLING = frozenset(("_instantiator", "_class_path", "class_path", "_recursive_", "_partial_", "_args_", "_convert_"))
-_MOST_LETTERS = 1 << 18  # of all values once references are resolved
-# Far beyond any model, and small enough that looking at one costs little time and memory.
+_MOST_LETTERS = 1 << 18  # letters in all values, once references are resolved
+# Limits far above any real model, but low enough that checking a configuration takes little time and memory.
 _LARGEST = {
     "model.encoder.n_layers": 512,
     "model.encoder.d_model": 1 << 16,
@@ -43,13 +43,13 @@ _LARGEST = {
     "model.preprocessor.sample_rate": 1 << 20,
 }
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\}", re.ASCII)
-# The parser in C, where PyYAML was built with it, is ten times as fast.
+# The C parser is ten times as fast, but not every build of PyYAML has it.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        """Digits of a number; Python refuses to write out more than 4,300."""
+        """Return the digits of a number; Python refuses to print more than 4,300."""
         return repr(x) if abs(x) < 1 << 64 else "a number of many digits"
 
 
@@ -59,14 +59,14 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 def short(value: Any, longest: int = 60) -> str:
-    """A value for a message: in time, too, whatever a pickle made it refer to again and again."""
+    """Return a value as short text for a message, quickly even if a pickle made it refer to itself many times."""
     return _SHORT.repr(value)[:longest]
 
 
 def odd_in_yaml(text: str) -> str | None:
-    """What a configuration's YAML does not have, in words: anchors, aliases, tags, great size or depth.
+    """Name what a configuration's YAML must not have (anchor, alias, tag, too many or too deep keys), or return None.
 
-    Nothing is built of the text. Raises yaml.YAMLError.
+    No objects are built from the text. Raises yaml.YAMLError.
     """
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=_LOADER)):
@@ -74,12 +74,12 @@ def odd_in_yaml(text: str) -> str | None:
         if odd := getattr(event, "anchor", None) or getattr(event, "tag", None):
             return f"an anchor, alias or tag, {str(odd)[:60]!r}"
         if depth > _DEEPEST or number > MOST_EVENTS:
-            return "too many keys, or too deep ones"
+            return "too many keys, or keys nested too deeply"
     return None
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds: plain values, references unresolved. Raises ConfigError."""
+    """Read a YAML file of plain values; references stay unresolved. Raises ConfigError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not hang on a FIFO
         with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor
@@ -87,21 +87,21 @@ def read_yaml(path: Path) -> Any:
                 raise ConfigError(f"{path} is a folder, a pipe or a device; name a file.")
             content = file.read(MAX_YAML + 1)
         if len(content) > MAX_YAML:
-            raise ConfigError(f"{path} has more than {MAX_YAML:,} bytes: no configuration is that long.")
+            raise ConfigError(f"{path} has more than {MAX_YAML:,} bytes: too long for a configuration.")
         text = content.decode("utf-8")
         if odd := odd_in_yaml(text):
             raise ConfigError(f"{path} has {odd}. Refused: write plain values, and ${{a.b}} to repeat another key's.")
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except AssertionError:  # OmegaConf's, for a number alone
-        raise ConfigError(f"{path}: a configuration is a mapping of keys, this is a single value.") from None
+    except AssertionError:  # OmegaConf raises it for a single number
+        raise ConfigError(f"{path}: a configuration must be a mapping of keys, this is a single value.") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration: {' '.join(str(error).split())}") from None
 
 
 def check_plain(content: Any, source: str) -> None:
-    """Refuse what no configuration inside a checkpoint holds: references, objects, nesting without end, classes.
+    """Refuse what a configuration inside a checkpoint must not hold: references, objects, endless nesting, classes.
 
-    Every key and list is looked at, a value as often as it is referred to. Raises ConfigError.
+    Every key and list is checked; a value counts as often as it is referred to. Raises ConfigError.
     """
     waiting, seen = [("", content)], 0
     while waiting:
@@ -129,15 +129,15 @@ def _check_keys(block: Mapping[Any, Any], path: str, source: str) -> None:
             raise ConfigError(f"{source}: its configuration calls a resolver in the key {key[:60]!r}. Refused.")
         if not isinstance(key, str):
             raise ConfigError(
-                f"{source}: its configuration has the key {short(key)} in {path!r}, which is no text. Refused."
+                f"{source}: its configuration has the key {short(key)} in {path!r}, which is not a string. Refused."
             )
         if key in CALLING or (key == "_target_" and (not isinstance(value, str) or value not in TARGETS)):
             what = f"{path}.{key}: {short(value, 100)}".lstrip(".")
-            raise ConfigError(f"{source}: its configuration names what is to be called, at {what}. Refused.")
+            raise ConfigError(f"{source}: its configuration names code to call, at {what}. Refused.")
 
 
 def check_sizes(config: Mapping[str, Any], source: str) -> None:
-    """Refuse the first size that is beyond any model's, whoever wrote it. Raises ConfigError."""
+    """Refuse the first size that is larger than any model needs, whoever wrote it. Raises ConfigError."""
     for key, largest in _LARGEST.items():
         value: Any = config
         for part in key.split("."):
@@ -148,21 +148,21 @@ def check_sizes(config: Mapping[str, Any], source: str) -> None:
 
 
 def check_references(content: Mapping[str, Any], source: str) -> None:
-    """Refuse references but `${a.b}` to a key with a single value, alone or within a text. Raises ConfigError.
+    """Refuse every reference except `${a.b}` to a key with a single value, alone or within text. Raises ConfigError.
 
-    `${oc.env:HOME}` would read what the file has no business with; references to blocks or to other references can
-    grow without end, or go in circles. A key that does not exist is OmegaConf's to report: an override may add it.
+    `${oc.env:HOME}` would read things that do not concern the file. References to blocks or to other references can
+    grow without limit, or form circles. OmegaConf reports keys that do not exist: an override may still add them.
     """
     try:
         letters = _letters(content, source)
-    except ValueError:  # Python writes out no more than 4,300 digits
-        raise ConfigError(f"{source}: it holds a number of too many digits. Refused.") from None
+    except ValueError:  # Python prints no more than 4,300 digits
+        raise ConfigError(f"{source}: it holds a number with too many digits. Refused.") from None
     if letters > _MOST_LETTERS:
         raise ConfigError(f"{source}: its references (${{...}}) grow beyond {_MOST_LETTERS:,} letters. Refused.")
 
 
 def _letters(content: Mapping[str, Any], source: str) -> int:
-    """Return how many letters all values have at most once their references are resolved."""
+    """Return an upper bound for the letters of all values once their references are resolved."""
     letters = 0
     waiting: list[tuple[str, Any]] = [("", content)]
     while waiting:
@@ -178,7 +178,7 @@ def _letters(content: Mapping[str, Any], source: str) -> int:
             if odd or "${" in _REFERENCE.sub("", text):
                 raise ConfigError(
                     f"{source}: {path[1:201]}: {text[:60]!r} calls a resolver, or refers to more than a single value. "
-                    "Refused: ${a.b} may name a key that holds one value, no block and no other reference. Write the "
+                    "Refused: ${a.b} may name a key that holds one value, not a block or another reference. Write the "
                     "value, or give it on the command line, where resolvers such as ${oc.env:NAME} work."
                 )
             letters += len(text) + sum(len(str(target)) for target in targets)
@@ -186,7 +186,7 @@ def _letters(content: Mapping[str, Any], source: str) -> int:
 
 
 def _value_at(content: Any, name: str) -> Any:
-    """The value at a dotted name, None where it leads nowhere."""
+    """Return the value at a dotted name, or None if the name leads nowhere."""
     for part in name.split("."):
         content = content.get(part) if isinstance(content, Mapping) else None
     return content

@@ -1,4 +1,4 @@
-"""The channel that is used is the one that is checked, wherever it is named."""
+"""The checked channel is the one that is used, wherever it is named."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What is no audio is named, with what to do; what gives no answer costs itself alone."""
+"""Files that are not audio are named, with a remedy; a file that never answers stops nothing but itself."""
 
 import gzip
 import io
@@ -52,7 +52,7 @@ def a_zip(file):
 FOREIGN = {
     "list.txt": (b"/corpus/a.wav\n/corpus/b.wav\n", "a list of paths"),
     "list": (b"a b.flac\n", "a list of paths"),
-    "train.tsv": (b"/corpus\na.wav\t48000\nb.wav\t16000\n", "a list of fairseq"),
+    "train.tsv": (b"/corpus\na.wav\t48000\nb.wav\t16000\n", "a fairseq list"),
     "validated.tsv": (b"client_id\tpath\tsentence\nx\ta.mp3\tone\n", "a table"),
     "corpus.csv": (b"path,text\na.wav,one\n", "a table"),
     "corpus.tar": (packed(a_tar), "a tar archive"),
@@ -67,10 +67,10 @@ FOREIGN = {
     "train.arrow": (b"\xff\xff\xff\xff\x10\0\0\0" + bytes(20), "an Arrow table"),
     "x.feather": (b"ARROW1\0\0" + bytes(20), "an Arrow table"),
     "x.h5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file"),
-    "x.npy": (packed(lambda file: np.save(file, np.zeros(3))), "an array of NumPy"),
+    "x.npy": (packed(lambda file: np.save(file, np.zeros(3))), "a NumPy array"),
     "x.pkl": (b"\x80\x04K\x01.\0", "a pickle"),
     "x.tfrecord": (bytes(40), "a file of records"),
-    "feats.ark": (b"utt1 \0BFM " + bytes(20), "an archive of Kaldi"),
+    "feats.ark": (b"utt1 \0BFM " + bytes(20), "a Kaldi archive"),
     "feats.scp": (b"utt1 /corpus/a.wav\n", "wav.scp"),
     "utt2spk": (b"utt1 spk1\n", "its folder"),
     "array.json": (b'[{"audio_filepath": "a.wav"}]', "jq -c"),

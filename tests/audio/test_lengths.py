@@ -1,4 +1,4 @@
-"""A file that holds more or less audio than its header or its manifest says is never taken for what it is not."""
+"""A file with more or less audio than its header or its manifest says is never accepted as intact."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def speech(seconds: float, seed: int = 0, rate: int = RATE) -> np.ndarray:
 
 
 def encoded(folder: Path, seconds: float, seed: int = 0, rate: int = RATE, **how: object) -> bytes:
-    """The bytes of a whole file."""
+    """Return the bytes of a whole file."""
     path = folder / "whole"
     sf.write(path, speech(seconds, seed, rate), rate, **how)
     content = path.read_bytes()
@@ -36,7 +36,7 @@ def encoded(folder: Path, seconds: float, seed: int = 0, rate: int = RATE, **how
 
 
 def judged(path: Path) -> tuple[str | None, str]:
-    """The reason of `inspect_audio`; whoever reads the file to its end must meet the same one."""
+    """Return the reason of `inspect_audio`, and check that reading the whole file fails for the same one."""
     report = inspect_audio(path)
     if report.reason is None:
         assert len(load_audio(path, sample_rate=report.sample_rate)) == report.frames
@@ -107,7 +107,7 @@ def test_an_mp3_that_states_no_length_is_not_read_in_part(tmp_path):
 
 
 def halved(content: bytes, kind: str) -> bytes:
-    """The same file, with half of its length declared."""
+    """Return the same file with half of its length declared."""
     if kind in ("WAV", "WAVEX"):
         place = content.index(b"data") + 4
         return patched(content, place, struct.pack("<I", struct.unpack_from("<I", content, place)[0] // 2))
@@ -305,7 +305,7 @@ def test_what_cannot_be_opened_is_told_with_a_remedy_in_every_command(tmp_path):
     for name, reason in cases.items():
         report = inspect_audio(tmp_path / name)
         assert report.reason == reason
-        assert re.search("; (mend|correct|leave it out)", report.detail), report.detail
+        assert re.search("; (fix|correct|leave it out)", report.detail), report.detail
         with pytest.raises(AudioError) as error:
             load_audio(tmp_path / name, sample_rate=RATE)
         assert (error.value.reason, reason_of(error.value)) == (reason, reason)

@@ -234,7 +234,7 @@ def test_a_short_mp3_without_its_last_tenth_is_noticed(write, rate, seconds):
 
 
 def test_a_flac_that_states_no_length_is_whole(write):
-    """Encoders that write into a pipe cannot go back and state it."""
+    """Encoders that write into a pipe cannot go back to state the length."""
     path = write("a.flac", 0.1 * np.random.default_rng(0).standard_normal(3 * RATE))
     content = bytearray(path.read_bytes())
     content[21] &= 0xF0

@@ -1,4 +1,4 @@
-"""All of `nest bench`, with sections made up for the purpose."""
+"""`nest bench` as a whole, with artificial sections."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The section `buckets`: bins beside Lhotse's, padding counted by hand, and the search for the largest batches."""
+"""The section `buckets`: bins against Lhotse's, padding counted by hand, and the search for the largest batches."""
 
 import json
 import os
@@ -98,7 +98,7 @@ class Device:
         return Trial(batch, seconds, used if used <= 1 else None)
 
     def largest(self, seconds: float) -> int:
-        """By trying every size."""
+        """Find the size by trying all."""
         size = 0
         while self.takes(size + 1, seconds) <= self.room:
             size += 1
@@ -244,7 +244,7 @@ def test_a_gpu_that_is_full(corpus: dict[str, Path], monkeypatch: pytest.MonkeyP
 
 
 def test_a_step_trains(corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trial is the training step itself: weights move, all of them that learn."""
+    """The trial is a real training step: all trainable weights change."""
     monkeypatch.setattr(trial, "_limit", lambda device, memory: None)
     step = trial.TrainingStep(tiny_config(corpus, "trainer.gradient_clip_val=1.0"), "cpu", 8 << 30)
     before = {name: value.detach().clone() for name, value in step.model.named_parameters()}
@@ -267,6 +267,6 @@ def test_on_a_gpu(corpus: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_the_parent_stays_off_the_gpu() -> None:
-    """A context of the parent's would take memory that the trials then lack."""
+    """A context in the parent would take memory that the trials need."""
     code = "import nestcli.bench.run, torch; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)

@@ -1,4 +1,4 @@
-"""The section `loader`: what is timed, what NeMo is told, and what the floor reads."""
+"""The section `loader`: the timed part, the arguments for NeMo, and the reads of the floor."""
 
 import json
 import time

@@ -106,7 +106,7 @@ def test_a_configuration_around_an_encoder_trains(model: NestModel, tmp_path: Pa
         ({"n_layers": 2}, "holds encoder.layers.2."),
         ({"n_layers": 4}, "lacks encoder.layers.3."),
         ({"d_model": 32}, "has the shape"),
-        ({"_target_": "os.system"}, "names what is to be called"),
+        ({"_target_": "os.system"}, "names code to call"),
     ],
 )
 def test_encoders_that_cannot_be_built_are_refused(

@@ -100,7 +100,7 @@ def circular_omegaconf() -> Any:
         ({CONFIG_KEY: circle()}, "too large or nested too deeply"),
         ({CONFIG_KEY: {"a": bomb()}}, "too large or nested too deeply"),
         ({CONFIG_KEY: {"a": [["${oc.env:HOME}"]]}}, "calls a resolver at a.0.0"),
-        ({CONFIG_KEY: {"a": [{"_target_": "os.system"}]}}, "names what is to be called, at a.0._target_"),
+        ({CONFIG_KEY: {"a": [{"_target_": "os.system"}]}}, "names code to call, at a.0._target_"),
         ({CONFIG_KEY: {"a": torch.ones(2)}}, "holds a Tensor at a"),
         ({"hyper_parameters": circular_omegaconf()}, "too large or nested too deeply"),
         ({"hyper_parameters": OmegaConf.create({"encoder": "${oc.env:HOME}"})}, "calls a resolver at encoder"),

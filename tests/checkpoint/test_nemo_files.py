@@ -323,12 +323,12 @@ ODD_ARCHIVES: list[tuple[Callable[..., bytes], str]] = [
     (claiming(-512), "claims more bytes than there are"),
     (gzip_bomb, "grows beyond"),
     (lambda parts: gzip.compress(b"x" * 1000)[:-20], "compression is damaged"),
-    (lambda parts: odd_member("a")(parts) + b"more", "goes on behind its end"),
+    (lambda parts: odd_member("a")(parts) + b"more", "has data behind its end"),
     (lambda parts: odd_member("a")(parts)[:-12_000], "cut off"),
     (lambda parts: archive.header_of("model_config.yaml", 0), "its end is missing"),
-    (lambda parts: b"<html>not found</html>" * 100, "no tar file"),
-    (lambda parts: b"", "no tar file"),
-    (lambda parts: parts[1], "no tar file"),
+    (lambda parts: b"<html>not found</html>" * 100, "not a tar file"),
+    (lambda parts: b"", "not a tar file"),
+    (lambda parts: parts[1], "not a tar file"),
     (lambda parts: bytes(10240), "holds no model_config.yaml"),
 ]
 
@@ -472,14 +472,14 @@ ALIAS_BOMB = "a: &a [x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)},*{chr(97 + i)}]\n" for i in range(20)
 )
 ODD_CONFIGS: list[tuple[Callable[[bytes], bytes], str]] = [
-    (changed(encoder___target_="os.system"), "names what is to be called, at encoder._target_: 'os.system'"),
-    (changed(encoder___target_="nestcli.checkpoint.logging.os.system"), "names what is to be called"),
+    (changed(encoder___target_="os.system"), "names code to call, at encoder._target_: 'os.system'"),
+    (changed(encoder___target_="nestcli.checkpoint.logging.os.system"), "names code to call"),
     (changed(encoder___target_="nemo.collections.asr.modules.MultiSoftmaxDecoder"), "is not a supported class"),
-    (changed(quantizer__extra={"_target_": "builtins.eval"}), "names what is to be called"),
-    (changed(test_ds={"list": [[{"_target_": "builtins.eval"}]]}), "names what is to be called, at test_ds.list.0.0"),
-    (changed(optim={"_target_": ["os.system"]}), "names what is to be called"),
-    (changed(encoder___instantiator="x"), "names what is to be called"),
-    (changed(trainer={"_class_path": "x"}), "names what is to be called"),
+    (changed(quantizer__extra={"_target_": "builtins.eval"}), "names code to call"),
+    (changed(test_ds={"list": [[{"_target_": "builtins.eval"}]]}), "names code to call, at test_ds.list.0.0"),
+    (changed(optim={"_target_": ["os.system"]}), "names code to call"),
+    (changed(encoder___instantiator="x"), "names code to call"),
+    (changed(trainer={"_class_path": "x"}), "names code to call"),
     (appended("home: ${oc.env:HOME}\n"), "calls a resolver"),
     (appended("list: ['${oc.env:HOME}']\n"), "calls a resolver"),
     (appended("x: ${encoder.d_model}\n"), "refers to another key"),

@@ -97,7 +97,7 @@ def test_a_checkpoint_becomes_a_nemo_file(nest: Nest, folder: Path) -> None:
         (["x.ckpt", "--to", "nemo", "--out", "x.tar"], "the file name must end with .nemo"),
         (["x.ckpt", "--to", "nemo", "--out", "x.nemo"], "x.ckpt: no such checkpoint."),
         (["small", "--to", "nemo", "--out", "x.nemo"], "small is not a checkpoint"),
-        (["bad.nemo", "--to", "nemo", "--out", "x.nemo"], "bad.nemo is no tar file"),
+        (["bad.nemo", "--to", "nemo", "--out", "x.nemo"], "bad.nemo is not a tar file"),
         (["x.ckpt", "--to", "nemo"], "Missing option '--out'"),
     ],
 )

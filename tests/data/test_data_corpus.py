@@ -1,4 +1,4 @@
-"""What the configuration's keys name: data sets, weights, buckets, and what is wrong with them."""
+"""The configuration's keys for data sets, weights and buckets, and the errors in them."""
 
 import json
 from pathlib import Path

@@ -198,7 +198,7 @@ def test_fewer_utterances_than_a_batch(corpus: dict[str, Path]) -> None:
 
 @pytest.fixture
 def partly_rotten(corpus: dict[str, Path], tmp_path: Path) -> Path:
-    """The training manifest with a file that is broken and one that is gone among the twelve."""
+    """Write the training manifest; of its twelve files, one is broken and one is missing."""
     (tmp_path / "broken.wav").write_bytes(b"RIFF, but not really")
     rows = [json.loads(line) for line in corpus["train"].read_text().splitlines()]
     rows[3]["audio_filepath"], rows[7]["audio_filepath"] = str(tmp_path / "broken.wav"), str(tmp_path / "gone.wav")

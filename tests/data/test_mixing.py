@@ -1,4 +1,4 @@
-"""Mixing: NeMo's numbers from NeMo's seeds, and what is better by default."""
+"""Mixing: NeMo's numbers from NeMo's seeds, and the improvements that are the default."""
 
 import math
 import random
@@ -104,7 +104,7 @@ def test_noise_that_is_asked_for_gives_what_noise_in_the_batch_gives(seed: int) 
 @pytest.mark.parametrize("loud", [1.0, 6.0])
 @pytest.mark.parametrize("seed", range(10))
 def test_the_record_says_what_was_done(mix, loud: float, seed: int) -> None:
-    """A plain reference: put the pieces together again from the record, sample by sample."""
+    """Plain reference: rebuild the mixture from the recorded pieces, sample by sample."""
     batch = random_batch(seed)
     batch = replace(batch, audio=batch.audio * loud)
     record: list[Mixture | None] = []
@@ -208,7 +208,7 @@ def test_energy_is_the_mean_of_squares(length: int) -> None:
 
 @pytest.mark.parametrize(("total", "n_parts"), [(3, 4), (5, 2), (40, 5)])
 def test_random_split_at_once_is_distributed_as_sample_by_sample(total: int, n_parts: int) -> None:
-    """How many parts there are, and the sizes of the first and the last, in 1,500 splits of either kind."""
+    """Compare the number of parts and the sizes of the first and the last in 1,500 splits of either kind."""
     draws = 1500
     at_once = [_random_split(total, n_parts, random.Random(f"a{n}"), always_draw=False) for n in range(draws)]
     one_by_one = [_random_split(total, n_parts, random.Random(f"b{n}"), always_draw=True) for n in range(draws)]
@@ -244,7 +244,7 @@ SHAPES = {
 @pytest.mark.parametrize("mix", [mix_speakers_and_noise, mix_one_speaker_or_noise])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_noise_of_any_kind(mix, shape: str) -> None:
-    """It is mixed in at the ratio that was asked for, or not at all; nothing that is not a number gets in."""
+    """Noise is mixed in at the requested ratio, or not at all; no NaN gets in."""
     batch, noise = random_batch(), SHAPES[shape].astype(np.float32)
     record: list[Mixture | None] = []
     config = replace(FULL, noise_ratio=1.0, max_num_segments=2)

@@ -1,4 +1,4 @@
-"""Noise clips: where they come from, what stands in for silence, and NeMo's draws from NumPy's generator."""
+"""Noise clips: their files, the substitute for silence, and NeMo's draws from NumPy's generator."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Reading of tarred data in NeMo's layout and of Lhotse's Shar: which line goes with which member of which tar."""
+"""Tarred data in NeMo's layout and Lhotse's Shar: each line is matched to the right member of the right tar."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The pictures: valid PNG files that show what they are given, and a clear word without matplotlib."""
+"""The pictures: valid PNG files that show their input, and a clear error without matplotlib."""
 
 from __future__ import annotations
 

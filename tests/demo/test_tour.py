@@ -1,4 +1,4 @@
-"""The demo, shortened: the same way, fewer steps and less speech."""
+"""A shortened demo: the same workflow with fewer steps and less speech."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Fuzzing guided by coverage: `python tests/fuzz/atheris_targets.py TARGET [FOLDER] -runs=20000` (pip install atheris).
+"""Coverage-guided fuzzing: `python tests/fuzz/atheris_targets.py TARGET [FOLDER] -runs=20000` (pip install atheris).
 
 Each target gets bytes that atheris makes up, and lets only our own errors pass. A crash is written to crash-...; give
 that file in place of FOLDER, which keeps what is worth going on with, to see it again.
@@ -95,7 +95,7 @@ def archive(data: bytes) -> None:
 
 
 def weights(data: bytes) -> None:
-    """The bytes are the pickle in a whole zip: damage to that itself does not get past its directory."""
+    """Use the bytes as the pickle in an intact zip: a damaged zip would already be refused at its directory."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as file:
         file.writestr("a/data.pkl", data)

@@ -1,4 +1,4 @@
-"""How much the property tests try, and what they try: text of every kind, JSON, and files with damage in them."""
+"""Settings and inputs of the property tests: text of every kind, JSON, and damaged files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VARIABLE = "NEST_FUZZ_EXAMPLES"
 
 
 def bounded(examples: int) -> Callable[[Any], Any]:
-    """The same examples on every run and machine; with $NEST_FUZZ_EXAMPLES that many, new ones each time."""
+    """Use the same examples on every run and machine; with $NEST_FUZZ_EXAMPLES, that many new ones each time."""
     more = os.environ.get(VARIABLE)
     phases = [phase for phase in Phase if phase is not Phase.explain]  # it doubles the time of a failure
     unhurried = settings(deadline=None, suppress_health_check=list(HealthCheck), phases=phases)
@@ -28,7 +28,7 @@ def bounded(examples: int) -> Callable[[Any], Any]:
 
 
 def joined_pairs(text: str) -> str:
-    """Two halves of a surrogate pair side by side are one letter to JSON."""
+    """Join the two halves of a surrogate pair: side by side, they are one letter in JSON."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
@@ -42,7 +42,7 @@ json_values = st.recursive(
 
 
 def places_in(value: Any) -> Iterator[tuple[Any, ...]]:
-    """Where values stand in a JSON value: the keys and numbers that lead to each, the innermost last."""
+    """Yield the path to each value in a JSON value: its keys and numbers, the innermost last."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield (key,)
         for path in places_in(inner):
@@ -51,7 +51,7 @@ def places_in(value: Any) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def altered(draw: st.DrawFn, whole: Any, *likely: Any) -> Any:
-    """A JSON value with one to three of the values in it replaced, by likely ones or any, or removed."""
+    """Draw a JSON value in which one to three values are removed, or replaced by likely or arbitrary ones."""
     whole = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, 3))):
         *way, last = draw(st.sampled_from([*places_in(whole)] or [(None,)]))
@@ -82,7 +82,7 @@ _SNIPPETS = (
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes, places: Sequence[tuple[int, int]] = ()) -> bytes:
-    """A file with one to three changes: bits flipped, bytes set, pieces put in, taken out, doubled, or the end cut off.
+    """Draw a file with one to three changes: flipped bits, other bytes, pieces added, removed or doubled, a cut end.
 
     Most changes fall into one of `places` (from, to): headers are what decides, and are small beside what they head.
     """

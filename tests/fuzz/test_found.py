@@ -1,4 +1,4 @@
-"""What the property tests and atheris have found, each as its smallest example."""
+"""Faults that the property tests and atheris have found, each as its smallest example."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_class_that_is_no_name(value: str) -> None:
 
 
 def doubling(first: str, way: str) -> dict[str, Any]:
-    """Each value is twice the one before, whose name is written `way`: 2^40 letters in the end."""
+    """Each value doubles the one before, which is referenced as `way`; the last has 2^40 letters."""
     chain = [first, *((way.format(number) + way.format(number)) for number in range(40))]
     return {"list": chain, "block": {f"k{number}": value for number, value in enumerate(chain)}, "via": "${block}"}
 
@@ -125,7 +125,7 @@ def test_references_below_keys_that_are_no_text_are_counted() -> None:
 
 
 def test_a_block_within_a_text_is_refused() -> None:
-    """Its backslashes would double from one text to the next."""
+    """Its backslashes would double at every reference."""
     with pytest.raises(ConfigError, match="refers to more than a single value"):
         check_references({"a": ["\\"], "b": ["x${a}"], "c": ["x${b}"]}, "x.yaml")
     with pytest.raises(ConfigError, match="refers to more than a single value"):
@@ -136,14 +136,14 @@ def test_a_block_within_a_text_is_refused() -> None:
 def test_a_number_of_many_digits(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(f"base: small\nname: 0x{'f' * 5000}\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml: it holds a number of too many digits"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: it holds a number with too many digits"):
         load_config(str(path))
 
 
 def test_a_file_that_is_a_number_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("3")
-    with pytest.raises(ConfigError, match=r"a\.yaml: a configuration is a mapping of keys, this is a single value"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: a configuration must be a mapping of keys, this is a single val"):
         load_config(str(path))
     with pytest.raises(CheckpointError, match=r"a\.nemo: .* a single value"):
         plain_yaml(b"3", "a.nemo")
@@ -194,7 +194,7 @@ def test_a_part_of_a_file_in_a_rarer_format_is_no_whole_one(tmp_path: Path, form
 
 
 def zipped(table: bytes) -> bytes:
-    """Weights with a pickle of our own in them."""
+    """Return weights that contain our own pickle."""
     out, buffer = io.BytesIO(), io.BytesIO()
     torch.save({"a": torch.zeros(3)}, buffer)
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out, "w") as new:
@@ -210,7 +210,7 @@ def zipped(table: bytes) -> bytes:
         b"\x80\x02K\x01Q.",  # AssertionError: a storage that is a number
         b"\x80\x02ctorch\nFloatStorage\n)R.",  # TypeError, or a warning that such storages are deprecated
         b"\x89\x02}.",  # another protocol: a warning
-        b"\x80\x02S'\\s'\n.",  # an escape that there is not: a warning
+        b"\x80\x02S'\\s'\n.",  # an unknown escape: a warning
     ],
 )
 def test_pickles_that_make_torch_raise_and_warn(tmp_path: Path, table: bytes) -> None:

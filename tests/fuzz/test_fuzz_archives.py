@@ -1,4 +1,4 @@
-"""Checkpoints and shards with any damage: refused by name, or loaded as what their configuration describes."""
+"""Damaged checkpoints and shards are refused by name, or loaded as their configuration describes them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MOST_BYTES = 512 << 20
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """A small model in each format; `.zip` is the weights alone."""
+    """Return a small model in each format; `.zip` holds only the weights."""
     folder, config = tmp_path_factory.mktemp("whole"), load_config("small", TINY)
     torch.manual_seed(0)
     state = dict(NestModel(NestConfig.from_config(config)).state_dict())
@@ -62,7 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where the files are; afterwards it is as before, and little memory was used."""
+    """Yield a folder for the files; check afterwards that it is as before, and that little memory was used."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield tmp_path
     assert len(list(tmp_path.iterdir())) <= 1
@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def load_or_refused(path: Path, content: bytes) -> bool:
-    """Whether a file is loaded; what is must fit its configuration, what is not must be named."""
+    """Return True if a file is loaded. It must then fit its configuration, or else the error must name it."""
     path.write_bytes(content)
     try:
         loaded = load_checkpoint(path)
@@ -101,7 +101,7 @@ def tar_headers(content: bytes) -> list[tuple[int, int]]:
 
 
 def zip_places(content: bytes, start: int = 0) -> list[tuple[int, int]]:
-    """The pickle, and the directory at the end."""
+    """Return the pickle, and the directory at the end."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         [table] = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
         return [
@@ -112,7 +112,7 @@ def zip_places(content: bytes, start: int = 0) -> list[tuple[int, int]]:
 
 
 def repacked(content: bytes, change: Any) -> bytes:
-    """A zip of weights with another pickle in it, its checksums true and without a digest."""
+    """Return a zip of weights with another pickle, correct checksums and no digest."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
         for entry in old.infolist():
@@ -265,7 +265,7 @@ TARS = [tar_of(format) for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
 
 @st.composite
 def edited_tars(draw: st.DrawFn) -> bytes:
-    """A tar whose headers have other sizes, kinds, names or magic, their checksums true again."""
+    """Draw a tar whose headers have other sizes, kinds, names or magic, with correct checksums."""
     content = bytearray(draw(st.sampled_from(TARS)))
     for _ in range(draw(st.integers(1, 2))):
         start = draw(

@@ -1,4 +1,4 @@
-"""Audio: any part of any file is what soundfile reads of it; damage is found, or what is declared is there."""
+"""Audio: any part of any file equals what soundfile reads; damage is found, or the declared length is there."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def noise(frames: int, channels: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 
 def reference(path: Path, rate: int, offset: float, duration: float | None) -> np.ndarray[Any, Any]:
-    """The whole file by soundfile, cut, averaged and resampled in one go."""
+    """Read the whole file with soundfile, then cut, average and resample it in one piece."""
     samples, own_rate = sf.read(path, dtype="float32", always_2d=True)
     start = int(offset * own_rate)
     mono = samples[start : None if duration is None else start + int(duration * own_rate)].mean(axis=1)

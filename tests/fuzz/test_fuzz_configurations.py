@@ -296,7 +296,7 @@ def test_what_passes_resolves_to_no_more_letters_than_were_counted(content: dict
 @example(seed=0, width=2, length=40, way="via.{}")
 @bounded(60)
 def test_chains_that_double_are_refused_before_they_are_resolved(seed: int, width: int, length: int, way: str) -> None:
-    """Each value repeats the one before it; what passes repeats a plain value, however it is named."""
+    """Each value repeats the one before it; only references to a plain value pass, however it is named."""
     names = [f"k{number}" for number in range(length)]
     chain = {names[0]: "lol"}
     for before, name in itertools.pairwise(names):

@@ -1,4 +1,4 @@
-"""Manifests, cuts, Kaldi's tables and ranges of shards: what is written is read, and what is odd is refused by name."""
+"""Manifests, cuts, Kaldi's tables and ranges of shards: valid ones are read, odd ones refused by name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_or_refused(path: Path, **how: Any) -> str:
-    """What a manifest's scan amounts to: its columns and rows, or a message that names it, and an existing line."""
+    """Return the columns and rows of a manifest's scan, or an error that names the file and an existing line."""
     try:
         manifest = of_scan(scan(str(path), **how))
     except DataError as error:

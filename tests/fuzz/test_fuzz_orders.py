@@ -1,4 +1,4 @@
-"""Sides, orders and batches: whatever the sizes, seeds and processes, every utterance is where it belongs, once."""
+"""Sides, orders and batches: for any sizes, seeds and processes, every utterance appears once, where it belongs."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_processes_share_one_pass_out(plan: BatchPlan, ranks: int) -> None:
 def test_a_run_goes_on_where_it_stopped_with_any_number_of_processes(
     plan: BatchPlan, ranks: int, stop: int, later: int
 ) -> None:
-    """The batches of a run are one sequence: what `ranks` processes take, and then others, is that of one process."""
+    """The batches of a run are one sequence: `ranks` processes, then other numbers, take the batches of one process."""
 
     def taken(start: Position, ranks: int, rounds: int) -> list[list[int]]:
         length = rounds + start.consumed // ranks

@@ -1,4 +1,4 @@
-"""The same tests with more examples, and a short run of every target of atheris."""
+"""The same tests with more examples, and a short run of every atheris target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More of the corpus: inputs that are small on the disk and would take a machine's time or memory, or wait for ever."""
+"""More of the corpus: inputs that are small on disk but would use up time or memory, or wait for ever."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def export_of(path: Path) -> Case:
 
 
 def holes(path: Path, size: int, head: bytes = b"") -> Path:
-    """A file of `size` bytes of which the disk holds the head alone."""
+    """Write a sparse file of `size` bytes; only its head takes disk space."""
     path.write_bytes(head)
     os.truncate(path, size)
     return path
@@ -49,13 +49,13 @@ def fifo(path: Path) -> Path:
 
 
 def doubling_key(levels: int = 60) -> bytes:
-    """A pickle of a table whose key is a tuple of twice a tuple of twice ...: hashing it takes 2**levels steps."""
+    """Return the pickle of a dict whose key is a tuple of twice a tuple of twice ...: hashing takes 2**levels steps."""
     twice = b"".join(b"h" + bytes([level]) + b"\x86q" + bytes([level + 1]) for level in range(levels))
     return b"\x80\x02}(K\x01K\x01\x86q\x00" + twice + b"K\x01u."
 
 
 def doubling_list(levels: int = 60) -> list[Any]:
-    """Written out it would have 2**levels items; a pickle of it has some hundred bytes."""
+    """Return a value that would print 2**levels items; its pickle has a few hundred bytes."""
     value: list[Any] = [1]
     for _ in range(levels):
         value = [value, value]
@@ -63,7 +63,7 @@ def doubling_list(levels: int = 60) -> list[Any]:
 
 
 def with_table(table: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """PyTorch's zip with another pickle in it."""
+    """Return PyTorch's zip with its pickle replaced."""
     made = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(saved({"a": torch.zeros(1 << 18)}))) as source,
@@ -104,7 +104,7 @@ def checkpoints(where: Path, _: Path) -> Iterator[Case]:
 
 
 def transformers_folders(where: Path) -> Iterator[Case]:
-    """Folders that name code to be run, files elsewhere, or more numbers than a configuration has."""
+    """Return folders that name code to run, files elsewhere, or more numbers than a configuration has."""
     config: dict[str, Any] = {
         "model_type": "parakeet_encoder",
         "hidden_size": 16,
@@ -157,7 +157,7 @@ def configurations(where: Path, _: Path) -> Iterator[Case]:
 
 
 def training(path: Path, *words: str) -> Case:
-    """A trial of a run with words such as `input_cfg={path}` of model.train_ds, and `trainer.devices=...`."""
+    """Return a dry run with words such as `input_cfg={path}` for model.train_ds, and `trainer.devices=...`."""
     own = [word if word.startswith(("trainer", "exp_manager", "model")) else f"model.train_ds.{word}" for word in words]
     rest = ("noise_manifest=null", "num_workers=0", "batch_size=1")
     common = ("model.validation_ds.manifest_filepath=null", "trainer.accelerator=cpu", "exp_manager.exp_dir={out}",

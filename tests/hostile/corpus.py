@@ -1,6 +1,7 @@
 """Malicious and broken inputs, made on the spot: `python tests/hostile/corpus.py FOLDER` writes them all.
 
-What would run code touches the file `CANARY` beside it; what would read outside of its folder names `SECRET`.
+Inputs that would run code touch the file `CANARY` beside them. Inputs that would read outside their
+folder name `SECRET`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ CANARY, SECRET = "canary", "secret.wav"
 
 @dataclass(frozen=True)
 class Case:
-    """One hostile input: the words of the call (`{path}`, `{out}`, `{good}` are filled in), and what is said of it.
+    """One hostile input: the words of the call (`{path}`, `{out}`, `{good}` are filled in), and the expected message.
 
-    `rejects` is the reason of its rejection row where the call may go on without it; None: exit code 2.
+    `rejects` is the reason in its rejection row if the call may continue without it; None means exit code 2.
     """
 
     name: str
@@ -319,7 +320,7 @@ def manifests(folder: Path) -> Iterator[Case]:
         path, content = folder / "manifests" / name, f"{text}\n{good}\n".encode()
         path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
         yield Case(name, path, ("prepare-data", "{path}", "--out", "{out}", "--jobs", "1"), "unsupported_line")
-    # files that exist and are none to read, and, in a jail, such as are outside of it
+    # files that exist but must not be read, and files outside of the jail
     rejected = {
         "device.json": ("/dev/zero", "not_a_file"),
         "proc.json": ("/proc/self/mem", "empty"),

@@ -1,8 +1,8 @@
-"""Calls of `nest` that are watched: what they started and wrote, their time and memory.
+"""Run `nest` and record the processes that it started, the files that it wrote, its time and its memory.
 
-Each is a fork of a process of its own that has everything imported and nothing else, so that time and memory are those
-of the input: a fork of the testing process would have what all the tests before it hold, and so, in Linux's account,
-would every process that it starts. Python tells of processes started and files opened for writing (its audit events).
+Each call is a fork of a separate process that has imported everything and holds nothing else. Time and memory are then
+those of the input. A fork of the testing process would hold what all earlier tests hold; in Linux's accounting, so
+would every process that it starts. Python's audit events report processes started and files opened for writing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Outcome:
 
 
 def call(case: Case, good: Path, folder: Path, instead: str = "") -> Outcome:
-    """The case's command in `folder`, or the Python `instead` in its place."""
+    """Run the case's command in `folder`, or the Python code `instead`."""
     words = [word.format(path=case.path, out=folder / "out", good=good) for word in case.words]
     watcher = _watcher()
     assert watcher.stdin is not None
@@ -65,7 +65,7 @@ def _report(folder: Path) -> Path:
 
 @functools.cache
 def _watcher() -> subprocess.Popen[str]:
-    """It ends with its input: with the testing process."""
+    """Start the process that runs the calls. It ends when its input does, that is, with the testing process."""
     quiet = {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def _ended(child: int) -> int | None:
-    """Its status; None: it had to be ended."""
+    """Wait for a child and return its status; None if it took too long and was killed."""
     deadline = time.monotonic() + _LONGEST
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -105,7 +105,7 @@ def _ended(child: int) -> int | None:
 
 
 def _run(words: list[str], folder: Path, instead: str) -> NoReturn:
-    """In the child: the command with its output in files, and what Python tells of it."""
+    """Run the command in the child; write its output and Python's audit events to files."""
     started: list[str] = []
     written: list[str] = []
 

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import tiny_config
 from nestcli.bench import training
-from nestcli.bench.context import Context, Options
+from nestcli.bench.context import BenchContext, Options
 from nestcli.bench.loader import loader_section
 from nestcli.bench.scale import scale_section
 from nestcli.bench.training import quantizer_section, train_step_section
@@ -18,9 +18,9 @@ pytestmark = [
 ]
 
 
-def context_of(corpus: dict[str, Path], folder: Path, **options: object) -> Context:
+def context_of(corpus: dict[str, Path], folder: Path, **options: object) -> BenchContext:
     python = os.environ["NEST_NEMO_PYTHON"]
-    return Context(tiny_config(corpus), Options(nemo_python=python, rounds=1, **options), folder, lambda doing: None)
+    return BenchContext(tiny_config(corpus), Options(nemo_python=python, rounds=1, **options), folder, lambda doing: None)
 
 
 def test_nemo_loads_the_same_audio(corpus: dict[str, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Memory against what a training step really holds, arithmetic against PyTorch's counter."""
+"""Estimated memory against a real training step, and arithmetic against PyTorch's counter."""
 
 from math import prod
 from pathlib import Path

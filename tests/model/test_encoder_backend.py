@@ -1,4 +1,4 @@
-"""NeMo's encoder in the place of ours, with a stand-in for NeMo; tests/live/test_nemo_encoder.py has the real one."""
+"""NeMo's encoder in place of ours, with a stand-in for NeMo; tests/live/test_nemo_encoder.py uses the real one."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""Every fast variant against its plain twin, and the choice between them."""
+"""Every fast variant against its plain counterpart, and the choice between them."""
 
 import math
 from collections.abc import Callable
@@ -110,7 +110,7 @@ def test_tokens_are_those_of_the_smallest_distance() -> None:
 
 
 def test_blocks_give_the_codes_of_plain_products() -> None:
-    """With codes that occur twice, and vectors between two codes, too: there rounding would decide."""
+    """Include codes that occur twice and vectors between two codes, where rounding would decide."""
     torch.manual_seed(3)
     codes = F.normalize(torch.randn(256, 16, dtype=torch.float64), dim=-1)
     codes[200] = codes[7]
@@ -169,7 +169,7 @@ def encoder(*overrides: str) -> ConformerEncoder:
 @pytest.mark.filterwarnings("ignore")  # torch.compile has deprecated things of its own
 @pytest.mark.parametrize("draws", ["torch", "hash"])
 def test_compiled_layers_equal_plain_ones(draws: str) -> None:
-    """In training with dropout and in evaluation, at several sizes, after one compilation for each way of use."""
+    """Compare both in training with dropout and in evaluation, at several sizes, with one compilation for each mode."""
     plain = encoder(f"model.encoder.dropout_draws={draws}")
     compiled = encoder(f"model.encoder.dropout_draws={draws}", "model.encoder.compile=true")
     exact = encoder(f"model.encoder.dropout_draws={draws}").double()

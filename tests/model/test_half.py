@@ -1,4 +1,4 @@
-"""bf16-true and shorter types: weights in bf16, and running statistics that go on moving."""
+"""bf16-true and shorter types: weights in bf16, and running statistics that keep moving."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_holds_them_in_fp32_and_every_reader_takes_it(corpus: dict[
 
 @pytest.mark.parametrize("precision", ["32", "bf16-true"])
 def test_the_rate_is_that_of_the_plain_optimiser(corpus: dict[str, Path], precision: str) -> None:
-    """Lightning's wrapper of an optimiser may be of no class of PyTorch's."""
+    """Lightning's wrapper of an optimiser need not be an instance of a PyTorch class."""
     from types import SimpleNamespace
 
     module = NestModule(tiny_config(corpus, f"trainer.precision={precision}"))
@@ -71,7 +71,7 @@ def test_the_rate_is_that_of_the_plain_optimiser(corpus: dict[str, Path], precis
 
 
 class Quiet:
-    """A reporter that says nothing."""
+    """Reporter that prints nothing."""
 
     def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
         return lambda *_: None
@@ -99,7 +99,7 @@ def test_an_encoder_in_a_shorter_type_has_its_features_in_fp32(encoder: SpeechEn
 
 
 def test_shapes_are_known_without_weights(encoder: SpeechEncoder) -> None:
-    """On `meta`, moved there or made there."""
+    """Build the model on `meta`, moved or created there."""
     with torch.device("meta"):
         made = SpeechEncoder(encoder.preprocessor.config, encoder.encoder.config)
     for each in (made, encoder.to("meta")):

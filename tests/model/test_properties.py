@@ -1,4 +1,4 @@
-"""What must hold whatever NeMo does: padding, batching, masks, silence, and plain references of fast paths."""
+"""Properties that must hold whatever NeMo does: padding, batching, masks, silence, and references for fast paths."""
 
 import math
 

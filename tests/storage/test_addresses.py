@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Keeps connections open, as real servers do, and answers with whole files whatever part is asked for."""
+    """Server that keeps connections open, as real ones do, and sends whole files even if a part was requested."""
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -144,15 +144,15 @@ def test_known_schemes(path):
         ("/a/b.wav", "unknown kind"),
         ("simplecache::s3://a/b", "unknown kind"),
         ("simplecache::s3://user:password@a/b", "unknown kind"),
-        ("s3://a/b::file:///etc/passwd", "in chains"),
+        ("s3://a/b::file:///etc/passwd", "chained addresses"),
         ("https://user:password@host/a.wav", "a password.*FSSPEC_HTTP"),
         ("https://token@host/a.wav", "a password"),
         ("s3://user:password@bucket/a.wav", "a password.*AWS_ACCESS_KEY_ID"),
         ("s3://", "names no object"),
         ("s3:///a.wav", "names no object"),
-        ("http://[::1", "in chains|no address"),
-        ("http://[1/a.wav", "no address"),
-        ("s3://bucket/a\n.wav", "cannot be printed"),
+        ("http://[::1", "chained|not a valid address"),
+        ("http://[1/a.wav", "not a valid address"),
+        ("s3://bucket/a\n.wav", "unprintable characters"),
     ],
 )
 def test_other_addresses_are_refused_without_showing_passwords(path, why):
@@ -186,7 +186,7 @@ def test_a_manifest_may_name_addresses(tmp_path):
     manifest.write_text('{"audio_filepath": "s3://bucket/a.wav", "duration": 1.0}\n')
     assert read_manifests(str(manifest)).entry(0).audio_filepath == "s3://bucket/a.wav"
     manifest.write_text('{"audio_filepath": "ftp://host/a.wav", "duration": 1.0}\n')
-    with pytest.raises(DataError, match=r"line 1: .*unknown kind; those read are s3"):
+    with pytest.raises(DataError, match=r"line 1: .*unknown kind; nest reads s3"):
         read_manifests(str(manifest))
 
 
@@ -243,7 +243,7 @@ def test_a_server_that_says_nothing_more_is_given_up(server, monkeypatch):
 
 def test_what_is_not_there_or_not_allowed_is_said_at_once(server):
     for name, message in (
-        ("gone.wav", "there is no such object"),
+        ("gone.wav", "the object does not exist"),
         ("secret", "access is denied; credentials are taken from ~/.netrc"),
         ("teapot", "cannot be read: the server answers 418"),
     ):
@@ -257,7 +257,7 @@ def test_what_is_not_there_or_not_allowed_is_said_at_once(server):
 def test_an_object_is_described(server):
     server.files["/a.wav"] = b"x"
     assert fetch.describe(f"{server.url}/a.wav").size == 1
-    with pytest.raises(DataError, match="there is no such object"):
+    with pytest.raises(DataError, match="the object does not exist"):
         fetch.describe(f"{server.url}/b.wav")
     with pytest.raises(DataError, match="denied"):
         fetch.describe(f"{server.url}/secret")
@@ -301,7 +301,7 @@ def test_importing_it_imports_no_client():
 
 
 def another_process(monkeypatch):
-    """What this process remembers is gone."""
+    """Forget the copies that this process remembers, as a new process would."""
     monkeypatch.setattr(addresses, "_copies", {})
 
 
@@ -454,7 +454,7 @@ def test_forked_processes_make_a_copy_once(server, cache):
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
-    """A bucket on a server of its own; tests see it through the environment, as users see theirs."""
+    """Start a server with a bucket; tests reach it through the environment, as users do."""
     pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
     pytest.importorskip("s3fs")
@@ -509,11 +509,11 @@ def test_training_reads_manifest_and_audio_from_s3(bucket, corpus, tmp_path, wor
 
 def test_what_is_gone_from_s3_is_named(bucket):
     for path in ("s3://speech/gone.wav", "s3://no-bucket/gone.wav"):
-        with pytest.raises(DataError, match=rf"{path}: there is no such object"):
+        with pytest.raises(DataError, match=rf"{path}: the object does not exist"):
             addresses.read_bytes(path)
-        with pytest.raises(DataError, match=rf"{path}: there is no such object"):
+        with pytest.raises(DataError, match=rf"{path}: the object does not exist"):
             addresses.local_copy(path)
-        with pytest.raises(DataError, match=rf"{path}: there is no such object"):
+        with pytest.raises(DataError, match=rf"{path}: the object does not exist"):
             fetch.describe(path)
     bucket.put_object(Bucket="speech", Key="folder/a.wav", Body=b"x")
     assert fetch.describe("s3://speech/folder/a.wav").size == 1
@@ -557,7 +557,7 @@ def test_parent_and_forked_processes_read_s3_in_turn(bucket):
 
 @pytest.fixture
 def odd_s3(server, monkeypatch):
-    """The server that misbehaves, in the place of S3."""
+    """Use the misbehaving server as S3."""
     pytest.importorskip("s3fs")
     for key, value in (
         ("AWS_ENDPOINT_URL", server.url),

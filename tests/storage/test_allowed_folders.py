@@ -1,4 +1,4 @@
-"""The jail: audio outside of its folders is not read, whatever holds it."""
+"""The jail: audio outside of its folders is not read, whatever names it."""
 
 import io
 import json
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the 
 
 @pytest.fixture
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is the jail."""
+    """Return a folder that is the jail."""
     folder = tmp_path / "inside"
     folder.mkdir()
     monkeypatch.setenv(allowed_folders.VARIABLE, str(folder))
@@ -49,7 +49,7 @@ def manifest_of(path: Path, **row: object) -> str:
 
 
 def tarred(folder: Path, tmp_path: Path) -> tuple[Manifest, np.ndarray]:
-    """A tar of one file in `folder`, opened, and what is in it."""
+    """Return the manifest of a tar with one file in `folder`, and the file's samples."""
     write_noise_wav(tmp_path / "a.wav", 1.5, 0)
     content = (tmp_path / "a.wav").read_bytes()
     with tarfile.open(folder / "audio_0.tar", "w") as tar:
@@ -132,7 +132,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def address(elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server of the files in `elsewhere`."""
+    """Start a server of the files in `elsewhere`."""
     monkeypatch.setenv(addresses.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(fetch, "_FIRST_WAIT", 0.01)
     monkeypatch.setattr(addresses, "_copies", {})

@@ -1,4 +1,4 @@
-"""The folder of copies under several processes: one makes a copy, those that die leave nothing in the way."""
+"""The cache with several processes: one makes each copy, and a process that dies blocks nobody."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Files that are no manifest are named as what they are, whichever command they are given to."""
+"""Every command names the kind of a file that is not a manifest."""
 
 import gzip
 import io
@@ -36,35 +36,35 @@ FORMS = {
     "array of lines": (("[\n" + ",\n".join(LINES) + "\n]\n").encode(), "a JSON array"),
     "array after blanks": (b"\xef\xbb\xbf\r\n\n [" + json.dumps(ROWS).encode()[1:], "a JSON array"),
     "array of names": (json.dumps(["/a.wav"]).encode(), "a JSON array"),
-    "indented": (json.dumps(ROWS[0], indent=2).encode(), r"JSON that goes over several lines.*jq -c \. "),
-    "object of objects": (json.dumps({"a": ROWS}, indent=2).encode(), "JSON that goes over several lines"),
+    "indented": (json.dumps(ROWS[0], indent=2).encode(), r"JSON that spans several lines.*jq -c \. "),
+    "object of objects": (json.dumps({"a": ROWS}, indent=2).encode(), "JSON that spans several lines"),
     "commas": (",\n".join(LINES).encode(), "JSON with commas between its lines"),
     "one line": (" ".join(LINES).encode(), "JSON with several objects in one line"),
-    "dicts": ("\n".join(map(repr, ROWS)).encode(), "Python's way to write a dict"),
-    "carriage returns": (TEXT.replace("\n", "\r").encode(), "text with carriage returns alone.*tr '.r' '.n' <"),
+    "dicts": ("\n".join(map(repr, ROWS)).encode(), "a Python dict"),
+    "carriage returns": (TEXT.replace("\n", "\r").encode(), "text with only carriage returns.*tr '.r' '.n' <"),
     "utf-16": (TEXT.encode("utf-16"), "UTF-16 text.*iconv -f utf-16 -t utf-8"),
     "utf-16 without mark": (TEXT.encode("utf-16-le"), "UTF-16 text.*iconv -f utf-16le"),
     "utf-16 of others": (TEXT.encode("utf-16-be"), "UTF-16 text.*iconv -f utf-16be"),
     "utf-32": (TEXT.encode("utf-32"), "UTF-32 text.*iconv -f utf-32"),
     "yaml": (b"- audio_filepath: /a.wav\n  duration: 1.5\n", "YAML.*input_cfg"),
     "yaml of keys": (b"audio_filepath: /a.wav\nduration: 1.5\n", "YAML"),
-    "csv": (b"audio_filepath,duration\n/a.wav,1.5\n", "a table of values between commas.*pandas"),
+    "csv": (b"audio_filepath,duration\n/a.wav,1.5\n", "a table of values separated by commas.*pandas"),
     "csv with a mark": (
         b"\xef\xbb\xbfaudio_filepath;duration\r\n/a.wav;1,5\r\n",
-        "a table of values between semicolons",
+        "a table of values separated by semicolons",
     ),
-    "tsv": (b"path\tsentence\n/a.wav\tword\n", "a table of values between tabs"),
+    "tsv": (b"path\tsentence\n/a.wav\tword\n", "a table of values separated by tabs"),
     "list": (b"/a/b.wav\n/a/c.wav\n", "a list of paths.*nest prepare-data"),
     "html": (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "an HTML page.*Download"),
     "xml": (b'<?xml version="1.0"?><Error/>', "XML.*Download"),
     "lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-        "a pointer of Git LFS.*git lfs pull",
+        "a Git LFS pointer.*git lfs pull",
     ),
     "parquet": (b"PAR1" + bytes(100) + b"PAR1", "a Parquet table.*to_json"),
     "zip": (zipped(), "a zip archive"),
     "gzip": (gzip.compress(TEXT.encode()), r"a gzip file.*gunzip"),
-    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(20), "a file packed by zstd"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(20), "a file compressed with zstd"),
     "zeros": (bytes(5000), "nothing but zero bytes"),
     "tar": (b"audio.json".ljust(257, b"\0") + b"ustar\x0000" + bytes(300), "a tar.*tarred_audio_filepaths"),
 }
@@ -95,7 +95,7 @@ def test_a_form_is_named_within_a_gz(tmp_path: Path, content: bytes, said: str) 
 
 
 def commands(path: Path, tmp_path: Path) -> dict[str, Callable[[], object]]:
-    """What the commands open manifests with; pretrain and bench use `read_manifests` itself."""
+    """Return the functions with which the commands open manifests; pretrain and bench use `read_manifests` itself."""
     (tmp_path / "good.json").write_text(TEXT)
     good, out = str(tmp_path / "good.json"), tmp_path / "out"
     return {
@@ -160,7 +160,7 @@ def test_a_bad_line_further_on_is_named_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     for bad, said in (
         (b"- a: b", "line 2: this is not JSON"),
-        (LINES[0].encode() + b"\r" + LINES[1].encode(), "line 2: several lines end with a carriage return alone.*tr "),
+        (LINES[0].encode() + b"\r" + LINES[1].encode(), "line 2: several lines end with only a carriage return.*tr "),
         (
             b'{"audio_filepath": "/caf\xe9.wav", "duration": 1}',
             "line 2: .*byte 0xe9 at column 25 is not UTF-8.*iconv -f latin1",

@@ -1,4 +1,4 @@
-"""The positions of members in tars, beside Python's own reader; hostile and damaged tars."""
+"""Positions of members in tars, compared with Python's own reader; hostile and damaged tars."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ def reference(path):
 
 
 def built(path, *members):
-    """A tar of members as (name, type, size in the header, content), which need not go together."""
+    """Write a tar of members (name, type, size in the header, content); the size need not match the content."""
     with path.open("wb") as file:
         for name, kind, size, content in members:
             info = tarfile.TarInfo(name)
@@ -160,7 +160,7 @@ def test_compressed_and_other_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="is compressed; unpack it with gunzip"):
         TarMembers(str(path))
     path.write_bytes(b"<html>" * 500)
-    with pytest.raises(DataError, match="no tar file, or a damaged one"):
+    with pytest.raises(DataError, match="not a tar file, or a damaged one"):
         TarMembers(str(path))
     with pytest.raises(DataError, match=r"gone\.tar cannot be read: No such file"):
         TarMembers(str(tmp_path / "gone.tar"))
@@ -176,7 +176,7 @@ def test_a_header_with_a_wrong_sum_is_refused(tmp_path):
 
 
 def patched(header, start, field):
-    """A header with a field replaced and its sum made right again."""
+    """Return a header with a field replaced and its checksum corrected."""
     changed = bytearray(header)
     changed[start : start + len(field)] = field
     changed[148:156] = b" " * 8
@@ -195,7 +195,7 @@ def test_giant_and_negative_sizes_are_refused_before_anything_is_read(tmp_path, 
 
 
 def test_sizes_of_pax_records_count(tmp_path):
-    """As of files beyond 8 GiB, whose own field has no room for it."""
+    """Files beyond 8 GiB have such records, because their size does not fit into the header's own field."""
     path = built(
         tmp_path / "a.tar", ("x", b"x", 11, b"11 size=03\n"), ("a.wav", b"0", 0, b"abc"), ("b.wav", b"0", 1, b"d")
     )

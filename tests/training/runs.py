@@ -1,4 +1,4 @@
-"""Runs of a tiny model for the tests of signals and processes: in this process, or as commands of their own."""
+"""Runs of a tiny model for the tests of signals and processes: in this process, or as separate commands."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ TRACED = Path(__file__).parent / "traced_nest.py"
 
 
 class Listener:
-    """A reporter that keeps what it is told, and does something at a step."""
+    """Reporter that records its messages and can act at a given step."""
 
     def __init__(self, at_step=None, do=lambda: None):
         self.at_step, self.do = at_step, do
@@ -49,7 +49,7 @@ def train(corpus, folder, *words, listener=None):
 
 
 def command(corpus, folder, *words, faults="", launcher=(), trace=None, **environment):
-    """The same as a command, which has started when this returns; its output comes in one piece."""
+    """Start the run of `train` as a command, and return once it has started; its output comes in one piece."""
     told = {"FAULT": faults, "OMP_NUM_THREADS": "1", **environment}
     if trace is not None:
         trace.mkdir()
@@ -67,7 +67,7 @@ def command(corpus, folder, *words, faults="", launcher=(), trace=None, **enviro
 
 
 def ended(run, seconds=300):
-    """The output of a command, at its end; one that takes too long is killed with all that it started."""
+    """Wait for a command and return its output; kill it with all its processes if it takes too long."""
     try:
         return run.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
@@ -76,7 +76,7 @@ def ended(run, seconds=300):
 
 
 def rows(folder):
-    """The lines of metrics.jsonl, without the times."""
+    """Return the lines of metrics.jsonl, without the times."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     clocks = ("seconds", "data_wait_share")
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
@@ -87,7 +87,7 @@ def checkpoint(folder):
 
 
 def processes_of(group):
-    """The processes of a process group that still run."""
+    """Return the processes of a process group that still run."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -100,7 +100,7 @@ def processes_of(group):
 
 
 def fake_scontrol(folder, script):
-    """What puts a `scontrol` that writes down its calls, and then runs a script, in the PATH of a command."""
+    """Write a `scontrol` that records its calls and then runs a script; return the environment with it in PATH."""
     folder.mkdir()
     program = folder / "scontrol"
     program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n{script}\n')
@@ -109,7 +109,7 @@ def fake_scontrol(folder, script):
 
 
 def print_stacks(group):
-    """Ask every process of a group that handles SIGUSR2 for its threads' stacks; they stand in its output."""
+    """Ask every process of a group that handles SIGUSR2 for its threads' stacks, which appear in its output."""
     for process in processes_of(group):
         with contextlib.suppress(OSError):
             status = Path(f"/proc/{process}/status").read_text()

@@ -1,4 +1,4 @@
-"""What can be known before training is refused, or told, before training; --dry-run says the same."""
+"""Problems that can be known before training are refused or reported then; --dry-run says the same."""
 
 import json
 import time
@@ -27,7 +27,7 @@ def rows_of(manifest: Path) -> list[dict[str, object]]:
 
 
 def without(manifest: Path, gone: int, path: Path) -> Path:
-    """A manifest of whose files the first few are not there."""
+    """Write a manifest whose first few files are missing."""
     rows = rows_of(manifest)
     for row in rows[:gone]:
         row["audio_filepath"] = f"moved/{Path(str(row['audio_filepath'])).name}"
@@ -40,7 +40,7 @@ def noise_of_twenty(corpus: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def refused(corpus: dict[str, Path], folder: Path, *overrides: str) -> str:
-    """The message with which a run and its dry run are refused; nothing may be written."""
+    """Return the message that refuses a run and its dry run, and check that nothing is written."""
     words = [f"model.train_ds.noise_manifest={corpus['noise']}", f"model.train_ds.manifest_filepath={corpus['train']}"]
     words += [f"model.validation_ds.manifest_filepath={corpus['val']}", f"exp_manager.exp_dir={folder / 'runs'}"]
     message = ""

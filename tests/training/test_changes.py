@@ -1,4 +1,4 @@
-"""A run that goes on with another configuration: what takes effect, what is said, what is refused."""
+"""A run that resumes with another configuration: which changes take effect, are reported or are refused."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_changed_rate_decay_betas_and_schedule_take_effect_and_are_told(
     assert group["lr"] == pytest.approx(0.095)  # the floor: step 4 is beyond the warm-up
     assert state["lr_schedulers"][0]["min_lr"] == 0.095
     [steps] = {float(value["step"]) for value in state["optimizer_states"][0]["state"].values()}
-    assert steps == 4  # the moments went on
+    assert steps == 4  # the moments continued
     assert {float(value["step"]) for value in moments.values()} == {2}
     assert "model.optim.lr is 0.7, was 0.1" in listener.notes[0]
     assert "is kept as config-to-step-2.yaml" in listener.notes[0]

@@ -1,4 +1,4 @@
-"""Names of checkpoints tell what is known; what is written is one decision of all processes."""
+"""Checkpoint names state the known values; all processes decide together what is written."""
 
 import re
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_several_best_models_have_several_names(corpus: dict[str, Path], tmp_pat
 
 
 def test_the_best_model_may_be_that_of_the_last_batch(corpus: dict[str, Path], tmp_path: Path) -> None:
-    """Lightning puts off what is due on the last batch until a validation, which need not come."""
+    """Lightning defers a checkpoint that is due on the last batch until validation, which may never follow."""
     words = ("monitor=train_loss", "every_n_train_steps=3", "save_top_k=-1", "filename=model")
     options = [f"exp_manager.checkpoint_callback_params.{word}" for word in words]
     result = train(corpus, tmp_path, "trainer.max_steps=3", "trainer.val_check_interval=2", *options)

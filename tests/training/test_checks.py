@@ -1,4 +1,4 @@
-"""Every number of a configuration has its bounds; what has no effect is refused or told; masks fall on something."""
+"""Every number of a configuration has bounds; keys without effect are refused or reported; masks cover tokens."""
 
 from __future__ import annotations
 
@@ -196,12 +196,12 @@ def base() -> Any:
 
 @pytest.fixture(scope="module")
 def plain(base: Any) -> dict[str, Any]:
-    """The same without references to other keys, whose parsing takes nine tenths of the time."""
+    """Return the same without references to other keys; parsing those takes nine tenths of the time."""
     return resolved(base)
 
 
 def refused(config: Any, block: str, *, whole: bool) -> str:
-    """The message with which a configuration is refused: by its block alone if that is enough."""
+    """Return the message that refuses a configuration; check only its block if that is enough."""
 
     def check() -> None:
         if not whole and block in BLOCKS:
@@ -228,7 +228,7 @@ def test_what_is_out_of_bounds_names_its_key(base: Any, plain: dict[str, Any], k
 
 
 def test_every_number_is_in_the_table() -> None:
-    """A key whose value in NeMo's file is a number, and those of ours that may be one."""
+    """The table has every key that is a number in NeMo's file, and those of ours that may be one."""
     standard = load_config("large")
     numbers = {
         key

@@ -1,4 +1,4 @@
-"""What a launcher has started is what the trainer block says, or the run is refused."""
+"""The processes that a launcher started match the trainer block, or the run is refused."""
 
 import os
 import socket

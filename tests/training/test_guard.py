@@ -1,4 +1,4 @@
-"""Bad steps: left out without a trace in the model, written down, and the end of a run when there are many."""
+"""Bad steps leave no trace in the model and are recorded; many of them end the run."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def metrics(result: RunResult) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
-    """Batches (epoch, first item) into whose noisy audio a NaN is put."""
+    """Return the set of batches (epoch, first item) whose noisy audio gets a NaN."""
     places: set[tuple[int, int]] = set()
     made = NoisySpeech._batch
 
@@ -53,14 +53,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
 
 
 def poison_batch(run: Pretraining, places: set[tuple[int, int]], epoch: int, number: int) -> list[int]:
-    """Put a NaN into a batch of a run; its ids."""
+    """Put a NaN into a batch of a run; return the batch's ids."""
     ids = run.data.train_batch(epoch, number).sample_ids
     places.add((epoch, int(run.data.train_plan().batches(epoch)[number][0])))
     return list(ids)
 
 
 def states_before_steps(run: Pretraining, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Everything that a step may change, as it is at each step's beginning; filled as the run goes on."""
+    """Return everything that a step may change, as it is at each step's beginning; filled during the run."""
     seen: list[dict[str, Any]] = []
     step = run.module.training_step
 
@@ -92,7 +92,7 @@ def test_a_nan_in_a_batch_leaves_nothing_behind(
     rows = lines(result.metrics)
     assert [row["bad_steps"] for row in rows] == [0, 0, 0, 1, 1, 1]
     assert [row["train_loss"] is None for row in rows] == [False, False, False, True, False, False]
-    assert len({row["lr"] for row in rows}) == 5  # the schedule goes on: steps 1 and 2 have the same rate
+    assert len({row["lr"] for row in rows}) == 5  # the schedule continues: steps 1 and 2 have the same rate
     [bad] = lines(tmp_path / "run" / "bad_batches.jsonl")
     assert (bad["step"], bad["reason"], bad["loss"], bad["ids"]) == (4, "the loss is nan", None, ids)
     manifest = [json.loads(line) for line in corpus["train"].read_text().splitlines()]
@@ -236,7 +236,7 @@ def test_an_exploding_loss_is_left_out(
 
 
 def scaled_step(loss_factor: float, *, leaves_out: bool) -> tuple[bool, bool]:
-    """One step of a small layer under a gradient scaler; whether its weights changed, and the scale."""
+    """Run one step of a small layer under a gradient scaler; return whether its weights changed, and the scale."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)

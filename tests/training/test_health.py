@@ -1,4 +1,4 @@
-"""Health of runs: what metrics.jsonl says, against the same numbers worked out by hand; collapse; the display."""
+"""Health of runs: the values in metrics.jsonl against a separate computation; collapse; the display."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def rows_of(result: RunResult) -> list[dict[str, Any]]:
 
 
 def recorded_outputs(run: Pretraining) -> list[tuple[dict[str, Any], Any]]:
-    """What every training step gives, with its batch; filled as the run goes on."""
+    """Return the outputs of every training step with its batch; the list is filled during the run."""
     seen: list[tuple[dict[str, Any], Any]] = []
     step = run.module.training_step
 

@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL, in checkpoint writing too, and resumed: the result is that of an unbroken run."""
+"""Runs killed with SIGKILL, even while writing checkpoints, resume to the result of an uninterrupted run."""
 
 import json
 import multiprocessing
@@ -55,7 +55,7 @@ def words(corpus: dict[str, Path], folder: Path, steps: int) -> list[str]:
 
 @dataclass
 class Killer:
-    """Starts a run again and again and kills it, until it has been killed often enough; then lets it end."""
+    """Starts and kills a run until it has been killed often enough; then lets it finish."""
 
     start: Callable[[str], Any]  # by $TMPDIR; a process that the test may kill
     wait: Callable[[Any], int | None]  # its exit code, None while it runs
@@ -109,7 +109,7 @@ class Killer:
 
 
 def unfinished(folder: Path, process: Process) -> set[str]:
-    """The temporary files of a process beside the checkpoints."""
+    """Return the temporary files of a process beside the checkpoints."""
     try:
         return {path.name for path in (folder / "checkpoints").iterdir() if path.name.endswith(f".{process.pid}.tmp")}
     except FileNotFoundError:
@@ -117,7 +117,7 @@ def unfinished(folder: Path, process: Process) -> set[str]:
 
 
 def assert_same_outcome(killed: Path, whole: Path) -> None:
-    """Losses of every step and validation, weights, optimiser, schedule and counters, to the last bit."""
+    """Compare losses of every step and validation, weights, optimiser, schedule and counters, bit by bit."""
     ours, theirs = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (killed, whole)
     )
@@ -138,7 +138,7 @@ def assert_same_outcome(killed: Path, whole: Path) -> None:
 
 
 def last(run: Path) -> dict[str, Any]:
-    """What the run would go on from; after a kill between the two writes of its last step that is the best model's."""
+    """Load the checkpoint to resume from; after a kill between the last step's two writes it is the best model's."""
     return load_lightning_checkpoint(next(newest_first(run / "checkpoints")))
 
 

@@ -1,4 +1,4 @@
-"""Several processes of a run: the losses and utterances of one, nothing that hangs, and one end for all."""
+"""Runs of several processes: same losses and utterances as with one, no hang, and a common end."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def done(run):
 
 
 def seen(trace):
-    """The utterances of every optimiser step, over all processes."""
+    """Return the utterances of every optimiser step, over all processes."""
     steps = {}
     for file in trace.glob("*.jsonl"):
         for step, items, _ in map(json.loads, file.read_text().splitlines()):
@@ -38,7 +38,7 @@ def seen(trace):
 
 
 def largest_difference(ours, theirs, but=()):
-    """Of two runs' metrics, relative to what they are."""
+    """Return the largest relative difference of two runs' metrics."""
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     pairs = [(row[key], other[key]) for row, other in zip(ours, theirs, strict=True) for key in row if key not in but]
     assert all((one is None) == (two is None) for one, two in pairs)
@@ -195,7 +195,7 @@ def test_sharded_weights_learn_the_same_and_checkpoints_are_the_same(
     done(command(corpus, whole, *words, "trainer.max_steps=8"))
     done(command(corpus, sharded, *words, "trainer.max_steps=3", "trainer.strategy=fsdp2"))
     done(command(corpus, sharded, *words, "trainer.max_steps=5", "trainer.strategy=fsdp2"))
-    done(command(corpus, sharded, *words, "trainer.max_steps=6"))  # DDP goes on with it, and the other way round
+    done(command(corpus, sharded, *words, "trainer.max_steps=6"))  # DDP resumes from it, and the other way round
     done(command(corpus, sharded, *words, "trainer.max_steps=8", "trainer.strategy=fsdp2"))
     assert largest_difference(rows(sharded), rows(whole), but=moved_by_them) < 1e-5
     assert largest_difference(rows(sharded), rows(whole)) < 2e-4

@@ -56,7 +56,7 @@ OWNERS: dict[str, Callable[[], Any]] = {
 def check_name(name: str, owner: object) -> None:
     if not hasattr(owner, name):
         where = owner.__name__ if hasattr(owner, "__name__") else type(owner).__name__
-        pytest.fail(f"{where} has no {name} in {VERSIONS}; {INTERNALS.name} says what for. Mend it or cap the version.")
+        pytest.fail(f"{where} has no {name} in {VERSIONS}; {INTERNALS.name} says why. Fix it or cap the version.")
 
 
 def is_private(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a run goes on from: the newest whole checkpoint, whatever happened to the others; and disks that are full."""
+"""A run resumes from the newest intact checkpoint, whatever happened to the others, and survives full disks."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def finished(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def run(corpus: dict[str, Path], finished: Path, tmp_path: Path) -> Moves:
-    """A copy of it, its configuration, and its model."""
+    """Return a copy of that folder, its configuration, and its model."""
     shutil.copytree(finished, tmp_path / "run")
     config = tiny_config(corpus, f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=run")
     return tmp_path / "run", config, Pretraining(config, Listener()).module.model

@@ -1,4 +1,4 @@
-"""Runs: the files they leave, exact resumes, and what NeMo's users look for in a checkpoint."""
+"""Runs: the files they leave, exact resumes, and the contents of a checkpoint that NeMo users expect."""
 
 import json
 from pathlib import Path
@@ -315,7 +315,7 @@ def test_an_end_before_the_first_step_is_refused(corpus: dict[str, Path], tmp_pa
 
 
 def rotten_manifest(corpus: dict[str, Path], folder: Path, *, all_lines: bool = False) -> Path:
-    """The training manifest, in which the first file is gone, or every one is no audio."""
+    """The training manifest, with the first file missing, or with no file that is audio."""
     (folder / "broken.wav").write_bytes(b"RIFF, but not really")
     rows = [json.loads(line) for line in corpus["train"].read_text().splitlines()]
     for row in rows if all_lines else rows[:1]:

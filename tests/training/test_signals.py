@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: by Ctrl-C, SIGTERM and Slurm; what they leave, and how give the same command again."""
+"""Runs that Ctrl-C, SIGTERM or Slurm stops: what they save, and how the same command resumes them."""
 
 import os
 import random
@@ -115,7 +115,7 @@ def test_a_run_that_ends_anyway_ends_as_it_would(corpus: dict[str, Path], tmp_pa
 
 
 def stopped_run(corpus, folder, *words, signum, **options):
-    """Start the command, signal all of its processes at some moment after its first step; its output and exit code."""
+    """Start the command and signal all its processes after its first step; return its output and exit code."""
     run = command(corpus, folder, *words, **options)
     wait_for_step(folder, len(rows(folder)) + 1 if (folder / "run" / "metrics.jsonl").is_file() else 1, run)
     time.sleep(random.random() / 2)

@@ -1,4 +1,4 @@
-"""A run that goes on does so in the run of W&B that it began."""
+"""A resumed run continues the W&B run that it began."""
 
 from pathlib import Path
 from typing import Any

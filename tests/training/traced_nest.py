@@ -1,4 +1,4 @@
-"""`nest`, writing down which utterances it trains on, and failing when it is told to: for runs of several processes.
+"""Run `nest`, record the utterances that it trains on, and fail on demand: for runs of several processes.
 
 TRACE is a folder for the lines; FAULT is "RANK STEP HOW", where HOW is exit, raise, kill or wait. SIGUSR2 prints the
 stacks of all threads of a process.

@@ -1,4 +1,4 @@
-"""Where the samples are in a file of chunks (WAV, AIFF, CAF, W64, VOC) or behind an AU header."""
+"""Locate the samples in a chunked file (WAV, AIFF, CAF, W64, VOC) or behind an AU header."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 CHUNK_SLACK = 64  # bytes: sizes that count the header too, or forget a padding byte, are common and harmless
 _UNKNOWN_SIZE = 0x7F00_0000  # SoX writes 0x7F000008 or 0x7FFFF000 into a pipe, ffmpeg 0xFFFFFFFF
-_MAX_CHUNKS = 1000  # before the samples, and behind them; a file with more is not worth the time
+_MAX_CHUNKS = 1000  # walked before the samples, and as many behind them; more are not worth the time
 
 
 def behind_samples(file: FileBytes, place: int, form: Form | None) -> int:
-    """Bytes from `place` on, behind the samples, that are not other chunks, tags or zeros."""
+    """Return the number of bytes from `place`, behind the samples, that are not other chunks, tags or zeros."""
     for _ in range(_MAX_CHUNKS):
         found = _next_chunk(file, place, form) or _next_chunk(file, place + 1, form)  # behind a padding byte
         if form is None or found is None:
@@ -29,7 +29,7 @@ def behind_samples(file: FileBytes, place: int, form: Form | None) -> int:
 
 
 def _next_chunk(file: FileBytes, place: int, form: Form | None) -> tuple[bytes, int, int] | None:
-    """Name, place of the content and size of the chunk at `place`; None if there is not a whole one."""
+    """Return name, start of the content and size of the chunk at `place`, or None if no whole chunk is there."""
     if form is None:
         return None
     head = file.at(place, form.name + form.size)
@@ -43,7 +43,7 @@ _Order = Literal["little", "big"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Where the samples of a file start, how many bytes they declare, if any, and the form of its chunks, if any."""
+    """Start of a file's samples, their declared size in bytes or None, and the layout of the chunks or None."""
 
     start: int
     declared: int | None
@@ -52,10 +52,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a family of formats lays out its chunks: `name` and `size` are the bytes of these in front of a chunk.
+    """Chunk layout of a family of formats: `name` and `size` are the widths in bytes of these two header fields.
 
-    `first` is where the first one stands, `align` what their lengths are rounded up to; with `inclusive` a size counts
-    what stands in front too.
+    `first` is the position of the first chunk. Chunk lengths are rounded up to a multiple of `align`. With
+    `inclusive`, a chunk's size counts its header too.
     """
 
     first: int
@@ -74,7 +74,7 @@ _FORMS = {
     b"FORM": Form(12, "big", wanted=b"SSND"),
     b"riff": Form(40, "little", name=16, size=8, align=8, inclusive=True),  # W64
     b"caff": Form(8, "big", size=8, align=1),
-    b"Crea": Form(26, "little", name=1, size=3, align=1, wanted=b"\t"),  # VOC, with the block that all write today
+    b"Crea": Form(26, "little", name=1, size=3, align=1, wanted=b"\t"),  # VOC, with the usual block type
 }
 
 

@@ -1,4 +1,4 @@
-"""Every way in which an audio file can be bad, found by decoding all of it in bounded memory."""
+"""Find any fault of an audio file by decoding the whole file in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import soundfile as sf
 from nestcli.audio.lengths import length_fault
 from nestcli.audio.load import STREAM_BLOCK, BadAudioError, Samples, Sound, blocks_of, decoder, decoding_failure
 
-_MOST_SCALE = 16.0  # 24 dB above full scale; float samples that were only turned up too far are below
+_MOST_SCALE = 16.0  # 24 dB above full scale; float samples that were merely amplified too much stay below it
 _AUDIBLE = 1e-4  # -80 dBFS: the peak of a channel that is not silent
-SILENCE_DB = -100.0  # RMS in dBFS; one bit of 16 is -90
-_ALWAYS_READ, _MOST_PER_BYTE, _MOST_OF_FLAC = 1 << 25, 500, 64  # samples: megabytes can hold months of silence
+SILENCE_DB = -100.0  # RMS in dBFS; the lowest of 16 bits is at -90
+_ALWAYS_READ, _MOST_PER_BYTE, _MOST_OF_FLAC = 1 << 25, 500, 64  # samples: a few megabytes can hold months of silence
 _FULL_SCALE = {"PCM_U8": 127 / 128, "PCM_S8": 127 / 128, "ULAW": 32124 / 32768, "ALAW": 32256 / 32768}
-_OF_OTHERS = 0.999  # 16 bits end at 0.99997
-_CLIPPED_RUN = 3  # samples in a row at full scale; a loud but whole signal has one or two at its peaks
+_OF_OTHERS = 0.999  # full scale of other formats; 16-bit samples end at 0.99997
+_CLIPPED_RUN = 3  # samples in a row at full scale; a loud but unclipped signal has one or two at its peaks
 
 
 @dataclass(frozen=True, slots=True)
 class AudioReport:
-    """What decoding a whole file showed; `reason` is None for a good one.
+    """Result of decoding a whole file; `reason` is None if the file is good.
 
-    `frames` were decoded at `sample_rate` Hz and last `duration` s. `peak` and `rms_db` (dBFS) are those of the channel
-    that was looked at, or of the average of all, which is what `load_audio` returns. `clipped` is the share of samples
-    in runs at full scale, `digest` a hash of the samples and their rate. `detail` says in words what is wrong.
+    `frames` were decoded at `sample_rate` Hz and last `duration` s. `peak` and `rms_db` (dBFS) describe the chosen
+    channel, or the average of all channels, which is what `load_audio` returns. `clipped` is the share of samples
+    in runs at full scale. `digest` is a hash of the samples and their rate. `detail` says in words what is wrong.
     """
 
     sample_rate: int = 0
@@ -45,11 +45,13 @@ class AudioReport:
 
 
 def inspect_audio(path: str | os.PathLike[str], channel: int | None = None) -> AudioReport:
-    """Decode a whole file in bounded memory and report the first thing that is wrong with it.
+    """Decode a whole file in bounded memory and report the first fault found.
 
-    Whatever is not a fault of the file itself is judged on one channel, from 0, or on the average of all. Reasons:
-    outside_jail, missing, not_a_file, empty, unreadable, bad_rate, too_many_channels, no_such_channel, not_finite,
-    truncated, wrong_duration, too_long, wrong_scale, silent. Raises nothing.
+    Faults of the signal, as opposed to faults of the file itself, are judged on `channel` (from 0), or on the average
+    of all channels if it is None. Raises nothing.
+
+    Possible reasons: outside_jail, missing, not_a_file, empty, unreadable, bad_rate, too_many_channels,
+    no_such_channel, not_finite, truncated, wrong_duration, too_long, wrong_scale, silent.
     """
     path = os.fspath(path)
     try:
@@ -58,23 +60,23 @@ def inspect_audio(path: str | os.PathLike[str], channel: int | None = None) -> A
             return _inspect(path, sound)
     except BadAudioError as bad:
         return AudioReport(reason=bad.reason, detail=bad.detail)
-    except (OSError, sf.LibsndfileError) as error:  # the file goes away, or its disk does, while it is read
+    except (OSError, sf.LibsndfileError) as error:  # the file or its disk disappears while it is read
         return AudioReport(reason="unreadable", detail=str(error))
 
 
 def _inspect(path: str, sound: Sound) -> AudioReport:
-    """Decode all of an open file; the report of what was decoded carries the first thing that is wrong."""
+    """Decode a whole open file; the report describes the decoded part and carries the first fault."""
     frames, peak, energy, clipped = 0, 0.0, 0.0, 0
     failure: sf.LibsndfileError | None = None
     full_scale = _FULL_SCALE.get(sound.subtype, _OF_OTHERS)
     most = max(_ALWAYS_READ, (_MOST_OF_FLAC if sound.format == "FLAC" else _MOST_PER_BYTE) * Path(path).stat().st_size)
-    digest = sha256(str(sound.samplerate).encode())  # processors do it: blake2b takes four times as long here
+    digest = sha256(str(sound.samplerate).encode())  # in hardware; blake2b takes four times as long here
     try:
         for block in blocks_of(sound, STREAM_BLOCK // sound.channels, sound.frames):
             frames += len(block)
             if frames * sound.channels > most:
                 raise BadAudioError(
-                    "too_long", "its bytes stand for far more audio than those of a recording; leave it out"
+                    "too_long", "it decodes to far more audio than a recording of its size can hold; leave it out"
                 )
             digest.update(block.data)
             highest = max(float(block.max()), -float(block.min()))
@@ -105,7 +107,7 @@ def _inspect(path: str, sound: Sound) -> AudioReport:
 
 
 def _clipped_samples(block: Samples, full_scale: float) -> int:
-    """Samples in runs of three or more at full scale."""
+    """Return the number of samples in runs of three or more at full scale."""
     high = np.concatenate([[False], np.abs(block) >= full_scale, [False]])
     edges = np.flatnonzero(high[1:] != high[:-1])
     runs = edges[1::2] - edges[::2]
@@ -116,7 +118,7 @@ def _first_fault(path: str, sound: Sound, frames: int, peak: float, energy: floa
     if not math.isfinite(peak) or not math.isfinite(energy):
         return (
             "not_finite",
-            "some samples are not a number, infinite, or absurdly large; leave it out, or write it again",
+            "some samples are not a number, infinite, or absurdly large; leave the file out, or write it again",
         )
     if (fault := length_fault(sound, frames)) != ("", ""):
         return fault
@@ -131,7 +133,7 @@ def _first_fault(path: str, sound: Sound, frames: int, peak: float, energy: floa
 
 
 def _scale(peak: float) -> str:
-    """Say what the samples are likely to be divided by."""
+    """Say by which factor the samples probably have to be divided."""
     full = next((1 << bits for bits in (7, 15, 23, 31) if peak <= 1 << bits), None)
     if full is None:
         return f"its samples reach {peak:.3g}, where full scale is 1; write it again from its source"
@@ -140,7 +142,7 @@ def _scale(peak: float) -> str:
 
 
 def _cancelled(path: str, sound: Sound) -> str:
-    """Say which channel of a file is not silent though the average of all is; empty if all are silent."""
+    """Say which channel is not silent although the average of all channels is; empty if all are silent."""
     for channel in range(sound.channels if sound.channel is None and sound.channels > 1 else 0):
         with decoder(path) as again:
             again.keep(channel)

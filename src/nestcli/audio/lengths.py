@@ -1,8 +1,8 @@
-"""Whether an audio file holds as much audio as its header declares: its bytes against what the decoder gave.
+"""Check that an audio file holds as much audio as its header declares, by its bytes and the decoder's output.
 
-libsndfile quietly reduces the declared length of most formats to what is there, so half a WAV looks like a whole
-one of half the length; and it quietly stops where a header says so, whatever follows. SoX's formats are not looked at.
-A fault is a reason and what to say about it, or two empty texts for none.
+libsndfile silently reduces the declared length of most formats to what is there, so half a WAV looks like a whole WAV
+of half the length. It also silently stops where the header says so, whatever follows. Formats that SoX decodes are not
+checked. A fault is a pair (reason, detail); both are empty if there is none.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from nestcli.audio.sox import CONVERT, RECOVER
 
 Fault = tuple[str, str]
 NO_FAULT: Fault = ("", "")
-SLACK = 0.1  # s: what a file may hold beyond its declared length; no word fits into it
+SLACK = 0.1  # s that a file may hold beyond its declared length; too short for a word
 
-# Formats that say how long they are. In the others that libsndfile knows, a part looks like a whole file.
+# Formats that state their length. In libsndfile's other formats a cut file looks like a whole one.
 READ_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "VOC", "NIST", "HTK", "FLAC", "OGG", "MP3")
 
 _CHUNKED = ("WAV", "WAVEX", "AIFF", "RF64", "W64", "CAF", "VOC", "AU")
 _READ_ON = ("W64", "VOC", "G721_32", "G723_24", "G723_40")  # formats and codecs that are decoded to the file's end
-_UNKNOWN_LENGTH = 1 << 62  # frames: libsndfile's for a FLAC that states none, as encoders write into a pipe
-_IGNORE_LENGTH = (  # a plain call of either stops where the header says so
+_UNKNOWN_LENGTH = 1 << 62  # frames; libsndfile reports more for a FLAC without a length (an encoder wrote to a pipe)
+_IGNORE_LENGTH = (  # without the option, both programs stop where the header says so
     "convert it with `sox --ignore-length FILE FILE.flac`, or a WAV with `ffmpeg -ignore_length 1 -i FILE FILE.flac`"
 )
 _PIECE = 1 << 20
 _HEAD = 1 << 12
 _MOST_TAGS = 16  # in a row
-_MOST_PADDING = 64 << 20  # bytes: zeros are not looked for in more
-_TAIL = 1 << 16  # bytes: an Ogg page is never longer, and the last FLAC frames are seldom
-_READ_AHEAD, _LEFT = 1 << 16, 1 << 18  # bytes before and behind the decoder's place where its stream must end
+_MOST_PADDING = 64 << 20  # bytes; a longer rest is not searched for zeros
+_TAIL = 1 << 16  # bytes: Ogg pages are never longer, the last FLAC frames rarely
+_READ_AHEAD, _LEFT = 1 << 16, 1 << 18  # bytes before and behind the decoder's position where its stream must end
 _MPEG_SLACK = 2 * 1152  # samples: encoder delay and padding may or may not be counted
-_MOST_TRIES = 5_000  # places between the frames of a damaged MP3 that are looked at
-_MOST_STREAMS = 64  # that an Ogg file begins with
+_MOST_TRIES = 5_000  # positions between the frames of a damaged MP3 that are tried
+_MOST_STREAMS = 64  # multiplexed streams at the start of an Ogg file
 
 
 class FileBytes:
-    """An open file by its descriptor, and its size in bytes."""
+    """Positioned reads of an open file, given by its descriptor; `size` is in bytes."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -49,7 +49,7 @@ class FileBytes:
         self._head = os.pread(descriptor, _HEAD, 0)
 
     def at(self, place: int, count: int) -> bytes:
-        """Up to `count` bytes from `place` on; fewer where the file ends."""
+        """Return up to `count` bytes from `place`; fewer at the end of the file."""
         if 0 <= place <= _HEAD - count:  # most calls: headers are read field by field
             return self._head[place : place + count]
         return os.pread(self.descriptor, count, place) if 0 <= place < self.size else b""
@@ -58,7 +58,7 @@ class FileBytes:
         return self.at(max(0, self.size - count), count)
 
     def place(self) -> int:
-        """Where the decoder has read to."""
+        """Return the position up to which the decoder has read."""
         return os.lseek(self.descriptor, 0, os.SEEK_CUR)
 
     def only_zeros(self, start: int, end: int) -> bool:
@@ -67,7 +67,7 @@ class FileBytes:
         return not any(self.at(at, min(_PIECE, end - at)).strip(b"\0") for at in range(start, end, _PIECE))
 
     def behind_id3(self, place: int = 0) -> int:
-        """The place behind the ID3 tags, version 2, that begin at `place`."""
+        """Return the position behind the ID3v2 tags that begin at `place`."""
         for _ in range(_MOST_TAGS):
             tag = self.at(place, 10)
             if tag[:3] != b"ID3" or len(tag) < 10:
@@ -76,7 +76,7 @@ class FileBytes:
         return place
 
     def before_tags(self) -> int:
-        """The place where the tags at the file's end begin: ID3 version 1, and APE."""
+        """Return the position where the tags at the file's end (ID3v1 and APE) begin."""
         end = self.size
         if self.at(end - 128, 3) == b"TAG":
             end -= 128
@@ -88,9 +88,9 @@ class FileBytes:
 
 
 def length_fault(sound: sf.SoundFile, frames: int) -> Fault:
-    """The reason and the words for a file that holds more or less audio than is decoded; two empty texts for none.
+    """Return the fault of a file that holds more or less audio than was decoded, or NO_FAULT.
 
-    `frames` is where the decoder stopped: at `sound.frames`, or before.
+    `frames` is the frame at which the decoder stopped: `sound.frames` or an earlier one.
     """
     if not isinstance(sound.name, int):  # the file that SoX wrote
         return NO_FAULT
@@ -117,7 +117,7 @@ def length_fault(sound: sf.SoundFile, frames: int) -> Fault:
 
 
 def states_length(sound: sf.SoundFile) -> bool:
-    """Whether a header says how long its audio is."""
+    """Return True if the header states the length of the audio."""
     return bool(sound.frames < _UNKNOWN_LENGTH)
 
 
@@ -127,7 +127,7 @@ def _nist_frames(file: FileBytes) -> int:
 
 
 def _chunk_fault(file: FileBytes, sound: sf.SoundFile) -> Fault:
-    """Compare the declared size of a file's chunk of samples with the file's, and look at what stands behind it."""
+    """Compare the declared size of the sample chunk with the file's size, and check what follows the chunk."""
     found = samples_chunk(file)
     if found is None or found.declared is None:
         return NO_FAULT
@@ -157,7 +157,7 @@ def shorter(declared: int, frames: int, rate: int) -> Fault:
 
 
 def _holds_near_end(file: FileBytes, marker: bytes, start: int) -> bool:
-    """Whether another stream begins near the place, behind `start`, where the decoder has stopped."""
+    """Return True if another stream begins, behind `start`, near the position where the decoder stopped."""
     first = max(start, file.place() - _READ_AHEAD)
     return re.search(marker, file.at(first, _READ_AHEAD + _LEFT)) is not None
 
@@ -166,9 +166,9 @@ def _holds_near_end(file: FileBytes, marker: bytes, start: int) -> bool:
 
 
 def ogg_fault(file: FileBytes) -> Fault:
-    """Look for a cut last page, and for a second stream behind the first, where the decoder has stopped.
+    """Look for a last page that is cut off, and for a second stream behind the one where the decoder stopped.
 
-    A missing end flag proves nothing: live streams lack it.
+    A missing end-of-stream flag proves nothing: live streams lack it.
     """
     tail = file.tail(_TAIL)
     page = tail[max(0, tail.rfind(b"OggS")) :]
@@ -185,7 +185,7 @@ def ogg_fault(file: FileBytes) -> Fault:
         place += 27 + head[26] + sum(head[27 : 27 + head[26]])
     other = bool(streams) and page[14:18] not in streams
     if other or _holds_near_end(file, rb"OggS\0\x02", place):
-        return "wrong_duration", f"several Ogg streams stand one after the other, and only one would be read; {CONVERT}"
+        return "wrong_duration", f"several Ogg streams follow one another, and only one would be read; {CONVERT}"
     return NO_FAULT
 
 
@@ -193,7 +193,7 @@ def ogg_fault(file: FileBytes) -> Fault:
 
 
 def flac_fault(file: FileBytes, sound: sf.SoundFile) -> Fault:
-    """Compare the declared length with the number that the last frame carries, and look for a second stream."""
+    """Compare the declared length with the number in the last frame's header, and look for a second stream."""
     begin = file.behind_id3()
     info = file.at(begin, 42)
     if info[:4] == b"fLaC" and len(info) == 42:
@@ -206,7 +206,7 @@ def flac_fault(file: FileBytes, sound: sf.SoundFile) -> Fault:
 
 
 def _flac_end(tail: bytes, least_block: int, most_block: int) -> int | None:
-    """The sample behind the last frame; None where no two frames in a row are found."""
+    """Return the number of the sample behind the last frame, or None if no two consecutive frames are found."""
     found = re.finditer(rb"\xff[\xf8\xf9]", tail)
     later: tuple[int, int] | None = None
     for at in reversed([each.start() for each in found]):
@@ -220,11 +220,11 @@ def _flac_end(tail: bytes, least_block: int, most_block: int) -> int | None:
 
 
 def _flac_frame(head: bytes, least_block: int, most_block: int) -> tuple[int, int] | None:
-    """The first sample of a frame and the one behind it, by its header; None for bytes that are not one."""
+    """Return a frame's first sample and the one behind its last, from its header; None if this is not a frame."""
     code, rate_code = (head[2] >> 4, head[2] & 15) if len(head) == 16 else (0, 0)
     if code == 0 or head[3] & 1 or head[3] >> 4 > 10:
         return None
-    more = 0 if head[4] < 0x80 else 8 - (~head[4] & 0xFF).bit_length() - 1  # bytes behind the first, as in UTF-8
+    more = 0 if head[4] < 0x80 else 8 - (~head[4] & 0xFF).bit_length() - 1  # continuation bytes, as in UTF-8
     number = head[4] if more == 0 else head[4] & (0x3F >> more)
     for byte in head[5 : 5 + more]:
         number = number << 6 | byte & 0x3F
@@ -260,7 +260,7 @@ def _crc8_table() -> list[int]:
 
 
 def mpeg_fault(file: FileBytes, sound: sf.SoundFile, frames: int) -> Fault:
-    """Compare the stated length with the frames that are there; where none is stated, libsndfile estimates one."""
+    """Compare the stated length with the frames in the file; without a stated length, libsndfile estimates one."""
     start = file.behind_id3()
     head = file.at(start, 4096)
     bytes_missing = _missing_mpeg_bytes(file, start, head)
@@ -274,7 +274,7 @@ def mpeg_fault(file: FileBytes, sound: sf.SoundFile, frames: int) -> Fault:
         there, read = count * samples / sound.samplerate, sound.frames / sound.samplerate
         return (
             "wrong_duration",
-            f"it does not state its length, so that {read:.2f} of {there:.2f} s would be read; {CONVERT}",
+            f"it does not state its length, so only {read:.2f} of {there:.2f} s would be read; {CONVERT}",
         )
     return NO_FAULT
 
@@ -283,7 +283,7 @@ _XING = re.compile(rb"(?:Xing|Info)\0\0\0(.)((?:.{4})?)(.{4})", re.DOTALL)
 
 
 def _stated_mpeg_frames(head: bytes) -> int | None:
-    """How many frames the first one states, itself not counted."""
+    """Return the number of frames that the first frame states, not counting itself, or None."""
     if (found := _XING.search(head)) and found[1][0] & 1:
         return int.from_bytes(found[2], "big") or None
     at = head.find(b"VBRI")
@@ -291,7 +291,7 @@ def _stated_mpeg_frames(head: bytes) -> int | None:
 
 
 def _missing_mpeg_bytes(file: FileBytes, start: int, head: bytes) -> bool | None:
-    """Whether a file has fewer bytes than its first frame states for all of them; None where it states no length."""
+    """Return True if a file has fewer bytes than its first frame states; None if that states no length at all."""
     found = _XING.search(head)
     if found is None:
         return False if any(name in head for name in (b"Xing", b"Info", b"VBRI")) else None
@@ -303,7 +303,7 @@ def _missing_mpeg_bytes(file: FileBytes, start: int, head: bytes) -> bool | None
     return stated - held > max(CHUNK_SLACK, stated // 100)
 
 
-_KBPS = {  # by whether it is MPEG 1, and the layer's code (1: III, 2: II)
+_KBPS = {  # (MPEG 1 or not, layer code: 1 is III, 2 is II) -> kbit/s by bit rate code
     (True, 1): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (False, 1): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -313,7 +313,7 @@ _KBPS = {  # by whether it is MPEG 1, and the layer's code (1: III, 2: II)
 
 @lru_cache(maxsize=1)
 def _frame_lengths() -> dict[int, tuple[int, int]]:
-    """Bytes and samples of a frame, by the second and third byte of its header."""
+    """Return a table from the second and third header byte of an MPEG frame to its length in bytes and in samples."""
     lengths = {}
     for key in range(0xE000, 0x10000):
         version, layer, bits, rate = key >> 11 & 3, key >> 9 & 3, key >> 4 & 15, key >> 2 & 3
@@ -327,7 +327,7 @@ def _frame_lengths() -> dict[int, tuple[int, int]]:
 
 
 def _mpeg_frames(file: FileBytes, place: int) -> tuple[int, int]:
-    """Walk from frame to frame over tags and damage; how many there are, and the samples of each."""
+    """Walk from frame to frame, past tags and damage; return the number of frames and the samples in each."""
     lengths, end = _frame_lengths(), file.before_tags()
     count = samples = base = 0
     tries = _MOST_TRIES
@@ -352,7 +352,7 @@ def _mpeg_frames(file: FileBytes, place: int) -> tuple[int, int]:
 
 
 def _next_frame(piece: bytes, at: int, lengths: dict[int, tuple[int, int]], tries: int) -> tuple[int, int]:
-    """The place of the next frame that another one follows, else the end of `piece`; and the tries that are left."""
+    """Return the position of the next frame that another frame follows, else the end of `piece`; and the tries left."""
     while tries > 0:
         tries -= 1
         at = piece.find(b"\xff", at)

@@ -1,7 +1,7 @@
-"""An open audio file: opening it with all the checks, and decoding it block by block.
+"""Open audio files with all checks, and decode them block by block.
 
-libsndfile decodes through a descriptor that was checked to belong to a regular file, in blocks, so that no header
-decides how much memory is taken; SoX, where it is installed, decodes what libsndfile cannot.
+libsndfile decodes through a descriptor that is known to belong to a regular file. It decodes in blocks, so that no
+header decides how much memory is used. SoX, if installed, decodes what libsndfile cannot.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from nestcli.storage.file_kinds import HEAD
 Samples = npt.NDArray[np.float32]
 Channel = int | Literal["average"]  # "average": of all channels
 CHANNEL_KEY = "channel_selector"
-_MOST_CHANNELS = 1 << 16  # no file has a channel of a higher number
+_MOST_CHANNELS = 1 << 16  # channel numbers must be smaller
 
 RATES = (1_000, 768_000)  # Hz
 MAX_CHANNELS = 32
 MAX_LOADED = 1 << 28  # frames of one utterance: 4 hours and 40 minutes at 16 kHz, a gigabyte of memory
-END_SLACK = 0.5  # s: a part that ends this close to the end of a file stands for all of it
-STREAM_BLOCK = 1 << 18  # samples of all channels, where a file is walked through
+END_SLACK = 0.5  # s: an excerpt that ends this close to the end of the file is checked like the whole file
+STREAM_BLOCK = 1 << 18  # samples over all channels, for files that are streamed
 
-_LOAD_BLOCK = 1 << 23  # samples of all channels decoded in one go: 32 MiB, a minute of 48 kHz stereo
+_LOAD_BLOCK = 1 << 23  # samples over all channels decoded at once: 32 MiB, more than a minute of 48 kHz stereo
 _UNRECOGNISED = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
-_MP3_PREROLL = 12 * 1152  # frames: after a seek libmpg123 was seen to decode 4,805 samples wrongly
+_MP3_PREROLL = 12 * 1152  # frames; after a seek, libmpg123 decoded 4,805 samples wrongly (measured)
 
 
 class Sound(sf.SoundFile):  # type: ignore[misc]  # soundfile has no types
-    """An open file that is read straight on.
+    """An open file that is read sequentially.
 
-    soundfile seeks to where it is after every read, which is slow, and spoils MP3: the decoder forgets the
-    earlier frames that the next ones refer to. It does not where a file says that it cannot seek.
+    soundfile seeks to its own position after every read. This is slow, and it spoils MP3: the decoder forgets the
+    earlier frames that the next ones refer to. soundfile does not do this with a file that says it cannot seek.
     """
 
-    channel: int | None = None  # the one that is kept; None for the average of all
+    channel: int | None = None  # the channel to keep; None for the average of all
 
     def seekable(self) -> bool:
         return False
@@ -73,7 +73,7 @@ def decoder_message(error: sf.LibsndfileError) -> str:
     return text.removeprefix("Error : ").rstrip(".")
 
 
-# --- for whoever wants samples
+# --- public functions
 
 
 def load_audio(
@@ -86,9 +86,10 @@ def load_audio(
 ) -> Samples:
     """Read a file, or `duration` s of it from `offset` s on, as mono float32 at `sample_rate` Hz.
 
-    Channels are averaged, unless one is named, from 0. Times are the file's own and truncated to its samples, as in
-    NeMo's AudioSegment; the result is shorter than `duration` where the file ends before. Raises AudioError if nothing
-    can be read, or if the end is reached and the file holds more audio than its header says, or less.
+    Channels are averaged unless `channel` names one (from 0). Times are converted to frames at the file's own rate and
+    truncated, as in NeMo's AudioSegment. The result is shorter than `duration` if the file ends earlier. Raises
+    AudioError if nothing can be read, or if the read reaches the end and the file holds more or less audio than its
+    header declares.
     """
     try:
         with decoder(os.fspath(path)) as sound:
@@ -107,7 +108,7 @@ def load_audio(
 def stream_audio(
     path: str | os.PathLike[str], *, offset: float = 0.0, duration: float | None = None, channel: int | None = None
 ) -> Iterator[tuple[int, Iterator[Samples]]]:
-    """What `load_audio` reads, in blocks of bounded size at the file's own rate in Hz, which comes first."""
+    """Yield the file's own rate in Hz, and the samples of `load_audio` at that rate as blocks of bounded size."""
     try:
         with decoder(os.fspath(path)) as sound:
             sound.keep(channel)
@@ -123,7 +124,7 @@ def stream_audio(
 
 
 def resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Samples]:
-    """Blocks at `rate` Hz as blocks at `target` Hz: to the bit what `load_audio` makes of them in one go."""
+    """Resample blocks from `rate` to `target` Hz, bit-identical to what `load_audio` computes in one piece."""
     if rate == target:
         yield from blocks
         return
@@ -140,9 +141,9 @@ def resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Sam
 
 
 def audio_duration(path: str | os.PathLike[str]) -> tuple[float | None, str, str]:
-    """The seconds that a file's header states, or None, why there are none and the reason of that.
+    """Return the duration in s that a file's header states, or None; then the detail and the reason of a failure.
 
-    What states no length is decoded.
+    A file that states no length is decoded.
     """
     try:
         with decoder(os.fspath(path)) as sound:
@@ -154,7 +155,7 @@ def audio_duration(path: str | os.PathLike[str]) -> tuple[float | None, str, str
 
 
 def audio_header(path: str | os.PathLike[str]) -> tuple[int, int, int]:
-    """Rate in Hz, channels, and frames, as a file's header states them. Raises DataError."""
+    """Return rate in Hz, number of channels and number of frames from a file's header. Raises DataError."""
     try:
         with decoder(os.fspath(path)) as sound:
             return sound.samplerate, sound.channels, sound.frames
@@ -163,7 +164,7 @@ def audio_header(path: str | os.PathLike[str]) -> tuple[int, int, int]:
 
 
 class AudioError(DataError):
-    """Audio that cannot be used, for one of the reasons of `inspect_audio`."""
+    """Audio cannot be used, for one of the reasons that `inspect_audio` lists."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -171,7 +172,7 @@ class AudioError(DataError):
 
 
 def reason_of(error: Exception) -> str:
-    """The reason of an AudioError; "unreadable" for others, which have none."""
+    """Return the reason of an AudioError, or "unreadable" for other errors, which have none."""
     return error.reason if isinstance(error, AudioError) else "unreadable"
 
 
@@ -180,7 +181,7 @@ def _data_error(path: str | os.PathLike[str], why: str, reason: str = "unreadabl
 
 
 def _resample(samples: Samples, rate: int, target: int) -> Samples:
-    """Resample by soxr to the length that librosa, NeMo's way to soxr, would give."""
+    """Resample with soxr to the length that librosa, through which NeMo calls soxr, would give."""
     length = math.ceil(len(samples) * (target / rate))
     resampled: Samples = soxr.resample(samples, rate, target, quality="HQ")
     if len(resampled) < length:
@@ -193,19 +194,19 @@ def _resample(samples: Samples, rate: int, target: int) -> Samples:
 
 @contextmanager
 def decoder(path: str) -> Iterator[Sound]:
-    """Open a regular file with libsndfile, else with SoX; raises BadAudioError."""
+    """Open a regular file with libsndfile, or else with SoX. Raises BadAudioError."""
     if why := allowed_folders.outside(path):
         raise BadAudioError(allowed_folders.REASON, why)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not hang on a FIFO
     except (FileNotFoundError, NotADirectoryError):
-        raise BadAudioError("missing", "there is no such file; correct its path, or mount its disk") from None
+        raise BadAudioError("missing", "no such file; correct its path, or mount its disk") from None
     except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) == errno.ENXIO:  # what opening a socket gives
+        if getattr(error, "errno", None) == errno.ENXIO:  # the path is a socket
             _check_regular(os.stat(path))  # noqa: PTH116
         why = getattr(error, "strerror", None) or str(error)
         raise BadAudioError(
-            "unreadable", f"it cannot be opened ({why}); mend its permissions, its name or its link"
+            "unreadable", f"it cannot be opened ({why}); fix its permissions, its name or its link"
         ) from None
     try:
         _check_regular(os.fstat(descriptor))
@@ -240,7 +241,8 @@ def _checked(sound: Sound) -> Sound:
     lowest, highest = RATES
     if not lowest <= sound.samplerate <= highest:
         raise BadAudioError(
-            "bad_rate", f"{sound.samplerate} Hz is no rate from {lowest} to {highest} Hz; mend the header, or {CONVERT}"
+            "bad_rate",
+            f"its rate of {sound.samplerate} Hz is not between {lowest} and {highest} Hz; fix the header, or {CONVERT}",
         )
     if sound.channels > MAX_CHANNELS:
         detail = f"{sound.channels} channels are more than {MAX_CHANNELS}"
@@ -249,7 +251,7 @@ def _checked(sound: Sound) -> Sound:
     if sound.format not in READ_FORMATS:
         raise BadAudioError(
             "unreadable",
-            f"it cannot be told whether a file in the format {sound.format} is whole; convert it with SoX or ffmpeg, "
+            f"the format {sound.format} does not show whether a file is whole; convert it with SoX or ffmpeg, "
             "for example with `sox FILE FILE.wav` or `ffmpeg -i FILE FILE.flac`",
         )
     return sound
@@ -259,9 +261,9 @@ def _checked(sound: Sound) -> Sound:
 
 
 def read_mono(sound: Sound, start: int, count: int | None) -> Samples:
-    """Decode `count` frames from `start` on, or as many as there are.
+    """Decode `count` frames from `start`, or as many as there are.
 
-    Raises BadAudioError, also where this reaches the end and the file holds more than its header says, or less.
+    Raises BadAudioError, also if this reaches the end and the file holds more or less than its header declares.
     """
     count = available(sound, start, count)
     if count > MAX_LOADED and states_length(sound):
@@ -292,31 +294,31 @@ def _read(sound: Sound, start: int, count: int) -> Samples:
 
 
 def decoding_failure(sound: Sound, error: sf.LibsndfileError) -> tuple[str, str]:
-    """Tell a file that ends too early from one that is broken in the middle, by where the decoder stopped."""
+    """Distinguish a file that ends too early from one that is damaged inside, by where the decoder stopped."""
     if isinstance(sound.name, int) and os.lseek(sound.name, 0, os.SEEK_CUR) >= os.fstat(sound.name).st_size:
         return "truncated", f"the file ends in the middle of its audio ({decoder_message(error)}); {RECOVER}"
     return "unreadable", f"the audio is damaged ({decoder_message(error)}); {RECOVER}"
 
 
 def check_length(sound: Sound, frames: int) -> None:
-    """Raise BadAudioError where a file holds more or less than what was decoded up to the frame `frames`."""
+    """Raise BadAudioError if a file holds more or less than what was decoded up to the frame `frames`."""
     reason, detail = length_fault(sound, frames)
     if reason:
         raise BadAudioError(reason, detail)
 
 
 def stated_slack(seconds: float) -> float:
-    """By how many seconds a manifest may promise more than there is: for rounded durations and codecs' padding."""
+    """Return by how many s a stated duration may exceed the real one: durations are rounded, codecs pad."""
     return min(0.5, 0.1 + 0.05 * seconds)
 
 
 def _too_long(sound: Sound) -> BadAudioError:
     most = MAX_LOADED / sound.samplerate
-    return BadAudioError("too_long", f"more than {most:,.0f} s are asked for in one piece; cut it with --segment")
+    return BadAudioError("too_long", f"more than {most:,.0f} s were requested in one piece; cut it with --segment")
 
 
 def available(sound: Sound, start: int, count: int | None) -> int:
-    """How many of `count` frames there are from `start` on; raises BadAudioError for none."""
+    """Return how many of `count` frames exist from `start`. Raises BadAudioError if none do."""
     left = sound.frames - start
     count = left if count is None else min(count, left)
     if count <= 0:
@@ -327,7 +329,7 @@ def available(sound: Sound, start: int, count: int | None) -> int:
 
 
 def seek(sound: Sound, start: int) -> None:
-    """Go to a frame so that the next one read is the same as if all had been read."""
+    """Move to a frame so that decoding from there gives the same samples as decoding from the beginning."""
     preroll = min(start, _MP3_PREROLL) if sound.format == "MP3" else 0
     sound.seek(start - preroll)
     if preroll:
@@ -335,7 +337,7 @@ def seek(sound: Sound, start: int) -> None:
 
 
 def blocks_of(sound: Sound, size: int, count: int) -> Iterator[Samples]:
-    """Decode `count` frames in mono blocks of at most `size`, until the file ends."""
+    """Decode `count` frames, or fewer if the file ends, in mono blocks of at most `size` frames."""
     while count > 0:
         block = _decode(sound, min(size, count))
         if len(block) == 0:
@@ -349,7 +351,7 @@ def _decode(sound: Sound, count: int) -> Samples:
     if sound.subtype != "PCM_16":
         return _one_channel(sound.read(count, dtype="float32"), sound.channel)
     samples: Samples = sound.read(count, dtype="int16").astype(np.float32)
-    samples *= 1 / 32768  # what libsndfile computes for float32, to the bit, in half its time
+    samples *= 1 / 32768  # bit-identical to libsndfile's float32, in half the time
     return _one_channel(samples, sound.channel)
 
 
@@ -358,24 +360,24 @@ def _one_channel(samples: Samples, channel: int | None) -> Samples:
 
 
 def _average(samples: Samples) -> Samples:
-    """(frames,) or (frames, channels) -> (frames,); eight times as fast as numpy's mean over short rows."""
+    """Average channels: (frames,) or (frames, channels) -> (frames,); eight times as fast as numpy's mean here."""
     if samples.ndim == 1:
         return samples
     total = samples[:, 0].copy()
-    with np.errstate(all="ignore"):  # what is not finite is reported by those who look
+    with np.errstate(all="ignore"):  # callers that care report values that are not finite
         for channel in range(1, samples.shape[1]):
             total += samples[:, channel]
         total /= samples.shape[1]
     return total
 
 
-# --- which channel
+# --- choice of a channel
 
 
 def parsed_channel(value: Any) -> Channel | None:
-    """The channel that a `channel_selector` means: a number from 0, "average", or None where it is null.
+    """Return the channel that a `channel_selector` means: a number from 0, "average", or None for null.
 
-    A list of one number is that number, as in NeMo. Raises ValueError for anything else.
+    A list of one number means that number, as in NeMo. Raises ValueError for anything else.
     """
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
@@ -392,6 +394,6 @@ def parsed_channel(value: Any) -> Channel | None:
 
 
 def kept_channel(own: Channel | None, default: Channel | None) -> int | None:
-    """The number of the channel to keep, None for the average of all: an utterance's own choice comes first."""
+    """Return the number of the channel to keep, or None for the average; an utterance's own choice comes first."""
     channel = default if own is None else own
     return None if channel == "average" else channel

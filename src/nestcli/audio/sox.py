@@ -1,4 +1,4 @@
-"""SoX, where it is installed, for the formats that libsndfile does not know."""
+"""Decode formats that libsndfile does not know with SoX, if it is installed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import soundfile as sf
 from nestcli.jobs.patience import seconds_for
 from nestcli.storage.file_kinds import HEAD, foreign
 
-_MOST_EXPANSION, _LEAST_LIMIT = 100, 256 << 20  # of a file's bytes as 32-bit samples, and bytes that any may have
-_PATIENCE = 200  # s, and more for long files
+# SoX may write 100 times a file's bytes as 32-bit samples, or 256 MiB if that is more.
+_MOST_EXPANSION, _LEAST_LIMIT = 100, 256 << 20
+_PATIENCE = 200  # s that SoX may take; long files get more
 
 CONVERT = "convert it, for example with `ffmpeg -i FILE FILE.flac`"
 _IF_IT_PLAYS = "if a player plays it, convert it with `ffmpeg -i FILE FILE.flac`"
@@ -26,22 +27,22 @@ RECOVER = "copy it again, or keep what is there with `ffmpeg -i FILE FILE.flac`"
 
 
 class UnreadableError(Exception):
-    """A file that SoX cannot decode either; its text says why."""
+    """SoX cannot decode a file either; the text says why."""
 
 
 def _sox_type(path: str, head: bytes) -> str | None:
-    """Name in SoX's words the format of a file that libsndfile does not know, judged by its content.
+    """Return SoX's name for the format of a file that libsndfile does not know, judged by its content.
 
-    SoX itself falls back to the name's ending, and then decodes any bytes as noise, or follows a playlist.
+    SoX itself falls back to the file name's ending; then it decodes any bytes as noise, or follows a playlist.
     """
     for magic, kind in ((b"#!AMR\n", "amr-nb"), (b"#!AMR-WB\n", "amr-wb"), (b"wvpk", "wv")):
         if head.startswith(magic):
             return kind
-    frames_of_gsm = {byte >> 4 for byte in head[:64:33]}  # 33 bytes each, the first half byte is 0xD
+    frames_of_gsm = {byte >> 4 for byte in head[:64:33]}  # a frame has 33 bytes and begins with the half byte 0xD
     return "gsm" if path.lower().endswith(".gsm") and frames_of_gsm == {0xD} else None
 
 
-# What ffmpeg decodes and libsndfile does not, by the first bytes of a file and their place in it.
+# Formats that ffmpeg decodes and libsndfile does not: position in the file, the bytes there, name.
 _ONLY_FFMPEG = (
     (4, b"ftyp", "M4A, MP4 or 3GP"),
     (4, b"moov", "QuickTime"),
@@ -71,7 +72,7 @@ _ONLY_FFMPEG = (
 
 
 def unreadable(path: str, head: bytes, why: str = "") -> str:
-    """Say why a file cannot be read, by its first bytes, and what to do; `why` is what a decoder said."""
+    """Say why a file with these first bytes cannot be read and what to do; `why` is the decoder's own message."""
     kind = next((kind for at, magic, kind in _ONLY_FFMPEG if head[at : at + len(magic)] == magic), None)
     if kind is not None:
         return f"this is {kind}, which ffmpeg reads and libsndfile does not; {CONVERT}"
@@ -85,7 +86,7 @@ def unreadable(path: str, head: bytes, why: str = "") -> str:
 
 @contextmanager
 def decoded_by_sox(path: str) -> Iterator[str]:
-    """Have SoX decode a file into a temporary one that libsndfile reads; raises UnreadableError."""
+    """Have SoX decode a file into a temporary file that libsndfile reads. Raises UnreadableError."""
     with open(path, "rb") as file:  # noqa: PTH123  (a str path, perhaps with bytes that are not UTF-8)
         head = file.read(HEAD)
     kind = _sox_type(path, head)
@@ -96,7 +97,7 @@ def decoded_by_sox(path: str) -> Iterator[str]:
         raise UnreadableError(f"{kind} needs the program sox; install it, or {CONVERT}")
     with TemporaryDirectory(prefix="nest-sox-") as folder:
         copy = str(Path(folder) / "decoded.w64")
-        # no shell here, and an absolute path is no option, no pipe ("|command") and no address to SoX either
+        # No shell is involved; and SoX cannot take an absolute path for an option, a pipe ("|command") or an address.
         source = ["--no-glob", "-V1", "-t", kind, os.path.abspath(path)]  # noqa: PTH100
         decoded = ["-t", "w64", "-e", "floating-point", "-b", "32", copy]
         size = Path(path).stat().st_size
@@ -105,21 +106,21 @@ def decoded_by_sox(path: str) -> Iterator[str]:
 
 
 def _run(command: list[str], limit: int, patience: float) -> None:
-    """Run SoX for `patience` s at most; it may write `limit` bytes: silence of months is packed into kilobytes."""
+    """Run SoX for at most `patience` s and let it write `limit` bytes: kilobytes can hold months of silence."""
     with subprocess.Popen(  # noqa: S603  (no shell)
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
         if hasattr(resource, "prlimit"):
-            with suppress(OSError):  # it has ended already
+            with suppress(OSError):  # SoX has ended already
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
         try:
             complaint = process.communicate(timeout=patience)[1].decode("utf-8", "replace").strip()
         except subprocess.TimeoutExpired:
             process.kill()
-            raise UnreadableError(f"SoX has not decoded it in {patience:.0f} s; {CONVERT}") from None
+            raise UnreadableError(f"SoX did not decode it within {patience:.0f} s; {CONVERT}") from None
     if process.returncode == -signal.SIGXFSZ or "File too large" in complaint:
         raise UnreadableError(
-            f"decoded it has more than {limit:,} bytes, as no recording of its size has; leave it out"
+            f"it decodes to more than {limit:,} bytes, too many for a recording of its size; leave it out"
         )
-    if process.returncode != 0 or complaint:  # SoX ends with 0 after some failures
+    if process.returncode != 0 or complaint:  # SoX exits with 0 after some failures
         raise UnreadableError(f"SoX cannot decode it: {complaint.rpartition(chr(10))[2]}; {_IF_IT_PLAYS}")

@@ -1,4 +1,4 @@
-"""The tar files of NeMo: looked through block by block, and refused whole when anything in them is odd.
+"""NeMo's tar files: checked block by block, and refused as a whole if anything in them is unexpected.
 
 Nothing is extracted. `storage.tar_headers` walks the archive; this file decides which headers a model may have.
 """
@@ -23,7 +23,7 @@ from nestcli.storage.tar_headers import BLOCK, BrokenTarError, headers
 
 RECORD = 20 * BLOCK  # tar files are padded to it
 MAX_MEMBERS = 256  # NeMo writes 3, and a few more for a tokenizer
-MAX_EXPANSION = 8  # of gzip; fp32 weights that come from bf16 shrink to less than half, others by little
+MAX_EXPANSION = 8  # of gzip; fp32 weights converted from bf16 shrink to less than half, others barely
 _ALWAYS_EXPANDED = 64 << 20  # bytes; small files of zeros shrink further
 _MAX_TAIL = 1 << 20  # bytes of padding after the last member
 _MAX_NOTES = 1 << 16  # bytes of a PAX header
@@ -51,7 +51,7 @@ class Member:
 
 
 class Archive:
-    """An open archive whose every header is checked; `open` gives one member's bytes."""
+    """Open archive with every header checked; `open` returns one member's bytes."""
 
     def __init__(self, file: IO[bytes], source: str) -> None:
         self.source = source
@@ -59,7 +59,7 @@ class Archive:
         self.members = _members(file, source)
 
     def open(self, name: str) -> tuple[IO[bytes], int]:
-        """A member as a read-only file, and its size in bytes. Raises CheckpointError if there is none."""
+        """Return a member as a read-only file, and its size in bytes. Raises CheckpointError if it is missing."""
         if name not in self.members:
             raise CheckpointError(f"{self.source} holds no {name}: it is not a model that NeMo's save_to wrote.")
         member = self.members[name]
@@ -68,7 +68,7 @@ class Archive:
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
-    """The tar file at `path`, plain or compressed with gzip. Raises CheckpointError."""
+    """Open the tar file at `path`, plain or compressed with gzip. Raises CheckpointError."""
     try:
         with path.open("rb") as raw:
             if odd := oversized(os.fstat(raw.fileno())):
@@ -76,7 +76,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
             if raw.read(2) != b"\x1f\x8b":
                 yield Archive(raw, str(path))
                 return
-            with tempfile.TemporaryFile() as plain:  # it has no name, and is gone when it is closed
+            with tempfile.TemporaryFile() as plain:  # it has no name, and disappears when closed
                 _expand(raw, plain, str(path))
                 yield Archive(plain, str(path))
     except OSError as error:
@@ -91,7 +91,7 @@ def _expand(raw: IO[bytes], plain: IO[bytes], source: str) -> None:
         with gzip.GzipFile(fileobj=raw) as packed:
             while piece := packed.read(1 << 20):
                 if plain.tell() + len(piece) > limit:
-                    raise CheckpointError(f"{source}: what is packed in it grows beyond {limit:,} bytes. Refused.")
+                    raise CheckpointError(f"{source}: its unpacked content exceeds {limit:,} bytes. Refused.")
                 plain.write(piece)
         plain.flush()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -104,7 +104,7 @@ def _members(file: IO[bytes], source: str) -> dict[str, Member]:
     end = 0
     try:
         for seen, header in enumerate(headers(file.fileno())):
-            if len(names) >= MAX_MEMBERS or seen >= 2 * MAX_MEMBERS:  # a PAX header may go before each
+            if len(names) >= MAX_MEMBERS or seen >= 2 * MAX_MEMBERS:  # a PAX header may precede each
                 raise CheckpointError(f"{source} has more than {MAX_MEMBERS} members. Refused.")
             if header.type == tarfile.XHDTYPE:
                 _check_notes(header, source)
@@ -123,7 +123,7 @@ def _members(file: IO[bytes], source: str) -> dict[str, Member]:
 
 
 def _checked_name(header: tarfile.TarInfo, source: str) -> str:
-    """The member's name without `./`; only files and folders inside the archive's own folder have one."""
+    """Return the member's name without `./`; only files and folders inside the archive's own folder have one."""
     shown = _shown(header.name)
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
         raise CheckpointError(f"{source} holds {_KINDS.get(header.type, 'something unknown')}, {shown}. Refused.")
@@ -136,12 +136,12 @@ def _checked_name(header: tarfile.TarInfo, source: str) -> str:
 
 
 def _check_notes(header: tarfile.TarInfo, source: str) -> None:
-    """Let a PAX header pass that notes times and owners; one that renames, resizes or maps is refused."""
+    """Accept a PAX header that only states times and owners; refuse one that renames, resizes or maps."""
     odd = sorted(header.pax_headers.keys() - _PAX_KEYS)
     if odd or header.size > _MAX_NOTES:
         raise CheckpointError(
             f"{source} has a PAX header that changes {_shown(odd[0] if odd else '?')} of a member. Refused: "
-            "only times and owners may stand there."
+            "it may state only times and owners."
         )
 
 
@@ -149,9 +149,9 @@ def _check_tail(file: IO[bytes], position: int, source: str) -> None:
     file.seek(position)
     tail = file.read(_MAX_TAIL + 1)
     if len(tail) < BLOCK:
-        raise CheckpointError(f"{source} is no tar file, or cut off: its end is missing.")
+        raise CheckpointError(f"{source} is not a tar file, or is cut off: its end is missing.")
     if len(tail) > _MAX_TAIL or tail.strip(b"\0"):
-        raise CheckpointError(f"{source} goes on behind its end. Refused.")
+        raise CheckpointError(f"{source} has data behind its end. Refused.")
 
 
 def _shown(name: str) -> str:
@@ -159,7 +159,7 @@ def _shown(name: str) -> str:
 
 
 class _Slice(io.RawIOBase):
-    """A member's bytes, read where they are."""
+    """Read-only view of a member's bytes inside the archive."""
 
     def __init__(self, file: IO[bytes], member: Member) -> None:
         self._file, self._member, self._position = file, member, 0
@@ -189,7 +189,7 @@ class _Slice(io.RawIOBase):
 
 
 def header_of(name: str, size: int, *, folder: bool = False) -> bytes:
-    """The header of a member that we write: the same bytes whoever writes it, and whenever."""
+    """Return the header of a member that we write: the same bytes for every user and at any time."""
     info = tarfile.TarInfo(name)
     info.size = size
     info.type, info.mode = (tarfile.DIRTYPE, 0o755) if folder else (tarfile.REGTYPE, 0o644)
@@ -197,5 +197,5 @@ def header_of(name: str, size: int, *, folder: bool = False) -> bytes:
 
 
 def padding(size: int, to: int = BLOCK) -> bytes:
-    """Zeros that fill `size` bytes up to a multiple of `to`."""
+    """Return the zeros that pad `size` bytes to a multiple of `to`."""
     return bytes(-size % to)

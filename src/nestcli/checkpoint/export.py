@@ -1,4 +1,4 @@
-"""A checkpoint written in the format of another tool, and read again before it is called done."""
+"""Write a checkpoint in another tool's format, and read the result again to verify it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from nestcli.model.speech_encoder import SpeechEncoder
 
 Look: TypeAlias = Callable[[], tuple[str, float | None]]  # reads a result again: what was verified, the difference
 Writer: TypeAlias = Callable[[str | os.PathLike[str], Path, Part, bool], tuple[int, Look]]
-TOLERANCE = 1e-4  # of outputs on valid frames
+TOLERANCE = 1e-4  # largest difference of outputs on valid frames
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it was looked at: `difference` is None where nothing could be computed with it."""
+    """A written export and its verification; `difference` is None if nothing could be computed with it."""
 
     path: Path
     tensors: int
@@ -45,8 +45,8 @@ def export(
 ) -> Exported:
     """Write a checkpoint as `to`, a key of WRITERS, at `out`, which is new unless `force` is set, and verify it.
 
-    Raises CheckpointError, ConfigError, MissingDependencyError; RunFailedError if what was written differs from the
-    checkpoint or cannot be read. What stood at `out` before is there again then.
+    Raises CheckpointError, ConfigError, MissingDependencyError; RunFailedError if the result differs from the
+    checkpoint or cannot be read. On any error, the previous file or folder at `out` is restored.
     """
     with _kept(out):
         return _export(checkpoint, to, out, part, force)
@@ -99,7 +99,7 @@ def _encoder_tensors(stored: StoredEncoder) -> int:
 
 @contextmanager
 def _kept(out: Path) -> Iterator[None]:
-    """Put what stands at a path back if the block fails."""
+    """Restore the file or folder at a path if the block fails."""
     if not out.exists():
         yield
         return
@@ -127,7 +127,7 @@ def _link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
 
 
 def _verified(out: Path, checkpoint: str | os.PathLike[str], look: Look) -> tuple[str, float | None]:
-    """What `look` found in `out`, which is removed if it cannot be read or differs. Raises RunFailedError."""
+    """Return the findings of `look`; remove `out` if it cannot be read or differs. Raises RunFailedError."""
     bug = "It was removed. This is a bug in nest, or of a version of the other library: please report both versions."
     try:
         verified, difference = look()
@@ -138,7 +138,7 @@ def _verified(out: Path, checkpoint: str | os.PathLike[str], look: Look) -> tupl
     except RunFailedError:
         _remove(out)
         raise
-    except Exception as error:  # whatever the other library raises
+    except Exception as error:  # the other library may raise anything
         _remove(out)
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise RunFailedError(f"{out}: what was written cannot be used: {problem}. {bug}") from error
@@ -158,14 +158,14 @@ def _transformers(stored: StoredEncoder, out: Path) -> tuple[str, float | None]:
     weights = _largest(encoder, read_encoder(out).state_dict)
     try:
         output = _difference_in_transformers(out, stored)
-    except ImportError as error:  # it is not installed, or lacks what its extractor needs: librosa, up to 5.20
+    except ImportError as error:  # transformers is missing, or librosa, which its extractor needs up to 5.20
         why = str(error).strip().partition(". ")[0]
         return f"read again, all weights the same; no output was compared: {why}", weights
     return "loaded by transformers, features and output compared", max(weights, output)
 
 
 def _difference_in_transformers(folder: Path, stored: StoredEncoder) -> float:
-    """The largest difference on valid frames of two utterances of noise in a padded batch, from audio on."""
+    """Return the largest difference between outputs on valid frames, for a padded batch of two noise utterances."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import ParakeetEncoder, ParakeetFeatureExtractor
@@ -194,7 +194,7 @@ def _onnx(encoder: SpeechEncoder, out: Path, part: Part) -> tuple[str, float | N
 
 
 def _largest(ours: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> float:
-    """The largest difference of any weight; infinite for one that is lacking."""
+    """Return the largest difference of any weight; infinite if a weight is missing."""
     if any(name not in again for name in ours):
         return float("inf")
     return max(float((value.double() - again[name].double()).abs().max()) for name, value in ours.items())

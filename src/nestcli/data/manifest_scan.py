@@ -153,7 +153,7 @@ def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) ->
     if not found.lines:
         size = Path(found.source.absolute).stat().st_size
         empty = "no lines: it is empty" if size == 0 else "no lines"
-        raise DataError(f"{path} has {empty}. A manifest has one JSON object a line for each utterance.")
+        raise DataError(f"{path} has {empty}. A manifest has one JSON object per line for each utterance.")
     return found
 
 

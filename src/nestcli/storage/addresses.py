@@ -1,7 +1,7 @@
-"""Audio, manifests and shards at remote addresses.
+"""Read audio, manifests and shards from remote addresses.
 
-Single files are read into memory; manifests and shards are copied into a cache on this machine once, whoever asks.
-`fetch` talks to the servers, `cache` keeps the copies.
+Single audio files are read into memory. Manifests and shards are copied once into a cache that all processes of this
+machine share. `fetch` talks to the servers, `cache` keeps the copies.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ CACHE_VARIABLE, SIZE_VARIABLE = cache.CACHE_VARIABLE, cache.SIZE_VARIABLE
 MAX_OBJECT = 2 << 30  # bytes of an object that is read into memory
 _PLAIN_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
-_copies: dict[str, Path] = {}  # what this process, or the one that it was forked from, has asked for already
+_copies: dict[str, Path] = {}  # copies that this process, or its parent before the fork, has requested
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address of a scheme that we read."""
+    """Return True if a path is an address with a supported scheme."""
     scheme, found, _ = path.partition("://")
     return bool(found) and scheme in SCHEMES
 
 
 def check_remote(path: str) -> None:
-    """Raise ValueError for an address that is not read: other schemes, chains of them, passwords in it."""
+    """Raise ValueError for an address that must not be read: unknown scheme, chained addresses, a password in it."""
     shown = fetch.shown(path)[:80]
     if not is_remote(path):
-        raise ValueError(f"{shown!r} is an address of an unknown kind; those read are {', '.join(SCHEMES)}")
+        raise ValueError(f"{shown!r} is an address of an unknown kind; nest reads {', '.join(SCHEMES)}")
     scheme, _, rest = path.partition("://")
     if "::" in path:
-        raise ValueError(f"{scheme}://...: addresses in chains (with `::`) are refused")
+        raise ValueError(f"{scheme}://...: chained addresses (with `::`) are refused")
     if not path.isprintable():
-        raise ValueError(f"{shown!r} has characters in it that cannot be printed")
+        raise ValueError(f"{shown!r} has unprintable characters")
     try:
         host = urlsplit(path).netloc
-    except ValueError as error:  # brackets that hold no number
-        raise ValueError(f"{shown!r} is no address: {error}") from None
-    owner = host.rpartition("@")[0]  # abfs://CONTAINER@ACCOUNT.dfs.core.windows.net is no password
+    except ValueError as error:  # brackets without an IP address in them
+        raise ValueError(f"{shown!r} is not a valid address: {error}") from None
+    owner = host.rpartition("@")[0]  # abfs://CONTAINER@ACCOUNT.dfs.core.windows.net has no password
     if ":" in owner or (owner and scheme in ("http", "https")):
         raise ValueError(f"{scheme}://...: addresses with a password in them are refused; {fetch.credentials(path)}")
     if not rest.strip("/") or (not host and scheme != "hdfs"):
@@ -54,12 +54,12 @@ def check_remote(path: str) -> None:
 
 
 def join(folder: str, path: str) -> str:
-    """The address of a path that is relative to a remote folder; `..` stops at the bucket or host."""
+    """Return the address of a path relative to a remote folder; `..` stops at the bucket or host."""
     if is_remote(path):
         return path
     scheme, _, place = folder.partition("://")
     if scheme in ("http", "https"):
-        place, path = place.partition("?")[0], quote(path)  # a file's name, in which ? and # are letters like others
+        place, path = place.partition("?")[0], quote(path)  # ? and # are ordinary characters in a file's name
     top, _, inside = place.rstrip("/").partition("/")
     parts = inside.split("/") if inside else []
     for part in path.lstrip("/").split("/"):
@@ -71,18 +71,18 @@ def join(folder: str, path: str) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """A whole object. Raises DataError, at once if there is none, after four attempts if it cannot be reached."""
+    """Read a whole object. Raises DataError: at once if it does not exist, after four attempts if it is unreachable."""
     _check(path)
     return fetch.read(path, MAX_OBJECT)
 
 
 def local_copy(path: str, cache_dir: str | None = None, *, keep: bool = False) -> str:
-    """A file on this machine with an object's content, from the cache or fetched into it. Raises DataError.
+    """Return the path of a local copy of an object, from the cache or fetched into it. Raises DataError.
 
-    An object that has changed since it was cached is fetched again; each process looks once. The cache is
-    `cache_dir`, or `cache_folder()`. It is kept below $NEST_CACHE_GB (50) by removing what was not used for longest,
-    but nothing of the last minute: open what you get at once, and it can be read as long as it is open. With `keep`
-    it is not removed while this process, or one that it forks, lives.
+    Each process checks once whether the object has changed since it was cached, and fetches it again if so. The cache
+    is `cache_dir`, or else `cache_folder()`. It is kept below $NEST_CACHE_GB (50) by removing the copies that were
+    used longest ago, but none that was used in the last minute. So open the copy at once; it stays readable as long as
+    it is open. With `keep`, the copy is not removed while this process, or one that it forks, lives.
     """
     _check(path)
     folder = Path(cache_dir) if cache_dir else cache_folder()
@@ -96,7 +96,7 @@ def local_copy(path: str, cache_dir: str | None = None, *, keep: bool = False) -
 
 
 def cache_folder() -> Path:
-    """Where copies of remote files are kept: $NEST_CACHE/remote, or ~/.cache/nest/remote."""
+    """Return the folder for copies of remote files: $NEST_CACHE/remote, or ~/.cache/nest/remote."""
     return Path(user_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nest")) / "remote"
 
 
@@ -110,7 +110,7 @@ def _check(path: str) -> None:
 
 
 def _fetched(path: str, folder: Path) -> Path:
-    """The copy of an object as it is on the server now, made if need be."""
+    """Return the copy of an object's current version on the server; download it if necessary."""
     for _ in range(fetch.ATTEMPTS):
         found = fetch.describe(path)
         copy = folder / _name(path, found)
@@ -118,16 +118,16 @@ def _fetched(path: str, folder: Path) -> Path:
 
         def write(file: BinaryIO, found: fetch.Description = found, limit: int = limit) -> bool:
             fetch.download(path, found, file, limit)
-            return fetch.describe(path) == found  # or it was replaced meanwhile, and this may be half of each
+            return fetch.describe(path) == found  # else it was replaced meanwhile, and the copy may mix both versions
 
         if cache.make(copy, found.size, limit, write):
             return copy
-    raise DataError(f"{fetch.shown(path)} changes while it is read. Wait until it is written.")
+    raise DataError(f"{fetch.shown(path)} changes while it is read. Wait until it is fully written.")
 
 
 def _name(path: str, found: fetch.Description) -> str:
-    """A copy's name: other content on the server has another one; the ending stays, since it tells the format."""
-    version = found.version or time.strftime("%Y-%m-%d", time.gmtime())  # a server that says nothing is asked daily
+    """Return a copy's name: it differs for each version on the server, and keeps the ending, which tells the format."""
+    version = found.version or time.strftime("%Y-%m-%d", time.gmtime())  # servers without versions are asked daily
     digest = blake2b("\0".join([path, version, str(found.size)]).encode("utf-8", "surrogatepass"), digest_size=16)
     name = _PLAIN_NAME.sub("_", path.partition("://")[2].partition("?")[0].rpartition("/")[2])
     return f"{digest.hexdigest()}-{name[-80:]}"

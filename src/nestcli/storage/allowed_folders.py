@@ -1,4 +1,4 @@
-"""A jail for audio: with $NEST_JAIL set, none is read outside of the folders that it names, whatever manifests say."""
+"""Jail for audio: if $NEST_JAIL is set, no audio outside its folders is read, whatever manifests say."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ REASON = "outside_jail"
 
 
 class Admitted(str):
-    """The path of a copy in memory whose source (a shard, an object on a server) the jail has let pass.
+    """Path of an in-memory copy whose source (a shard, an object on a server) has passed the jail.
 
-    Only the reader makes one. A path that comes from a manifest is an ordinary string, and is looked at.
+    Only the reader creates one. A path from a manifest is an ordinary string, and is checked.
     """
 
     __slots__ = ()
 
 
 def outside(path: str) -> str:
-    """Why a file may not be read; empty if it may. Links are followed; addresses of servers are outside.
+    """Return the reason why a file may not be read, or an empty text if it may.
 
-    Several folders are joined by `:`, as in $PATH.
+    Links are followed. Addresses of servers count as outside. $NEST_JAIL separates folders by `:`, as $PATH does.
     """
     folders = os.environ.get(VARIABLE)
     if not folders or isinstance(path, Admitted):
         return ""
     try:
         real = os.path.realpath(path)
-    except ValueError:  # a zero byte, or half of a character
+    except ValueError:  # a zero byte, or a lone surrogate
         return "no file can have that name"
     if "://" not in path and any(real.startswith(folder) for folder in _roots(folders)):
         return ""
-    return f"it is outside of {folders}, where alone audio is read ({VARIABLE} or --jail)"
+    return f"it is outside of {folders}, and audio is read only there ({VARIABLE} or --jail)"
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,7 +1,8 @@
-"""A folder of copies that the processes of a machine share: each is made once, and those used longest ago make room.
+"""Cache folder that all processes of a machine share: each copy is made once, the least recently used are removed.
 
-A copy grows under a second name, under a lock on that very file: it needs no lock file, and a process that dies
-leaves a lock that is free and a rest that is written over. A finished copy is never changed, only removed.
+A process writes a copy under a second name and holds a lock on that file itself, so no lock file is needed. If the
+process dies, its lock becomes free and the next one overwrites the partial file. A finished copy is never changed, only
+removed.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from nestcli.jobs.activity import moved
 CACHE_VARIABLE, SIZE_VARIABLE = "NEST_CACHE", "NEST_CACHE_GB"
 _DEFAULT_GB = 50.0
 _GROWING = ".part"
-_POLL = 0.05  # s between looks at a copy that another process makes
-_JUST_USED = 60.0  # s in which a copy that was asked for is not removed: it is about to be opened
+_POLL = 0.05  # s between checks of a copy that another process is writing
+_JUST_USED = 60.0  # s after a request in which a copy is not removed, because it is about to be opened
 
-_OURS = re.compile(r"[0-9a-f]{32}-")  # the folder may be one where the user has files too
+_OURS = re.compile(r"[0-9a-f]{32}-")  # the folder may hold the user's own files too
 
-_held: dict[Path, int] = {}  # descriptors that keep copies from being removed
+_held: dict[Path, int] = {}  # descriptors whose locks keep copies from being removed
 
 
 def limit() -> int:
-    """Bytes that the folder may hold."""
+    """Return how many bytes the folder may hold."""
     text = os.environ.get(SIZE_VARIABLE) or str(_DEFAULT_GB)
     try:
         size = float(text)
@@ -45,9 +46,10 @@ def limit() -> int:
 
 
 def make(copy: Path, size: int | None, limit: int, write: Callable[[BinaryIO], bool]) -> bool:
-    """Have `write` fill a file that then is `copy`, unless it is there or another process makes it now.
+    """Make sure that `copy` exists: call `write` to fill it, or wait for a process that is writing it now.
 
-    `size` in bytes, if it is known. False if `write` said that what it wrote is of no use. Raises NestError.
+    `size` is in bytes, or None if unknown. Returns False if `write` did, which means that the content is unusable.
+    Raises NestError.
     """
     part = copy.with_name(copy.name + _GROWING)
     try:
@@ -55,7 +57,7 @@ def make(copy: Path, size: int | None, limit: int, write: Callable[[BinaryIO], b
         while not _is_whole(copy, size):
             with _locked(part) as file:
                 if file is None:
-                    moved()  # whoever makes it is watched as well
+                    moved()  # the process that writes it is watched too
                     time.sleep(_POLL)
                 elif not _is_whole(copy, size):  # it may have been finished before we had the lock
                     _make_room(copy.parent, size or 0, limit)
@@ -66,14 +68,14 @@ def make(copy: Path, size: int | None, limit: int, write: Callable[[BinaryIO], b
     except OSError as error:
         raise NestError(
             f"{copy.parent} cannot hold copies of remote files: {error.strerror or error}. "
-            f"Set ${CACHE_VARIABLE} to a folder with room, or ${SIZE_VARIABLE} to what there is."
+            f"Set ${CACHE_VARIABLE} to a folder with free space, or ${SIZE_VARIABLE} to what is available."
         ) from None
     touch(copy)
     return True
 
 
 def touch(copy: Path) -> bool:
-    """Note that a copy is used now; False if it is not there."""
+    """Mark a copy as used now. Return False if it does not exist."""
     try:
         os.utime(copy)
     except FileNotFoundError:
@@ -84,7 +86,7 @@ def touch(copy: Path) -> bool:
 
 
 def hold(copy: Path) -> bool:
-    """Keep a copy from being removed while this process, or one that it forks, lives; False if it is not there."""
+    """Protect a copy from removal while this process or its forks live. Return False if it does not exist."""
     if copy in _held:
         return True
     try:
@@ -132,7 +134,7 @@ def _fill(file: BinaryIO, part: Path, copy: Path, write: Callable[[BinaryIO], bo
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO | None]:
-    """A file that no other process writes now, made if need be; None if one does."""
+    """Open a file, created if necessary, under an exclusive lock; yield None if another process holds the lock."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     with open(descriptor, "r+b") as file:  # noqa: PTH123  (a descriptor)
         try:
@@ -147,7 +149,7 @@ def _locked(path: Path) -> Iterator[BinaryIO | None]:
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether a path still leads to an open file: it was perhaps finished, or removed, before we had its lock."""
+    """Return True if a path still names an open file; it may have been renamed or removed before we got the lock."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -155,7 +157,7 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def _make_room(folder: Path, wanted: int, limit: int) -> None:
-    """Remove the copies used longest ago until `wanted` more bytes fit in. Who has one open still reads it."""
+    """Remove the least recently used copies until `wanted` more bytes fit. Open copies stay readable."""
     if wanted > limit:
         raise NestError(f"a file of {wanted:,} bytes does not fit into a cache of {limit:,}. Set ${SIZE_VARIABLE}.")
     files = []
@@ -173,7 +175,7 @@ def _make_room(folder: Path, wanted: int, limit: int) -> None:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file unless a process writes it or holds it."""
+    """Remove a file unless a process is writing or holding it. Return True if it was removed."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -1,7 +1,7 @@
-"""Objects on servers, through fsspec: what they are, their content, and what may be tried again.
+"""Read objects from servers through fsspec, with retries.
 
-fsspec, and what it needs for a scheme, are imported when an address is first used. What the network may be blamed for
-is tried four times; the clients' own repetitions are turned off, or there would be a hundred.
+fsspec and its packages for a scheme are imported when an address is first used. Errors that the network may have caused
+are retried, with four attempts in all. The clients' own retries are disabled; together they would make a hundred.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from nestcli.jobs.activity import moved
 
 ATTEMPTS = 4
 _FIRST_WAIT = 0.5  # s before the second attempt; three times as long before each further one
-_BLOCK = 8 << 20  # bytes asked for at once
-_PARALLEL = 4  # blocks that are under way at a time; one stream of S3 does not fill a fast line
-_CONNECT, _SILENCE = 10, 60  # s without a connection, and without a byte
+_BLOCK = 8 << 20  # bytes per request
+_PARALLEL = 4  # requests in flight at a time; a single stream from S3 does not fill a fast line
+_CONNECT, _SILENCE = 10, 60  # timeouts in s: for connecting, and for the next byte
 _WEB = ("http", "https")
 _PACKAGES = {
     "s3": "nestcli[s3]", "gs": "nestcli[gcs]", "gcs": "nestcli[gcs]", "az": "nestcli[azure]", "abfs": "nestcli[azure]",
@@ -49,19 +49,19 @@ _filesystems: dict[tuple[object, ...], Any] = {}
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """An object's size in bytes and what tells its versions apart, as far as the server says."""
+    """Size in bytes of an object and a text that identifies its version, as far as the server states them."""
 
     size: int | None
     version: str
 
 
 def shown(text: str) -> str:
-    """An address, or a message that quotes it, without passwords and signatures."""
+    """Return an address, or a message that quotes one, without passwords and signatures."""
     return _SECRETS.sub("***", text)
 
 
 def credentials(path: str) -> str:
-    """Where credentials for an address are looked for, in words."""
+    """Say where credentials for an address are looked up."""
     scheme = path.partition("://")[0]
     return f"credentials are taken from {_CREDENTIALS[_SAME.get(scheme, scheme)]}"
 
@@ -75,7 +75,7 @@ def describe(path: str) -> Description:
 
 
 def read(path: str, limit: int) -> bytes:
-    """A whole object of at most `limit` bytes, in one request. Raises DataError."""
+    """Read a whole object of at most `limit` bytes in one request. Raises DataError."""
 
     def work(files: Any, place: str) -> bytes:
         if not _is_web(path):
@@ -94,7 +94,7 @@ def read(path: str, limit: int) -> bytes:
 
 
 def download(path: str, found: Description, file: BinaryIO, limit: int) -> None:
-    """Write an object of a known description to an open file, in blocks. Raises DataError."""
+    """Write the object that `found` describes to an open file, in blocks. Raises DataError."""
     if _is_web(path) or found.size is None:
         _tried(path, lambda files, place: _stream(path, files, place, found.size, file, limit))
         return
@@ -107,24 +107,24 @@ def download(path: str, found: Description, file: BinaryIO, limit: int) -> None:
 
 
 def _stream(path: str, files: Any, place: str, size: int | None, file: BinaryIO, limit: int) -> None:
-    """All of an object in one answer: not every web server answers with parts."""
+    """Download an object in a single response, because not every web server supports ranges."""
     file.seek(0)
     file.truncate()
     files.get_file(place, _Limited(file, path, limit if size is None else size))
     if size is not None and file.tell() != size:
-        raise ConnectionError(f"{file.tell()} of {size} bytes came")
+        raise ConnectionError(f"only {file.tell()} of {size} bytes arrived")
 
 
 def _blocks(files: Any, place: str, starts: list[int], ends: list[int]) -> list[bytes]:
     blocks: list[bytes] = files.cat_ranges([place] * len(starts), starts, ends, on_error="raise")
     for block, start, end in zip(blocks, starts, ends, strict=True):
         if len(block) != end - start:
-            raise ConnectionError(f"{len(block)} of {end - start} bytes came")
+            raise ConnectionError(f"only {len(block)} of {end - start} bytes arrived")
     return blocks
 
 
 class _Limited:
-    """A file to write to, which takes so many bytes and no more."""
+    """Writable file that accepts at most `limit` bytes."""
 
     def __init__(self, file: BinaryIO, path: str, limit: int) -> None:
         self._file, self._path, self._limit = file, path, limit
@@ -138,7 +138,7 @@ class _Limited:
         except OSError as error:
             raise _LocalError(error) from None
 
-    def read(self) -> bytes:  # fsspec takes for a file what has read, tell and close
+    def read(self) -> bytes:  # fsspec treats objects with read, tell and close as files
         raise io.UnsupportedOperation
 
     def tell(self) -> int:
@@ -155,7 +155,7 @@ def _too_large(path: str, limit: int) -> DataError:
 
 
 class _LocalError(Exception):
-    """What this machine's disk is to be blamed for, not the network."""
+    """An error of this machine's disk, not of the network."""
 
     def __init__(self, problem: OSError) -> None:
         super().__init__(problem)
@@ -167,7 +167,7 @@ class _EmptyError(DataError):
 
 
 def _tried(path: str, work: Callable[[Any, str], _T]) -> _T:
-    """Do it, again and again where the network may be at fault; raises DataError."""
+    """Run `work`, and retry it if the network may be at fault. Raises DataError."""
     wait = _FIRST_WAIT
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -176,11 +176,11 @@ def _tried(path: str, work: Callable[[Any, str], _T]) -> _T:
             raise
         except _LocalError as error:
             raise error.problem from None
-        except Exception as error:  # each file system has its own kinds
+        except Exception as error:  # each file system raises its own types
             answer = _answer(error)
             if answer != "again" or attempt == ATTEMPTS:
                 raise _failure(path, error, answer) from None
-        time.sleep(wait * random.uniform(0.5, 1.5))  # noqa: S311  (so that many processes do not come back as one)
+        time.sleep(wait * random.uniform(0.5, 1.5))  # noqa: S311  (so that processes do not retry in step)
         wait *= 3
     raise AssertionError("unreachable")
 
@@ -189,10 +189,10 @@ Answer = Literal["missing", "denied", "empty", "refused", "again"]
 
 
 def _answer(error: BaseException) -> Answer:
-    """What an error says; `again` where another attempt may help.
+    """Classify an error; `again` means that another attempt may help.
 
-    fsspec's HTTP says "not found" of anything that went wrong, and has the truth as the cause; S3's errors too have
-    the server's answer behind them.
+    fsspec's HTTP client reports every failure as "not found", with the real error as the cause. S3's errors keep the
+    server's response as well.
     """
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         return _answer(error.__cause__)
@@ -202,14 +202,14 @@ def _answer(error: BaseException) -> Answer:
     if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError)):
         return "missing"
     if status == 416:
-        return "empty"  # no first byte
+        return "empty"  # the range is not satisfiable: the object has no first byte
     if status is not None:
         return "again" if status >= 500 or status in (408, 425, 429) else "refused"
     return "refused" if isinstance(error, (ValueError, TypeError, IsADirectoryError)) else "again"
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, wherever a client keeps it."""
+    """Return the HTTP status behind an error, wherever the client keeps it, or None."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
@@ -217,14 +217,15 @@ def _status(error: BaseException | None) -> int | None:
         for status in (response, *(getattr(error, name, None) for name in ("status", "status_code", "code"))):
             if isinstance(status, int) and 300 <= status < 600:
                 return status
-        error = error.__cause__ if isinstance(error, OSError) else None  # aiohttp's parser calls torn content a 400
+        # Causes of other errors do not count: aiohttp's parser calls truncated content a 400.
+        error = error.__cause__ if isinstance(error, OSError) else None
     return None
 
 
 def _failure(path: str, error: BaseException, answer: Answer) -> DataError:
     where = shown(path)
     if answer == "missing":
-        return DataError(f"{where}: there is no such object.")
+        return DataError(f"{where}: the object does not exist.")
     if answer == "denied":
         return DataError(f"{where}: access is denied; {credentials(path)}.")
     if answer == "empty":
@@ -245,17 +246,18 @@ def _is_web(path: str) -> bool:
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
-    """The file system of an address, of this process's own, and what the address is called there.
+    """Return this process's own file system for an address, and the name of the address in it.
 
-    One that was made before a fork is neither used nor let go in the child: to close its connections would, through
-    the event loop's shared epoll, take them from the parent's loop too, which would then wait forever for answers.
+    A file system that was created before a fork is neither used nor released in the child. Closing its connections
+    would, through the event loop's shared epoll, remove them from the parent's loop too, which would then wait forever
+    for responses.
     """
     scheme = path.partition("://")[0]
     try:
         import fsspec
 
         kind = fsspec.get_filesystem_class(scheme)
-        own = kind._get_kwargs_from_urls(path)  # HDFS has its host there, Azure its account
+        own = kind._get_kwargs_from_urls(path)  # HDFS keeps the host there, Azure the account
         key = (os.getpid(), kind, *sorted(own.items()))
         if key not in _filesystems:
             files = kind(skip_instance_cache=True, use_listings_cache=False, **{**_options(kind), **own})
@@ -269,7 +271,7 @@ def _filesystem(path: str) -> tuple[Any, str]:
 
 
 def _options(kind: Any) -> dict[str, Any]:
-    """What we set where the user's own configuration of fsspec ($FSSPEC_S3, $FSSPEC_HTTP) does not."""
+    """Return our defaults, overridden by the user's own configuration of fsspec ($FSSPEC_S3, $FSSPEC_HTTP)."""
     from fsspec.config import apply_config
 
     theirs = apply_config(kind, {})
@@ -281,8 +283,8 @@ def _options(kind: Any) -> dict[str, Any]:
 
         ours = {
             "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT, sock_read=_SILENCE),
-            "auto_decompress": False,  # some servers call a .gz encoded; it is to stay one
-            "trust_env": True,  # proxies
+            "auto_decompress": False,  # some servers declare a .gz as encoded; it must stay compressed
+            "trust_env": True,  # use the proxies that it names
         }
         given = theirs.get("client_kwargs", {})
         return {

@@ -1,6 +1,6 @@
-"""What a file is, told by its first bytes, its name where these say little, and what to do about it: one table.
+"""Recognise a file by its first bytes, or else by its name, and say what to do with it: one table of kinds.
 
-The remedies are those for what is given as a manifest, and for what is given as audio. Nothing is unpacked but .gz.
+Each kind has a remedy for files given as audio and one for files given as a manifest. Only .gz is unpacked.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import stat
 import zlib
 from typing import NamedTuple
 
-HEAD = 1 << 16  # bytes that are looked at
+HEAD = 1 << 16  # bytes that are examined
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _MARK = b"\xef\xbb\xbf"
-_ONE_LINE = "A manifest has one JSON object a line"
+_ONE_LINE = "A manifest has one JSON object per line"
 _TO_JSON = 'to_json("NEW.json", orient="records", lines=True)'
 _PANDAS = f"{_ONE_LINE}; pandas writes that: {_TO_JSON}"
 
 
 class Form(NamedTuple):
-    """A kind of file in words, what to do where audio was wanted, and where a manifest was; empty for no advice.
+    """A kind of file in words, with the remedies if audio or a manifest was expected; empty for no advice.
 
-    `FILE` in them stands for the file. `holds_audio` is for files that may hold audio which is not read.
+    `FILE` in the remedies stands for the file. `holds_audio` marks files that may hold audio that nest does not read.
     """
 
     what: str
@@ -36,7 +36,7 @@ class Form(NamedTuple):
 
 def _packed(what: str, tool: str, tar: str) -> Form:
     return Form(
-        what, f"Unpack it with `{tool}` (tars: `tar {tar}`), and give what comes out", f"Unpack it with {tool}", True
+        what, f"Unpack it with `{tool}` (tars: `tar {tar}`), and give the result", f"Unpack it with {tool}", True
     )
 
 
@@ -51,6 +51,7 @@ def _same(what: str, remedy: str) -> Form:
 
 
 _EXPORT = "Write its audio to files (FLAC or WAV), and give their folder or a manifest that names them"
+_PATHS = f"{_EXPORT}. From a table of paths, pandas writes one: {_TO_JSON}"
 _BELONGS = "Name the manifest that belongs to it"
 _TEXTS = "It holds no audio; give the folder of the audio, or a manifest that names the files"
 _TABLE = (
@@ -58,20 +59,15 @@ _TABLE = (
     "called audio_filepath (or audio_file) and duration",
     f"{_PANDAS}, with columns called audio_filepath (or audio_file) and duration",
 )
-_KALDI = "`nest prepare-data` makes a manifest of a folder of Kaldi with wav.scp"
-_AGAIN = "Servers send one in place of a file that cannot be had. Download the manifest, or fetch the audio again"
+_KALDI = "`nest prepare-data` makes a manifest from a Kaldi folder with wav.scp"
+_AGAIN = "Servers send one in place of a file that they cannot deliver. Download the manifest, or fetch the audio again"
 _JQ = f"{_ONE_LINE}, without brackets and commas. Convert it: jq -c '.[]' FILE > NEW.json"
 _FORMS = {
-    "parquet": Form("a Parquet table", f"{_EXPORT}. Of a table of paths pandas makes one: {_TO_JSON}", _PANDAS, True),
-    "arrow": Form(
-        "an Arrow table, as Hugging Face's datasets write it",
-        f"{_EXPORT}. Of a table of paths pandas makes one: {_TO_JSON}",
-        _PANDAS,
-        True,
-    ),
+    "parquet": Form("a Parquet table", _PATHS, _PANDAS, True),
+    "arrow": Form("an Arrow table, as written by Hugging Face datasets", _PATHS, _PANDAS, True),
     "tar": Form(
         "a tar archive",
-        "Unpack it with `tar -xf`, and give the folder. `nest pretrain` reads tars of NeMo beside their manifest "
+        "Unpack it with `tar -xf`, and give the folder. `nest pretrain` reads NeMo's tars together with their manifest "
         "(is_tarred), and Lhotse's Shar (shar_path)",
         "Name its manifest here, and the tar as tarred_audio_filepaths",
         True,
@@ -80,21 +76,21 @@ _FORMS = {
     "7z": _archive("a 7z archive"),
     "rar": _archive("a rar archive"),
     "gz": _packed("a gzip file", "gunzip", "-xzf")._replace(manifest="Name it NAME.gz, or unpack it with gunzip"),
-    "bz2": _packed("a file packed by bzip2", "bunzip2", "-xjf"),
-    "xz": _packed("a file packed by xz", "unxz", "-xJf"),
-    "zst": _packed("a file packed by zstd", "unzstd", "--zstd -xf"),
+    "bz2": _packed("a file compressed with bzip2", "bunzip2", "-xjf"),
+    "xz": _packed("a file compressed with xz", "unxz", "-xJf"),
+    "zst": _packed("a file compressed with zstd", "unzstd", "--zstd -xf"),
     "h5": Form("an HDF5 file", _EXPORT, _BELONGS, True),
-    "npy": Form("an array of NumPy", _EXPORT, _BELONGS, True),
-    "sqlite": Form("a database of SQLite", _EXPORT, _ONE_LINE),
-    "pickle": Form("a pickle or a file of PyTorch, which is never opened", _EXPORT, _BELONGS, True),
+    "npy": Form("a NumPy array", _EXPORT, _BELONGS, True),
+    "sqlite": Form("an SQLite database", _EXPORT, _ONE_LINE),
+    "pickle": Form("a pickle or a PyTorch file, which is never opened", _EXPORT, _BELONGS, True),
     "record": Form("a file of records (TFRecord, RecordIO, LMDB)", _EXPORT, _BELONGS, True),
-    "ark": Form("an archive of Kaldi", "Give the folder with its wav.scp; archives are not read", _KALDI, True),
+    "ark": Form("a Kaldi archive", "Give the folder with its wav.scp; archives are not read", _KALDI, True),
     "excel": Form("an Excel table", *_TABLE),
     "pdf": Form("a PDF", _TEXTS, "Name the manifest"),
     "picture": Form("a picture", _TEXTS, "Name the manifest"),
     "audio": Form("audio", "", "`nest prepare-data FILE --out DIR` makes a manifest of it"),
-    "zeros": _same("nothing but zero bytes", "It was not written or copied to its end. Write or copy it again"),
-    "lfs": _same("a pointer of Git LFS in place of the file", "Fetch the file: git lfs pull"),
+    "zeros": _same("nothing but zero bytes", "It was not written or copied completely. Write or copy it again"),
+    "lfs": _same("a Git LFS pointer in place of the file", "Fetch the file: git lfs pull"),
     "html": _same("an HTML page", _AGAIN),
     "xml": _same("XML", _AGAIN),
     "array": _same("a JSON array", _JQ),
@@ -104,10 +100,10 @@ _FORMS = {
         f"{_TEXTS}. A list of data sets is for `nest pretrain` (input_cfg)",
         f"{_ONE_LINE}; a list of data sets is given as model.train_ds.input_cfg",
     ),
-    "scp": Form("a list of Kaldi", "Give its data folder, or name the list wav.scp: KEY FILE in every line", _KALDI),
+    "scp": Form("a Kaldi list", "Give its data folder, or name the list wav.scp: KEY FILE in every line", _KALDI),
     "kaldi": Form("a table of a Kaldi folder", "Give its folder, which must hold wav.scp", _KALDI),
     "fairseq": Form(
-        "a list of fairseq: a folder, then FILE and its number of samples",
+        "a fairseq list: a folder, then FILE and its number of samples",
         "Give that folder, or the audio's",
         "`nest prepare-data FOLDER --out DIR` makes a manifest of that folder",
     ),
@@ -141,20 +137,20 @@ _BY_ENDING = {
 _KALDI_TABLES = frozenset("segments utt2spk spk2utt text utt2dur reco2dur spk2gender utt2num_frames".split())  # noqa: SIM905
 _MPEG = re.compile(rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xfd][^\xf0-\xff]")
 _YAML = re.compile(r"(%YAML|---\s|- \S|[A-Za-z_][\w.-]*:(\s|$))")
-_SEPARATORS = (("\t", "tabs (TSV)"), (",", "commas (CSV)"), (";", "semicolons (CSV)"), ("|", "bars (CSV)"))
+_SEPARATORS = (("\t", "tabs (TSV)"), (",", "commas (CSV)"), (";", "semicolons (CSV)"), ("|", "vertical bars (CSV)"))
 
 
 def no_manifest(path: str, head: bytes, *, packed: bool = False) -> str:
-    """A message that says what a file with these first bytes is, and the remedy; empty for JSON lines and others."""
+    """Say what a file with these first bytes is and what to do; empty for JSON lines and unknown files."""
     file, inside = (path.removesuffix(".gz"), "unpacked ") if packed else (path, "")
     form = _form_of(file, head)
     return "" if form is None or not form.manifest else f"{path} is {inside}{_words(form, form.manifest, file)}."
 
 
 def foreign(path: str | os.PathLike[str], head: bytes | None = None) -> str:
-    """What a file is that is no audio, and what to do; empty for what may be audio, and for what is not known.
+    """Say what a file that is not audio is and what to do; empty for unknown files and those that may be audio.
 
-    Only regular files are opened, and only their first bytes are read, if these are not given.
+    If the first bytes are not given, they are read; only regular files are opened.
     """
     path = os.fspath(path)
     form = _form_of(path, _head(path) if head is None else head)
@@ -162,13 +158,13 @@ def foreign(path: str | os.PathLike[str], head: bytes | None = None) -> str:
 
 
 def known_ending(name: str) -> str:
-    """What files of this ending are that hold audio but are not read, in words; empty for others."""
+    """Describe the files of this ending that hold audio but are not read; empty for other endings."""
     form = _FORMS.get(_BY_ENDING.get(name.rpartition(".")[2].lower(), ""))
     return f"{form.what}. {form.audio}" if form is not None and form.holds_audio else ""
 
 
 def has_json_lines(path: str | os.PathLike[str]) -> bool:
-    """Whether the first thing in a regular file is a JSON object, as in a manifest, whatever the file is called."""
+    """Return True if a regular file begins with a JSON object, like a manifest, whatever its name."""
     path = os.fspath(path)
     head = _head(path)
     if head.startswith(b"\x1f\x8b") and path.endswith(".gz"):
@@ -181,7 +177,7 @@ def has_json_lines(path: str | os.PathLike[str]) -> bool:
 
 
 def is_audio_or_array(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is surely no manifest, whatever its name says: audio, or one JSON array."""
+    """Return True if a file cannot be a manifest, whatever its name: it is audio, or one JSON array."""
     return _form_of(os.fspath(path), _head(os.fspath(path))) in (_FORMS["audio"], _FORMS["array"])
 
 
@@ -190,7 +186,7 @@ def _words(form: Form, remedy: str, file: str) -> str:
 
 
 def _head(path: str) -> bytes:
-    """The first bytes of a regular file; none of anything else, which is not opened."""
+    """Return the first bytes of a regular file; nothing for anything else, which is not opened."""
     try:
         is_file = stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if is_file else -1
@@ -266,30 +262,30 @@ def _text_form(text: str, name: str, by_name: str) -> Form | None:
         return _FORMS["list"]
     for separator, called in _SEPARATORS:
         if separator in first and len(lines) > 1 and separator in lines[1]:
-            return _FORMS["table"]._replace(what=f"a table of values between {called}")
+            return _FORMS["table"]._replace(what=f"a table of values separated by {called}")
     return _FORMS["table" if by_name == "table" or "\t" in first else "text"]
 
 
 def _is_path(line: str) -> bool:
-    """Whether a line is a path alone: one with a short ending, and no columns after it."""
+    """Return True if a line is just a path: it has a short ending and no columns after it."""
     ending = os.path.splitext(line)[1][1:]  # noqa: PTH122
     return 1 <= len(ending) <= 5 and ending.isalnum() and not ending.isdigit() and "\t" not in line and "," not in line
 
 
 def _object_form(text: str, lines: list[str], first: str) -> Form:
-    """What is wrong with the whole of a file that begins with an object; JSON lines if nothing is."""
+    """Return the form of a file that begins with a JSON object: JSON lines, or the fault that affects every line."""
     if "\r" in text and "\n" not in text and len(lines) > 1:
         return _same(
-            "text with carriage returns alone as ends of lines, as old Macs wrote it",
+            "text with only carriage returns as line ends, as old Macs wrote it",
             "Convert it: tr '\\r' '\\n' < FILE > NEW.json",
         )
     if re.match(r"\{\s*'", text):
-        return _same("Python's way to write a dict, not JSON", f"{_ONE_LINE}; json.dumps writes it")
+        return _same("a Python dict, not JSON", f"{_ONE_LINE}; json.dumps writes it")
     try:
         _, end = json.JSONDecoder().raw_decode(first)
     except (ValueError, RecursionError):
         if len(lines) > 1 and first.endswith(("{", ",", "[", ":")):
-            return _same("JSON that goes over several lines", f"{_ONE_LINE}. Convert it: jq -c . FILE > NEW.json")
+            return _same("JSON that spans several lines", f"{_ONE_LINE}. Convert it: jq -c . FILE > NEW.json")
         return _FORMS["lines"]
     rest = first[end:].strip()
     if rest == ",":
@@ -301,17 +297,17 @@ def _object_form(text: str, lines: list[str], first: str) -> Form:
 
 
 def why_no_json(line: bytes, error: Exception) -> str:
-    """What is wrong with one line that cannot be decoded as JSON, and the remedy."""
+    """Say what is wrong with a line that cannot be decoded as JSON, and what to do."""
     if line.startswith(b"{") and not line.endswith(b"\n"):
         return "the line is cut off: the file was not written to its end. Write it again"
     if b"}\r{" in line:
-        return "several lines end with a carriage return alone. Convert the file: tr '\\r' '\\n' < FILE > NEW.json"
+        return "several lines end with only a carriage return. Convert the file: tr '\\r' '\\n' < FILE > NEW.json"
     if isinstance(error, UnicodeDecodeError):
         byte = line[error.start : error.start + 1].hex()
         return (
             f"this is not JSON: the byte 0x{byte} at column {error.start + 1} is not UTF-8. "
-            "Save the file as UTF-8; of Latin-1: iconv -f latin1 -t utf-8 FILE > NEW.json"
+            "Save the file as UTF-8; from Latin-1: iconv -f latin1 -t utf-8 FILE > NEW.json"
         )
     if isinstance(error, json.JSONDecodeError):
-        return f"this is not JSON ({error.msg} at column {error.colno}); a manifest has one {{...}} a line"
+        return f"this is not JSON ({error.msg} at column {error.colno}); a manifest has one {{...}} per line"
     return f"this is not JSON ({str(error)[:80]})"

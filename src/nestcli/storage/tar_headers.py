@@ -1,7 +1,7 @@
-"""The walk through an uncompressed tar: header by header, sizes checked, nothing extracted.
+"""Walk through an uncompressed tar, header by header: check sizes, extract nothing.
 
-`tarfile` parses single headers. It does not walk the tar, because it ends silently at a damaged header, and follows
-sparse maps, renaming headers and sizes without a limit.
+`tarfile` parses the single headers. It does not walk the tar, because it stops silently at a damaged header, and it
+follows sparse maps, renaming headers and sizes without a limit.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Iterator
 BLOCK = tarfile.BLOCKSIZE  # bytes; everything in a tar begins at a multiple of it
 _MAX_EXTENSION = 1 << 20  # bytes of a long name or of PAX records
 _PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")
-_WITHOUT_CONTENT = frozenset(  # whatever size they state
+_WITHOUT_CONTENT = frozenset(  # these have no content, whatever size they state
     (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 )
 
 
 class BrokenTarError(Exception):
-    """Why the walk cannot continue; the text completes "FILE is ..."."""
+    """The walk cannot continue; the text completes "FILE is ..."."""
 
 
 def headers(descriptor: int) -> Iterator[tarfile.TarInfo]:
     """Yield every header of a tar, up to its end or the file's, with `offset_data` and `size` in bytes.
 
-    A header that extends the next one comes as well; the next one has its name, its size and its `pax_headers`.
-    Raises BrokenTarError for a header that is damaged, and for content that is longer than the file.
+    Headers that extend the next one are yielded too; the next one carries their name, size and `pax_headers`.
+    Raises BrokenTarError for a damaged header, and for content that reaches beyond the end of the file.
     """
     total, position = os.fstat(descriptor).st_size, 0
     name: str | None = None
@@ -51,7 +51,7 @@ def headers(descriptor: int) -> Iterator[tarfile.TarInfo]:
                 header.pax_headers = records
                 name, records = None, {}
         except (tarfile.HeaderError, ValueError) as error:
-            raise BrokenTarError(f"no tar file, or a damaged one: {error}, at byte {position:,}") from None
+            raise BrokenTarError(f"not a tar file, or a damaged one: {error}, at byte {position:,}") from None
         length = 0 if header.type in _WITHOUT_CONTENT else header.size
         position = header.offset_data + -(-length // BLOCK) * BLOCK
         if length < 0 or header.offset_data + length > total:
@@ -66,7 +66,7 @@ def _extension(descriptor: int, header: tarfile.TarInfo) -> bytes:
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE\\n` of a PAX header. Raises ValueError."""
+    """Parse the records `LENGTH KEY=VALUE\\n` of a PAX header. Raises ValueError."""
     records, position = {}, 0
     while position < len(content):
         record = _PAX_RECORD.match(content, position)

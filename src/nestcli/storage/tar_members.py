@@ -1,7 +1,7 @@
-"""Where the members of an uncompressed tar stand, so that any of them is read by one positioned read.
+"""Index of the members of an uncompressed tar, so that one positioned read returns any of them.
 
-Nothing is extracted and no member decides anything but its own name and size, so a hostile shard can do no more than
-fail to be read. The walk reads headers alone; a shard of a gigabyte is indexed in milliseconds.
+Nothing is extracted, and a member decides nothing but its own name and size, so a hostile shard can only fail to be
+read. Indexing reads only the headers; it takes milliseconds for a shard of a gigabyte.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _COMPRESSED = {b"\x1f\x8b": "gunzip", b"\x28\xb5\x2f\xfd": "unzstd", b"BZh": "bu
 
 
 class TarMembers:
-    """The regular files of a tar: `members` gives the offset and size in bytes of each; read positioned, without a
-    file position that forks or threads could share. Of two members of one name the last counts, as with tar itself.
+    """Regular files of a tar; `members` maps each name to its offset and size in bytes.
 
-    Raises DataError where the tar is compressed, cut off or damaged, or holds sparse files.
+    Reads are positioned, so forks and threads share no file position. If several members have the same name, the last
+    one counts, as for tar itself. Raises DataError if the tar is compressed, cut off or damaged, or holds sparse files.
     """
 
     def __init__(self, path: str) -> None:
@@ -39,7 +39,7 @@ class TarMembers:
             raise self._unreadable(error) from None
 
     def read(self, name: str) -> bytes:
-        """A member's content. Raises KeyError if there is none, DataError if the file is no longer whole."""
+        """Return a member's content. Raises KeyError if it does not exist, DataError if the file became shorter."""
         position, size = self.members[name]
         try:
             content = self._read(position, size)
@@ -117,7 +117,7 @@ _opened: OrderedDict[str, TarMembers] = OrderedDict()
 
 
 def open_shard(path: str) -> TarMembers:
-    """The members of a shard, local or remote; those used last stay open in each process."""
+    """Return the members of a shard, local or remote. Each process keeps the most recently used shards open."""
     shard = _opened.pop(path, None) or TarMembers(path)
     _opened[path] = shard
     while len(_opened) > _OPEN_SHARDS:

@@ -236,7 +236,7 @@ def _outdated(newest: Path) -> list[Path]:
 
 
 def _is_finite(trainer: Trainer) -> bool:
-    """Whether all weights and running statistics are finite in all processes, which must write the same files."""
+    """Return True if all weights and running statistics are finite in every process; the processes must agree."""
     state = trainer.lightning_module.state_dict().values()
     own = [value.to_local() if isinstance(value, DTensor) else value for value in state]
     finite = bool(torch.stack([value.isfinite().all() for value in own]).all())

@@ -164,7 +164,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _is_name(key: str) -> bool:
-    """Whether a key names a class; a class can have several names."""
+    """Return True if a key names a class; a class can have several names."""
     return key.endswith("_target_")
 
 

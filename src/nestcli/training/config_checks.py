@@ -98,7 +98,7 @@ def check_masks(config: DictConfig, key: str, durations: npt.NDArray[np.float64]
 
 
 def _any_token_masked(nest: NestConfig, frames: npt.NDArray[np.int64]) -> bool:
-    """Whether trial masks of the longest and of random utterances mask enough of any token."""
+    """Return True if trial masks of the longest and of random utterances mask enough of any token."""
     masking, steps = nest.masking, nest.loss.combine_time_steps
     loss, draw = MaskedTokenLoss(nest.loss), overlapping_blocks if masking.allow_overlap else disjoint_blocks
     tried = _TRIED if masking.max_mask_ratio is None else _TRIED_WITH_LIMIT

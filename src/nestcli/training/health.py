@@ -161,7 +161,7 @@ class HealthMonitor(Callback):
 
     @property
     def unread(self) -> bool:
-        """Whether a step has ended since the last reading."""
+        """Return True if a step has ended since the last reading."""
         return self._last is not None
 
     # ---- Lightning's hooks ----

@@ -49,12 +49,12 @@ class PeerLostError(RunFailedError):
 
 
 def is_first_process() -> bool:
-    """Whether this process is the first of the run, which writes its files; see `check_launch`."""
+    """Return True if this process is the first of the run, which writes its files; see `check_launch`."""
     return not getattr(rank_zero_only, "rank", 0)
 
 
 def is_launched() -> bool:
-    """Whether another process of this run started this one."""
+    """Return True if another process of this run started this one."""
     return _LAUNCHER in os.environ
 
 
@@ -163,7 +163,7 @@ def _who(trainer: Trainer, what: str) -> str:
 
 
 def _is_connection(error: Exception) -> bool:
-    """Whether an error comes from the connection to a process that has died."""
+    """Return True if an error comes from the connection to a process that has died."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl"))
     )
@@ -297,12 +297,12 @@ def _slurm() -> _Launch:
 
 
 def _in_slurm() -> bool:
-    """Whether Lightning counts this process as a Slurm task, which it does not in an interactive job."""
+    """Return True if Lightning counts this process as a Slurm task; it does not in an interactive job."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def _is_single_task() -> bool:
-    """Whether a Slurm job has one task, so that the run starts the other processes itself."""
+    """Return True if a Slurm job has one task, so that the run starts the other processes itself."""
     return _number("SLURM_NTASKS") == 1 and os.environ.get("SLURM_NNODES", "1") == "1"
 
 

@@ -1,6 +1,6 @@
-"""What training knows of the insides of Lightning and PyTorch: their private names stand in this file alone.
+"""Access to private parts of Lightning and PyTorch; training uses their private names only in this file.
 
-Each name is given its reason here and a public name for the rest of the package. All were seen in torch 2.13.0,
+Each private name has its reason here and a public name for the rest of the package. All were seen in torch 2.13.0,
 lightning 2.6.6 and, but for the one marked, lightning 2.4.0 (which NeMo pins). pyproject.toml therefore caps both
 packages below their next minor version; tests/training/test_lightning_internals.py names what a new version lacks.
 """
@@ -22,12 +22,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 def is_step_complete(trainer: Trainer) -> bool:
-    """Whether the newest batch ends an optimiser step. A run's last batch always does: see `settings.Length`."""
+    """Return True if the newest batch ends an optimiser step. A run's last batch always does: see `settings.Length`."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0
 
 
 def is_validation_due(trainer: Trainer, batches: int) -> bool:
-    """Whether validation follows after this number of training batches."""
+    """Return True if validation follows after this number of training batches."""
     return bool(trainer.limit_val_batches) and batches % int(trainer.val_check_interval or 1) == 0
 
 
@@ -81,7 +81,7 @@ class OpenModelCheckpoint(ModelCheckpoint):
         super()._save_last_checkpoint(trainer, candidates)
 
     def is_removable(self, trainer: Trainer, previous: str, current: str) -> bool:
-        """Whether the file `previous` may be removed now that `current` is written."""
+        """Return True if the file `previous` may be removed now that `current` is written."""
         return bool(super()._should_remove_checkpoint(trainer, previous, current))
 
     def candidates(self, trainer: Trainer) -> dict[str, Tensor]:
@@ -109,16 +109,16 @@ class OpenModelCheckpoint(ModelCheckpoint):
     # Lightning's state, which decides when to save.
 
     def saves_after_validation(self, trainer: Trainer) -> bool:
-        """Whether validation, and no number of steps, decides when to save."""
+        """Return True if validation, not a number of steps, decides when to save."""
         return self._every_n_epochs >= 1 and not self._should_save_on_train_epoch_end(trainer)
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether a checkpoint can be written now and has not been written at this step."""
+        """Return True if a checkpoint can be written now and has not been written at this step."""
         return not self._should_skip_saving_checkpoint(trainer)
 
     def take_deferred(self) -> bool:
-        """Whether Lightning has put off a checkpoint until a validation; it is ours to write from now on."""
-        # _defer_save_until_validation: in 2.6 alone, which forgets it where no validation comes.
+        """Return True if Lightning has deferred a checkpoint until validation, and take over writing it."""
+        # _defer_save_until_validation: only in 2.6, which forgets it if no validation follows.
         deferred = bool(getattr(self, "_defer_save_until_validation", False))
         if deferred:
             self._defer_save_until_validation = False

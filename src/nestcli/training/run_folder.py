@@ -91,7 +91,7 @@ def _write_failure(error: BaseException | None, folder: Path) -> str | None:
 
 
 def _is_below(path: object, folder: Path) -> bool:
-    """Whether an error's path lies in the folder; an error without a path counts as one."""
+    """Return True if an error's path lies in the folder, or if the error has no path."""
     return path is None or Path(os.fsdecode(str(path))).absolute().is_relative_to(folder.absolute())
 
 

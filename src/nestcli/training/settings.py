@@ -291,7 +291,7 @@ def accelerator(config: DictConfig) -> str:
 
 
 def check_compiler(config: DictConfig) -> None:
-    """Raise MissingDependencyError if layers are to be compiled and this machine lacks what torch.compile needs."""
+    """Raise MissingDependencyError if layers should be compiled and this machine lacks what torch.compile needs."""
     if not config.model.encoder.get("compile"):
         return
     compiler = os.environ.get("CXX") or "g++"

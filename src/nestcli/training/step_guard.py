@@ -186,7 +186,7 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _unscales(optimizer: Optimizer) -> bool:
-    """Whether the optimiser unscales the gradients itself, so that they are still scaled here: a fused one does."""
+    """Return True if the optimiser unscales the gradients itself, so that they are still scaled here; fused ones do."""
     return bool(optimizer.defaults.get("fused"))
 
 

@@ -317,7 +317,7 @@ def test_sox_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("nestcli.audio.sox._LEAST_LIMIT", 1 << 20)
     report = inspect_audio(path)
     assert report.reason == "unreadable"
-    assert "decoded it has more than" in report.detail
+    assert "it decodes to more than" in report.detail
 
 
 def test_good_weights_pass_the_look_at_their_pickle() -> None:

@@ -91,7 +91,7 @@ def _expand(raw: IO[bytes], plain: IO[bytes], source: str) -> None:
         with gzip.GzipFile(fileobj=raw) as packed:
             while piece := packed.read(1 << 20):
                 if plain.tell() + len(piece) > limit:
-                    raise CheckpointError(f"{source}: its unpacked content exceeds {limit:,} bytes. Refused.")
+                    raise CheckpointError(f"{source}: its unpacked content grows beyond {limit:,} bytes. Refused.")
                 plain.write(piece)
         plain.flush()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

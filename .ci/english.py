@@ -16,15 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Folders and files that still have to be rewritten. Remove each when it is done; the goal is an empty set.
-PENDING = {
-    *(f"src/nestcli/{room}" for room in (
-        "augment", "checkpoint", "data/loader", "evaluation", "jobs", "parity", "prepare",
-    )),
-    *(f"tests/{folder}" for folder in (
-        "augment", "checkpoint", "data/loader", "evaluation", "jobs", "parity", "prepare",
-    )),
-}  # fmt: skip
 # (file, phrase as reported): why it may stay.
 ALLOWED = {
     ("src/nestcli/demo/corpus.py", "shall"): "a sentence that the demo's voices speak",
@@ -180,13 +171,8 @@ def paths(root: Path) -> Iterator[Path]:
     yield from sorted((root / "docs").glob("*.md"))
 
 
-def is_pending(place: str) -> str | None:
-    """Return the entry of PENDING that a file belongs to, or None."""
-    return next((each for each in PENDING if place == each or place.startswith(f"{each}/")), None)
-
-
 def main(root: Path) -> int:
-    found, used, waiting = [], set(), set()
+    found, used = [], set()
     for path in paths(root):
         place, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
         if place == EXAMPLES:
@@ -195,15 +181,11 @@ def main(root: Path) -> int:
         for line, phrase, better in sorted(set(findings)):
             if (place, phrase) in ALLOWED:
                 used.add((place, phrase))
-            elif is_pending(place):
-                waiting.add(is_pending(place))
             else:
                 found.append(f"{place}:{line}: {phrase!r}. Better: {better}")
     found += [f".ci/english.py: {place}: {phrase!r} is allowed, but it no longer occurs" for place, phrase in
               sorted(ALLOWED.keys() - used)]  # fmt: skip
-    for each in sorted(PENDING - waiting):
-        print(f"english: {each} is clean; remove it from PENDING")
-    print("\n".join(found) if found else f"english: clean; {len(waiting)} places are still pending")
+    print("\n".join(found) if found else "english: clean")
     return bool(found)
 
 

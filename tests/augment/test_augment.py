@@ -322,7 +322,7 @@ def test_a_crash_costs_one_utterance(tmp_path, speech, monkeypatch):
 
 
 def test_a_killed_run_goes_on(tmp_path, speech, noise):
-    """SIGKILL after the first results; the journal's, and files that are not in it, are there already."""
+    """SIGKILL after the first results; the journal and files that it does not list exist by then."""
     code = (
         "import os, signal, sys\n"
         "from nestcli.augment.run import AugmentOptions, augment\n"

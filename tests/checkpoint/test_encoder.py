@@ -32,7 +32,7 @@ def model() -> NestModel:
 
 
 def asr_config(**encoder: Any) -> dict[str, Any]:
-    """What a recogniser's archive says: the blocks that matter, and others that would be refused in a NEST."""
+    """Return a recogniser's configuration: the blocks that matter, and others that a NEST would refuse."""
     blocks = to_nemo(CONFIG)
     blocks["preprocessor"]["pad_to"] = 0
     return {

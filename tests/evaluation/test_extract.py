@@ -297,7 +297,7 @@ def test_bf16(checkpoint: str, folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_encoder_without_weights_of_its_own(tmp_path: Path) -> None:
-    """What the other tests rest on: two draws differ."""
+    """Two draws differ, which the other tests rely on."""
     torch.manual_seed(1)
     first, second = (fresh_encoder(CONFIG).eval()(0.1 * torch.ones(16_000).cumsum(0).sin()) for _ in range(2))
     assert not torch.allclose(first.features, second.features)

@@ -41,11 +41,11 @@ def test_the_next_items_are_made_while_one_is_used_and_not_all() -> None:
 def test_an_error_comes_where_its_item_would() -> None:
     def failing() -> Iterator[int]:
         yield 1
-        raise ValueError("rotten")
+        raise ValueError("corrupt")
 
     items = ahead(failing())
     assert next(items) == 1
-    with pytest.raises(ValueError, match="rotten"):
+    with pytest.raises(ValueError, match="corrupt"):
         next(items)
     assert threads() == 0
 

@@ -20,7 +20,9 @@ pytestmark = [
 
 def context_of(corpus: dict[str, Path], folder: Path, **options: object) -> BenchContext:
     python = os.environ["NEST_NEMO_PYTHON"]
-    return BenchContext(tiny_config(corpus), Options(nemo_python=python, rounds=1, **options), folder, lambda doing: None)
+    return BenchContext(
+        tiny_config(corpus), Options(nemo_python=python, rounds=1, **options), folder, lambda doing: None
+    )
 
 
 def test_nemo_loads_the_same_audio(corpus: dict[str, Path], tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ RANDOM = np.random.default_rng(0)
 
 
 class Page(HTMLParser):
-    """What a page holds, with every element closed in its order."""
+    """Content of a page, in which every element is closed in order."""
 
     def __init__(self, document: str) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def whole_report(n_layers: int = 16) -> Report:
         ),
         known_differences=[
             KnownDifference("dither", "in place", "a copy", "model.preprocessor.nemo_exact=true", "moved 4e-5", True),
-            KnownDifference("masks in validation", "drawn anew", "the same", None),
+            KnownDifference("masks in validation", "drawn again", "the same", None),
         ],
     )
 
@@ -320,7 +320,7 @@ def test_features_stand_with_the_lowest_bin_at_the_bottom(tmp_path: Path) -> Non
     section = Section("preprocessor", [good()], pictures={"ours": features, "NeMo": features})
     document, page = written(report(section), tmp_path)
     drawn = images(document)
-    assert len(drawn) == 4  # two sides, and the scale of each; the difference says that there is none
+    assert len(drawn) == 4  # two sides, and the scale of each; the difference is told in words
     np.testing.assert_array_equal(drawn[0][-1], np.broadcast_to(colour(FEATURES, 0), (20, 3)))
     np.testing.assert_array_equal(drawn[0][0], np.broadcast_to(colour(FEATURES, 255), (20, 3)))
     labels = [str(attributes["aria-label"]) for attributes in page.of("svg")]

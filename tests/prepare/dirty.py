@@ -310,7 +310,7 @@ WAYS: dict[str, tuple[str, Way]] = {
 
 
 def manifest(path: Path, samples: Sequence[Sample], each: int = 5) -> list[Sample]:
-    """Write a manifest of the corpus, and lines that are bad in ways of their own; what is to be said of every line.
+    """Write a manifest of the corpus, and lines that are bad in other ways; return the expected verdict on every line.
 
     The lines have an `id`, their number from 0.
     """

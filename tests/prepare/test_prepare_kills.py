@@ -19,7 +19,7 @@ from prepare.dirty import make
 
 OPTIONS = ("--convert", "--segment", "0.5", "--shards", "3", "--val-fraction", "0.2", "--jobs", "2")
 OWN = (".prepared.jsonl", ".lock")
-# what appears in DIR as a run goes on, and what it does from then on
+# files that appear in DIR during a run, and the stage that begins with each
 STAGES = {
     "start": "",
     "checking": ".prepared.jsonl",
@@ -171,7 +171,7 @@ def runs(tmp_path: Path) -> Runs:
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(runs: Runs) -> None:
-    """Of a first run each, spread over its length; a moment that came too late is drawn again, earlier."""
+    """Kill 50 first runs at moments spread over their length; a moment that came too late is drawn again, earlier."""
     draw = random.Random(50)
     kills = 0
     moments = [(number + draw.random()) / 38 for number in range(38)]
@@ -200,11 +200,11 @@ def test_fifty_kills_change_nothing(runs: Runs) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_the_same(runs: Runs) -> None:
-    """Of runs that go on, too: each gets a little further, and no further than the next kill."""
+    """Kill resumed runs too: each gets a little further, up to the next kill."""
     draw, pace = random.Random(5), 1.0
     for _ in range(3):
         kills = 0
-        while kills < 2:  # a chain that ended before its second kill, on a machine that is idle again, begins anew
+        while kills < 2:  # a chain that ended before its second kill, on a machine that is idle again, starts over
             shutil.rmtree(runs.out, ignore_errors=True)
             kills = 0
             while kills < 7 and runs.kill(runs.at(pace * runs.seconds * draw.uniform(0.3, 0.8))):
@@ -232,7 +232,7 @@ def test_a_run_that_is_asked_to_stop_goes_on(runs: Runs, how: int) -> None:
 
 
 def assert_told(runs: Runs, limit: int, what: str) -> None:
-    """A run that may write no file of more than `limit` bytes says which one it could not, and can go on."""
+    """A run that may write no file of more than `limit` bytes names the one it could not write, and can resume."""
     process = runs.start(limit)
     said = " ".join(process.communicate()[1].split())
     assert process.returncode == 1, said

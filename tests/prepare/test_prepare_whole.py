@@ -60,7 +60,7 @@ def test_globs_name_nothing_twice_and_nothing_else(tmp_path):
         assert (summary.accepted, summary.rejected) == (1 if pattern == "*.wav" else 3, 0)
         assert summary.passed_over == (0 if pattern == "*.wav" else 2)
     everything = PrepareOptions(val_fraction=0, convert=True)
-    for _ in range(2):  # its own output is no input
+    for _ in range(2):  # its own output is not an input
         assert prepare([f"{tmp_path}/in/**/*.*"], tmp_path / "in" / "out", everything).accepted == 3
     manifest = tmp_path / "in" / "out" / "train_manifest.json"
     manifest.rename(tmp_path / "in" / "m.json")

@@ -164,12 +164,12 @@ def test_a_folder_of_the_users_is_neither_passed_over_nor_written_to(tmp_path):
         prepare([tmp_path], tmp_path, options())
     assert [path.name for path in (tmp_path / "audio").iterdir()] == ["a.wav"]
     (tmp_path / "audio").rename(tmp_path / "mine")
-    for _ in range(2):  # what the first run converted is no input of the second
+    for _ in range(2):  # files that the first run converted are not inputs of the second
         assert prepare([tmp_path], tmp_path, options()).accepted == 1
 
 
 def test_a_folder_that_cannot_be_written_to_ends_the_run(tmp_path):
-    """And is not taken for a fault of the recording."""
+    """It is not taken for a fault of the recording."""
     sf.write(tmp_path / "a.wav", noise(1), RATE)
     (tmp_path / "file").touch()
     task = ShapeTask(str(tmp_path / "a.wav"), 0.0, 1.0, "a", ShapeOptions(folder=str(tmp_path / "file")))

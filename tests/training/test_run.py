@@ -208,7 +208,7 @@ def test_a_dry_run_tries_a_batch_and_writes_nothing(corpus: dict[str, Path], tmp
         ("model.encoder.n_layers=0", "n_layers: 0 must be from 1 to 512"),
         ("model.encoder.att_context_size=[a,b]", "att_context_size: 'a' is not of type int"),
         ("model.optim.betas=[0.9,x]", "betas: 'x' is not of type float"),
-        ("seed=abc", "seed: 'abc' is not a number"),
+        ("seed=abc", "seed: 'abc' must be an integer"),
         ("exp_manager.resume_ignore_no_checkpoint=false", "there is no checkpoint in"),
         ("model.optim.name=sgd", "only adamw is"),
         ("model.optim.sched.name=Cosine", "only NoamAnnealing is"),

@@ -1,6 +1,6 @@
-"""What a loader process is reading, noted in memory that it shares with the process that waits for its batches.
+"""Notes of what each loader process is reading, in memory that it shares with the trainer.
 
-A note costs less than 1 µs and takes no lock: a process that dies at any place leaves a note that can be read.
+A note costs less than 1 µs and takes no lock: a process that dies at any point leaves a readable note.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ EntryT_co = TypeVar("EntryT_co", covariant=True)
 EntryT = TypeVar("EntryT")
 
 _NOTE = struct.Struct("=Qdqh?")  # the fields of Note
-_SINCE, _SINCE_AT = struct.Struct("=d"), 8  # its time alone, and where that stands
+_SINCE, _SINCE_AT = struct.Struct("=d"), 8  # its time alone, and the offset of that field
 _ATTEMPTS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What a process says of itself: it has been reading a file, or doing something else, `since` then.
+    """State of a loader process: since `since` it has been reading a file, or doing something else.
 
-    `since` is of `time.monotonic`, which all processes share; `number` tells notes apart. The file is that of a line
-    (from 0) of one of the manifests, the one that is being read or was last; -1 for none.
+    `since` is a time of `time.monotonic`, which all processes share; `number` distinguishes notes. `line` (from 0) and
+    `manifest` name the file that is being read, or that was read last; -1 for none.
     """
 
     number: int
@@ -35,17 +35,17 @@ class Note:
     reading: bool
 
 
-NOTHING = Note(0, 0.0, -1, -1, False)  # of a process that tells nothing
+NOTHING = Note(0, 0.0, -1, -1, False)  # for a process that writes no notes
 
 
 class Lines(Protocol[EntryT_co]):
-    """What a line has an entry in: a Manifest, which stands above this room."""
+    """Interface of Manifest, which lives in a room above this one."""
 
     def entry(self, line: int, /) -> EntryT_co: ...
 
 
 class _Page:
-    """A process's own page, to write to."""
+    """The page that a process writes its notes to."""
 
     def __init__(self, memory: mmap.mmap, manifests: Sequence[Lines[Any]]) -> None:
         self._memory = memory
@@ -67,19 +67,19 @@ class _Page:
 
 
 class Notes:
-    """A page for each of `workers` processes, which must be forked from this one, about the lines of `manifests`."""
+    """Pages for `workers` processes, forked from this one, that read the lines of `manifests`."""
 
     def __init__(self, workers: int, manifests: Sequence[Lines[Any]]) -> None:
         self.manifests = manifests
         self._pages = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(workers)]
 
     def enter(self, worker: int) -> None:
-        """In a loader process: from now on, note what it reads."""
+        """Start to note what this process reads; call it in the loader process."""
         global _own
         _own = _Page(self._pages[worker], self.manifests)
 
     def of(self, worker: int) -> Note:
-        """In the process that made the pages: return what a loader process noted last."""
+        """Return the last note of a loader process; call it in the process that made the pages."""
         page = self._pages[worker]
         for _ in range(_ATTEMPTS):
             note = Note(*_NOTE.unpack_from(page))

@@ -210,7 +210,7 @@ class _Worker:
         return self.given.popleft()
 
     def late(self, passed: float) -> bool:
-        """Whether the first task has taken longer than it may, now that `passed` more seconds are over."""
+        """Add `passed` seconds to the first task's time, and return True if it exceeds the task's limit."""
         self._worked += passed
         return self._worked > self.given[0].seconds
 
@@ -234,7 +234,7 @@ class _Worker:
 
 
 def serve(connection_descriptor: int, alive_descriptor: int) -> None:
-    """What a worker does: tasks until there are no more, or until the caller is gone."""
+    """Run a worker: do tasks until there are none left, or until the caller is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who then ends us
     threading.Thread(target=_end_with_the_caller, args=(alive_descriptor,), daemon=True).start()
     connection: Connection[Any, Any] = Connection(connection_descriptor)

@@ -223,7 +223,7 @@ def draw_curve(values: Sequence[float], tolerance: float | None, decades: tuple[
 
 
 def scientific(number: float | None) -> str:
-    """Two digits and an exponent; whole numbers as they are; infinity for what is no number."""
+    """Two digits and an exponent; whole numbers as they are; infinity for NaN."""
     if number is None:
         return "–"
     if not math.isfinite(number):
@@ -234,7 +234,7 @@ def scientific(number: float | None) -> str:
 
 
 def curve_in_words(values: Sequence[float], tolerance: float | None) -> str:
-    """What the curve shows, for those who do not see it and as its caption."""
+    """Describe the curve in words: its caption, and a text for readers who cannot see it."""
     if not any(values):
         return f"exactly 0 after {'the one layer' if len(values) == 1 else f'all {len(values)} layers'}"
     broken = [layer for layer, value in enumerate(values) if not math.isfinite(value)]

@@ -116,7 +116,7 @@ def _overview(report: Report) -> str:
 
 
 def share_of_tolerance(check: Check) -> float:
-    """The difference as a share of what is allowed; infinite where there is none or nothing is allowed."""
+    """Return the difference divided by the tolerance; infinity if either is missing or the tolerance is 0."""
     if check.difference is None or math.isnan(check.difference):
         return 0.0 if check.passed else math.inf
     if not check.tolerance:

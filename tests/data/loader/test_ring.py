@@ -39,7 +39,7 @@ class Batches:
 
     def __getitem__(self, number: int) -> Any:
         if number == self.failing:
-            return DataError("rotten")
+            return DataError("corrupt")
         batch = batch_of(number)
         if number % 2:
             return batch
@@ -97,7 +97,7 @@ def test_memory_is_taken_once(tmp_path: Path) -> None:
 def test_errors_that_the_data_set_returns_pass() -> None:
     loaded = list(loader_of(Batches(failing=3)))
     assert isinstance(loaded[3], DataError)
-    assert str(loaded[3]) == "rotten"
+    assert str(loaded[3]) == "corrupt"
     assert same(loaded[4], batch_of(4))
 
 
@@ -110,7 +110,7 @@ class OddError(ValueError):
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (DataError("rotten"), DataError, "^rotten$"),
+        (DataError("corrupt"), DataError, "^corrupt$"),
         (KeyError("x"), KeyError, "^'x'$"),
         (OddError(1, "no"), RuntimeError, "^OddError: 1: no$"),
     ],

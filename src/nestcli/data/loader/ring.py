@@ -24,7 +24,7 @@ _ALIGNMENT = 64  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Lies:
-    """Where a tensor lies in a slot: its first byte, shape and type."""
+    """Place of a tensor in a slot: its first byte, shape and type."""
 
     start: int
     shape: tuple[int, ...]

@@ -21,7 +21,7 @@ from nestcli.storage import addresses, fetch
 # Forked processes share memory with the trainer, so it sees what they do. Spawned ones (macOS) are only seen to die.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
-_GRACE = 2.0  # s that a process may take to move again: all may have been stopped together and gone on
+_GRACE = 2.0  # s that a process may take to move again: all may have been stopped and continued together
 _REMOTE = 300.0  # s without a byte of a remote file at least: those who fetch it try four times
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 _STATES = {"T": "It is stopped (SIGSTOP). ", "D": "It waits for a disk or a file server. "}
@@ -30,7 +30,7 @@ _STATES = {"T": "It is stopped (SIGSTOP). ", "D": "It waits for a disk or a file
 class Watch:
     """Watches the `workers` processes of the loader of block `key`, which read the lines of `manifests`.
 
-    `timeout` in seconds is how long a local file may take; None: as long as it likes.
+    `timeout` in seconds is how long a local file may take; None: no limit.
     """
 
     def __init__(self, workers: int, key: str, timeout: float | None, manifests: Sequence[Manifest] = ()) -> None:
@@ -86,7 +86,7 @@ class Watch:
         memory = f"lower {self.key}.num_workers or the size of its batches"
         leave_out = (
             "take its line out of the manifest (`nest prepare-data` finds and leaves out files that crash their "
-            "decoder). The same command goes on from the newest checkpoint."
+            "decoder). The same command resumes from the newest checkpoint."
         )
         if code is not None and -code in _CRASHES:
             return f"The file may crash its decoder. If the run ends at it again, {leave_out}"
@@ -105,9 +105,9 @@ class Watch:
         )  # fmt: skip
         state = _STATES.get(_state(self.processes[number].pid), "")
         return RunFailedError(
-            f"{self._who(number)} {what}. {state}Look whether the disk or the server that holds the file answers, then "
-            "start again: the same command goes on from the newest checkpoint. If it is this file alone, take its line "
-            f"out of the manifest. If files may take so long there, raise {self.key}.read_timeout ({self.timeout:g} s)."
+            f"{self._who(number)} {what}. {state}Check that the disk or server with this file responds, then give "
+            "the same command again: it resumes from the newest checkpoint. If only this file hangs, take its line out "
+            f"of the manifest. If files may take so long there, raise {self.key}.read_timeout ({self.timeout:g} s)."
         )
 
     def _while(self, note: Note) -> str:
@@ -127,7 +127,7 @@ class Watch:
         return f"{name} ({where})" if name else f"the file of {where}"
 
     def _name(self, note: Note) -> str:
-        """A line's audio as its manifest has it: to look for it may be what hangs."""
+        """Return a line's audio as the manifest has it. Looking for the file could hang too."""
         manifest = self.manifests[note.manifest]
         try:
             path = str(manifest.row(note.line)["audio_filepath"])
@@ -148,7 +148,7 @@ def _signal_name(number: int) -> str:
 
 
 def _state(pid: int | None) -> str:
-    """A process's state as Linux tells it: T stopped, D in the kernel; empty where that is not to be had."""
+    """Return a process's state on Linux: T stopped, D in the kernel; empty if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
     except (OSError, IndexError):

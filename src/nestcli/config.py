@@ -329,7 +329,19 @@ def _parse_value(text: str, word: str) -> Any:
 # ---- checks ----------------------------------------------------------------------------------------------------
 
 
+_MOST_BITS = 4096  # of an integer; Python refuses to print much longer ones
+
+
+def check_digits(config: DictConfig, source: str) -> None:
+    """Refuse integers of more than 4,096 bits in any key, before anything tries to print them. Raises ConfigError."""
+    for key, value in leaves(OmegaConf.to_container(config, resolve=False)):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number.bit_length() > _MOST_BITS:
+                raise ConfigError(f"{source}: {key} is a number of many digits. Refused.")
+
+
 def _check(config: DictConfig, source: str) -> None:
+    check_digits(config, source)
     try:
         content = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:

@@ -149,6 +149,13 @@ def test_a_file_that_is_a_number_alone(tmp_path: Path) -> None:
         plain_yaml(b"3", "a.nemo")
 
 
+@pytest.mark.parametrize("key", ["name", "model.train_ds.cuts_path", "model.train_ds.use_start_end_token", "+mine"])
+def test_a_number_of_many_digits_in_an_override(key: str) -> None:
+    """Python cannot print it, so no later message could."""
+    with pytest.raises(ConfigError, match=rf"{key.lstrip('+')} is a number of many digits"):
+        load_config("demo", [f"{key}=0x{'f' * 5000}"])
+
+
 def test_a_place_in_digits_that_are_none() -> None:
     with pytest.raises(ConfigError, match="refers to more than a single value"):
         check_references({"c": ["x"], "a": "${c.²}"}, "x.yaml")

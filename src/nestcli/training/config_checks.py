@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.bounds import as_written
-from nestcli.config import leaves, raw_config, section, seed_of
+from nestcli.config import check_digits, leaves, raw_config, section, seed_of
 from nestcli.data.dataset import MIN_SECONDS
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.mixing import AugmentationConfig
@@ -28,6 +28,7 @@ _BLOCKS = ("model.train_ds", "model.validation_ds")
 
 def check_settings(config: DictConfig) -> None:
     """Check every block that a run reads, but no data. Raises ConfigError that names the key."""
+    check_digits(config, "the configuration")
     seed_of(config)
     section(TrainerConfig, config, "trainer")
     section(ManagerConfig, config, "exp_manager")

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_close
 from nestcli.config import load_config
 from nestcli.errors import ConfigError
-from nestcli.model.attention import sinusoidal_table
+from nestcli.model.attention import RelativePositions, sinusoidal_table
 from nestcli.model.config import EncoderConfig, LossConfig, MaskingConfig, NestConfig, QuantizerConfig
 from nestcli.model.conformer import outside_context
 from nestcli.model.fast import relative_shift
@@ -230,3 +230,15 @@ def test_no_buffer_depends_on_the_length() -> None:
     model(*speech_like([2.0, 1.5]), *speech_like([2.0, 1.5]))
     model(*speech_like([3.1, 1.0]), *speech_like([3.1, 1.0]))
     assert {name: value.shape for name, value in model.named_buffers()} == shapes
+
+
+def test_the_dropout_of_positions_is_drawn_before_that_of_frames() -> None:
+    """NeMo draws in this order. The live comparison found it swapped."""
+    positions = RelativePositions(8, scale_input=False, dropout=0.3, dropout_table=0.4)
+    frames = torch.randn(2, 5, 8)
+    torch.manual_seed(3)
+    rows = torch.nn.functional.dropout(sinusoidal_table(5, 8, torch.device("cpu")), 0.4)
+    expected = torch.nn.functional.dropout(frames, 0.3), rows
+    torch.manual_seed(3)
+    for ours, theirs in zip(positions(frames), expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -56,9 +56,9 @@ class RelativePositions(nn.Module):
 
     def forward(self, frames_BSM: Tensor) -> tuple[Tensor, Tensor]:
         """Return the frames, scaled and with dropout, and the table's rows for their length (R, M)."""
-        rows_RM = self._rows(frames_BSM.size(1), frames_BSM.device).to(frames_BSM.dtype)
+        rows_RM = self.dropout_table(self._rows(frames_BSM.size(1), frames_BSM.device).to(frames_BSM.dtype))
         scaled_BSM = frames_BSM if self.scale == 1.0 else frames_BSM * self.scale
-        return self.dropout(scaled_BSM), self.dropout_table(rows_RM)
+        return self.dropout(scaled_BSM), rows_RM  # the frames' dropout is drawn after the table's, as in NeMo
 
     def _rows(self, n_frames: int, device: torch.device) -> Tensor:
         if torch.compiler.is_exporting():  # a kept table would limit the length of an exported graph's input

@@ -22,7 +22,7 @@ from nestcli.bounds import coerced, is_within
 from nestcli.errors import ConfigError
 from nestcli.keys import EXTRA_KEYS, START_KEYS, START_PARTS, foreign, is_off
 from nestcli.targets import CLASSES, PLACES, TARGETS
-from nestcli.untrusted import check_plain, check_references, check_sizes, read_yaml, short
+from nestcli.untrusted import check_digits, check_plain, check_references, check_sizes, read_yaml, short
 
 BASE = "nest_fast-conformer"
 PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
@@ -329,19 +329,8 @@ def _parse_value(text: str, word: str) -> Any:
 # ---- checks ----------------------------------------------------------------------------------------------------
 
 
-_MOST_BITS = 4096  # of an integer; Python refuses to print much longer ones
-
-
-def check_digits(config: DictConfig, source: str) -> None:
-    """Refuse integers of more than 4,096 bits in any key, before anything tries to print them. Raises ConfigError."""
-    for key, value in leaves(OmegaConf.to_container(config, resolve=False)):
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and number.bit_length() > _MOST_BITS:
-                raise ConfigError(f"{source}: {key} is a number of many digits. Refused.")
-
-
 def _check(config: DictConfig, source: str) -> None:
-    check_digits(config, source)
+    check_digits(OmegaConf.to_container(config, resolve=False), source)
     try:
         content = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:

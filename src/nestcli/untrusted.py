@@ -22,6 +22,7 @@ MOST_EVENTS = 40_000  # in a YAML file: about two per value
 # Limits for configurations inside checkpoints, far above NeMo's own, which have 5 levels and 150 values.
 _DEEPEST, _MOST_VALUES = 32, 20_000
 CALLING = frozenset(("_instantiator", "_class_path", "class_path", "_recursive_", "_partial_", "_args_", "_convert_"))
+_MOST_BITS = 4096  # of an integer
 _MOST_LETTERS = 1 << 18  # letters in all values, once references are resolved
 # Limits far above any real model, but low enough that checking a configuration takes little time and memory.
 _LARGEST = {
@@ -147,17 +148,27 @@ def check_sizes(config: Mapping[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: {key} is {shown}, more than the {largest:,} that is allowed. Refused.")
 
 
+def check_digits(content: Any, source: str) -> None:
+    """Refuse integers of more than 4,096 bits: Python prints no more than 4,300 digits. Raises ConfigError."""
+    waiting = [("", content)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(f"{path}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(path, inner) for inner in value]
+        elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise ConfigError(f"{source}: {path[1:201]} is a number of many digits. Refused.")
+
+
 def check_references(content: Mapping[str, Any], source: str) -> None:
     """Refuse every reference except `${a.b}` to a key with a single value, alone or within text. Raises ConfigError.
 
     `${oc.env:HOME}` would read things that do not concern the file. References to blocks or to other references can
     grow without limit, or form circles. OmegaConf reports keys that do not exist: an override may still add them.
     """
-    try:
-        letters = _letters(content, source)
-    except ValueError:  # Python prints no more than 4,300 digits
-        raise ConfigError(f"{source}: it holds a number with too many digits. Refused.") from None
-    if letters > _MOST_LETTERS:
+    check_digits(content, source)
+    if _letters(content, source) > _MOST_LETTERS:
         raise ConfigError(f"{source}: its references (${{...}}) grow beyond {_MOST_LETTERS:,} letters. Refused.")
 
 

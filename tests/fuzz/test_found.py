@@ -136,7 +136,7 @@ def test_a_block_within_a_text_is_refused() -> None:
 def test_a_number_of_many_digits(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(f"base: small\nname: 0x{'f' * 5000}\n")
-    with pytest.raises(ConfigError, match=r"a\.yaml: it holds a number with too many digits"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: name is a number of many digits"):
         load_config(str(path))
 
 
@@ -149,11 +149,18 @@ def test_a_file_that_is_a_number_alone(tmp_path: Path) -> None:
         plain_yaml(b"3", "a.nemo")
 
 
-@pytest.mark.parametrize("key", ["name", "model.train_ds.cuts_path", "model.train_ds.use_start_end_token", "+mine"])
+@pytest.mark.parametrize(
+    "key", ["name", "model.train_ds.cuts_path", "model.train_ds.use_start_end_token", "+mine", "+mine.weight"]
+)
 def test_a_number_of_many_digits_in_an_override(key: str) -> None:
     """Python cannot print it, so no later message could."""
     with pytest.raises(ConfigError, match=rf"{key.lstrip('+')} is a number of many digits"):
         load_config("demo", [f"{key}=0x{'f' * 5000}"])
+
+
+def test_a_number_of_many_digits_inside_a_list() -> None:
+    with pytest.raises(ConfigError, match=r"input_cfg\.weight is a number of many digits"):
+        load_config("demo", [f"model.train_ds.input_cfg=[{{type: nemo, weight: 0x{'f' * 5000}}}]"])
 
 
 def test_a_place_in_digits_that_are_none() -> None:

@@ -103,7 +103,7 @@ class _LocalPool:
                         number, content = next(waiting, (-1, None))
                         more = number >= 0
                         if more:
-                            seconds = math.inf if limit is None else limit(content)  # type: ignore[arg-type]
+                            seconds = math.inf if limit is None else limit(content)  # type: ignore[arg-type]  # of this call's tasks
                             task = _Sent(number, pickle.dumps((work, content)), seconds)
                     if task is None:
                         break

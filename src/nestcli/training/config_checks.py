@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.bounds import as_written
-from nestcli.config import check_digits, leaves, raw_config, section, seed_of
+from nestcli.config import leaves, raw_config, section, seed_of
 from nestcli.data.dataset import MIN_SECONDS
 from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.mixing import AugmentationConfig
@@ -20,6 +20,7 @@ from nestcli.model.config import NestConfig, OptimizerConfig, ScheduleConfig
 from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import disjoint_blocks, overlapping_blocks
 from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
+from nestcli.untrusted import check_digits
 
 _TRIED, _AT_A_TIME = 4096, 64  # utterances for trial masks, until one has a masked token
 _TRIED_WITH_LIMIT = 64  # with max_mask_ratio, which is slow
@@ -28,7 +29,7 @@ _BLOCKS = ("model.train_ds", "model.validation_ds")
 
 def check_settings(config: DictConfig) -> None:
     """Check every block that a run reads, but no data. Raises ConfigError that names the key."""
-    check_digits(config, "the configuration")
+    check_digits(OmegaConf.to_container(config, resolve=False), "the configuration")
     seed_of(config)
     section(TrainerConfig, config, "trainer")
     section(ManagerConfig, config, "exp_manager")

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 _IMPORTS = (
     "nestcli.checkpoint.export", "nestcli.prepare.pipeline", "nestcli.augment.run", "nestcli.training.run",
-    "nestcli.parity.compare", "nestcli.evaluation.extract", "nestcli.evaluation.probe",
+    "nestcli.parity.compare", "nestcli.evaluation.extract", "nestcli.evaluation.probes.classify",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from nestcli.cli import console
 from nestcli.cli.options import AsJson, BatchDuration
 
 if TYPE_CHECKING:
-    from nestcli.evaluation.probe import ProbeResult
+    from nestcli.evaluation.probes.classify import ProbeResult
 
 
 def probe(
@@ -57,8 +57,8 @@ def probe(
 
     Runs the same probe on an untrained encoder and on log-mel statistics, for comparison.
     """
-    from nestcli.evaluation.probe import ProbeOptions
-    from nestcli.evaluation.probe import probe as run
+    from nestcli.evaluation.probes.classify import ProbeOptions
+    from nestcli.evaluation.probes.classify import probe as run
 
     options = ProbeOptions(label, split, seeds, min_count, device, precision, batch_duration)
     with tempfile.TemporaryDirectory() as scratch, console.progress("encoding") as advance:
@@ -108,7 +108,7 @@ def _document(manifest: str, checkpoint: str, result: ProbeResult) -> dict[str, 
 def _write(out: Path, result: ProbeResult, document: dict[str, Any]) -> None:
     import json
 
-    from nestcli.evaluation.probe_pictures import draw_confusion, draw_layers
+    from nestcli.evaluation.probes.pictures import draw_confusion, draw_layers
     from nestcli.files import write_text
 
     write_text(out / "probe.json", [json.dumps(document, ensure_ascii=False, indent=2) + "\n"])

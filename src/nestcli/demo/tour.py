@@ -25,8 +25,8 @@ from nestcli.demo.pictures import draw_batch, draw_loss_curve
 from nestcli.demo.results import COMPARISON, Learned, Results
 from nestcli.demo.synthesis import variants
 from nestcli.errors import ConfigError, RunFailedError
-from nestcli.evaluation.probe import ProbeOptions, ProbeResult, probe
-from nestcli.evaluation.probe_pictures import draw_confusion, draw_layers
+from nestcli.evaluation.probes.classify import ProbeOptions, ProbeResult, probe
+from nestcli.evaluation.probes.pictures import draw_confusion, draw_layers
 from nestcli.parity.compare import Request, compare
 from nestcli.parity.nemo import RecordedNemo
 from nestcli.parity.page import write_page

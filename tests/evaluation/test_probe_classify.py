@@ -17,10 +17,10 @@ from nestcli.checkpoint.nemo import write_nemo
 from nestcli.cli.app import main
 from nestcli.config import load_config
 from nestcli.errors import ConfigError, DataError
-from nestcli.evaluation import probe_classifier
-from nestcli.evaluation.probe import LOG_MEL, PRETRAINED, UNTRAINED, Outcome, ProbeOptions, ProbeResult, pooled, probe
-from nestcli.evaluation.probe_classifier import fit, fit_with
-from nestcli.evaluation.probe_splits import splits
+from nestcli.evaluation.probes import linear as probe_classifier
+from nestcli.evaluation.probes.classify import LOG_MEL, PRETRAINED, UNTRAINED, Outcome, ProbeOptions, ProbeResult, pooled, probe
+from nestcli.evaluation.probes.linear import fit, fit_with
+from nestcli.evaluation.probes.splits import splits
 from nestcli.model.config import NestConfig
 from nestcli.model.nest import NestModel
 
@@ -253,7 +253,7 @@ def test_seeds_count_where_speakers_are_left_out_in_turn(
         calls.append((seed, float(features_ULP.sum())))
         return probe_classifier.fit(features_ULP, classes_U, n_classes, seed, groups)
 
-    monkeypatch.setattr("nestcli.evaluation.probe.fit", fitted)
+    monkeypatch.setattr("nestcli.evaluation.probes.classify.fit", fitted)
     found = probe(str(tmp_path / "m.json"), checkpoint, tmp_path, ProbeOptions("word", seeds=2))
     assert [seed for seed, _ in calls] == 6 * 2 * [0, 1]  # systems with poolings, speakers, seeds
     pretrained, untrained = calls[:4], calls[8:12]

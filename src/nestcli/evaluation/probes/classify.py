@@ -19,8 +19,8 @@ from nestcli.checkpoint.encoder import StoredEncoder, fresh_encoder, read_encode
 from nestcli.data.manifest import Manifest
 from nestcli.errors import ConfigError, DataError
 from nestcli.evaluation.inputs import read_inputs
-from nestcli.evaluation.probe_classifier import fit
-from nestcli.evaluation.probe_splits import Split, splits
+from nestcli.evaluation.probes.linear import fit
+from nestcli.evaluation.probes.splits import Split, splits
 from nestcli.evaluation.walk import Walk, chosen_device
 from nestcli.model.features import preemphasised
 from nestcli.model.speech_encoder import Layer, SpeechEncoder

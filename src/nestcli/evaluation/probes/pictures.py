@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nestcli.evaluation.probe import LOG_MEL, PRETRAINED, UNTRAINED, ProbeResult
+from nestcli.evaluation.probes.classify import LOG_MEL, PRETRAINED, UNTRAINED, ProbeResult
 from nestcli.pictures import BLUE, GREY, colour_bar, new_figure, save, styled, words
 
 _MOST_NAMES, _LONGEST_NAME = 40, 24  # class names that are legible along an axis, and letters of one

@@ -1,0 +1,1 @@
+"""Probes: questions to the frozen features of an encoder, asked of baselines in the same way."""

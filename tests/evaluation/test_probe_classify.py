@@ -18,7 +18,16 @@ from nestcli.cli.app import main
 from nestcli.config import load_config
 from nestcli.errors import ConfigError, DataError
 from nestcli.evaluation.probes import linear as probe_classifier
-from nestcli.evaluation.probes.classify import LOG_MEL, PRETRAINED, UNTRAINED, Outcome, ProbeOptions, ProbeResult, pooled, probe
+from nestcli.evaluation.probes.classify import (
+    LOG_MEL,
+    PRETRAINED,
+    UNTRAINED,
+    Outcome,
+    ProbeOptions,
+    ProbeResult,
+    pooled,
+    probe,
+)
 from nestcli.evaluation.probes.linear import fit, fit_with
 from nestcli.evaluation.probes.splits import splits
 from nestcli.model.config import NestConfig

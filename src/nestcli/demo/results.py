@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestcli.demo.corpus import CorpusSummary
-from nestcli.evaluation.probes.classify import ProbeResult
+from nestcli.evaluation.probes.results import ProbeResult
 from nestcli.parity.report import Report
 from nestcli.prepare.pipeline import PrepareSummary
 from nestcli.training.run import RunResult

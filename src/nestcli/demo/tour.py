@@ -25,8 +25,10 @@ from nestcli.demo.pictures import draw_batch, draw_loss_curve
 from nestcli.demo.results import COMPARISON, Learned, Results
 from nestcli.demo.synthesis import variants
 from nestcli.errors import ConfigError, RunFailedError
-from nestcli.evaluation.probes.classify import ProbeOptions, ProbeResult, probe
+from nestcli.evaluation.probes.options import ProbeOptions
 from nestcli.evaluation.probes.pictures import draw_confusion, draw_layers
+from nestcli.evaluation.probes.results import ProbeResult
+from nestcli.evaluation.probes.run import probe
 from nestcli.parity.compare import Request, compare
 from nestcli.parity.nemo import RecordedNemo
 from nestcli.parity.page import write_page

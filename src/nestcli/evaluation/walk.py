@@ -50,6 +50,7 @@ class Walk:
     batch_duration: float = BATCH_DURATION
     max_duration: float = MAX_DURATION
     shortest: int = 160  # samples of one feature frame
+    change: Callable[[Samples], Samples] | None = None  # applied to each utterance, for example to add noise
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -101,7 +102,7 @@ class Walk:
             return Walked(index, reason="too_short", detail=f"{len(samples)} samples are fewer than one frame needs")
         if not np.isfinite(samples).all():
             return Walked(index, reason="not_finite", detail="some samples are NaN or infinite")
-        return samples
+        return samples if self.change is None else self.change(samples)
 
     def _embedded(self, batch: npt.NDArray[np.int64], audio: Sequence[Samples | Walked], embed: Embed) -> list[Walked]:
         good = [each for each in audio if not isinstance(each, Walked)]

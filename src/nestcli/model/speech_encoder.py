@@ -1,6 +1,6 @@
 """The encoder for use after pretraining: waveforms in, features of any layer out.
 
-Axes: B batch, N samples, L chosen layers, S frames, M model width.
+Axes: B batch, N samples, D mel bins, T feature frames, L chosen layers, S frames, M model width.
 """
 
 from __future__ import annotations
@@ -87,15 +87,21 @@ class SpeechEncoder(nn.Module):
             lengths = torch.full(audio_BN.shape[:1], audio_BN.shape[1], device=audio_BN.device)
         if audio_BN.size(1) < self.preprocessor.config.hop_length:
             raise ValueError(f"{audio_BN.size(1)} samples are less than one frame.")
+        hop, factor = self.preprocessor.config.hop_length, self.encoder.config.subsampling_factor
+        n_frames = -(-(audio_BN.size(1) // hop) // factor)
+        encoded = self.encode_features(*self.preprocessor(audio_BN, lengths), layers=layers)  # padded to whole tokens
+        return Encoded(encoded.features[..., :n_frames, :], encoded.lengths)
+
+    def encode_features(self, features_BDT: Tensor, frames_B: Tensor, *, layers: Layers | None = None) -> Encoded:
+        """Encode features (B, D, T) as the preprocessor returns them, of `frames_B` valid frames (B,).
+
+        The result is as that of `forward`. Raises ValueError if a layer does not exist.
+        """
         places = None if layers is None else self.chosen(layers)
-        n_frames = -(
-            -(audio_BN.size(1) // self.preprocessor.config.hop_length) // self.encoder.config.subsampling_factor
-        )
-        features_BDT, frames_B = self.preprocessor(audio_BN, lengths)  # padded to whole tokens
         dtype = self.encoder.pre_encode.out.weight.dtype
         subsampled_BSM, frames_B = self.encoder.pre_encode(features_BDT.transpose(1, 2).to(dtype), frames_B)
         by_layer: list[Tensor] | None = None if places is None else []
         encoded_BSM, frames_B = self.encoder.encode(subsampled_BSM, frames_B, by_layer)
         if by_layer is None or places is None:
-            return Encoded(encoded_BSM[:, :n_frames], frames_B)
-        return Encoded(torch.stack([by_layer[place][:, :n_frames] for place in places], 1), frames_B)
+            return Encoded(encoded_BSM, frames_B)
+        return Encoded(torch.stack([by_layer[place] for place in places], 1), frames_B)

@@ -17,6 +17,7 @@ from torch import Tensor
 STRENGTHS = (1e-2, 1e-3, 1e-4, 1e-5)  # factors of the classifier's squared weights, added to the mean cross-entropy
 _EVEN = 1e-2  # factor of the layers' squared scores; without it, the first steps settle on one layer
 _ITERATIONS = 60
+_CHANGE = 1e-5  # of the loss or the weights, below which a minimum counts as found
 _FOLDS = 3
 
 
@@ -50,20 +51,27 @@ def fit(
     """
     alone = groups is None or len(set(groups)) < 2
     folds = _folds(classes_U.numpy(), seed) if alone else _folds_of_groups(groups or (), seed)
-    fold_of = torch.from_numpy(folds)
-    strength = max(STRENGTHS, key=lambda each: _score(features_ULP, classes_U, n_classes, each, fold_of))
+    right = _scores(features_ULP, classes_U, n_classes, torch.from_numpy(folds))
+    strength = STRENGTHS[max(range(len(STRENGTHS)), key=right.__getitem__)]
     return fit_with(features_ULP, classes_U, n_classes, strength)
 
 
-def _score(features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: float, fold_of: Tensor) -> float:
-    """Return the cross-validated accuracy: each utterance is predicted by a probe trained without it."""
-    right = 0
+def _scores(features_ULP: Tensor, classes_U: Tensor, n_classes: int, fold_of: Tensor) -> list[int]:
+    """Return for each strength how many utterances are right if a probe trained without them predicts them.
+
+    The minimum for one strength is the start for the next, weaker one.
+    """
+    right = [0] * len(STRENGTHS)
     for fold in range(_FOLDS):
         kept, asked = fold_of != fold, fold_of == fold
-        if kept.any() and asked.any():
-            probe = fit_with(features_ULP[kept], classes_U[kept], n_classes, strength)
-            right += int((probe.predict(features_ULP[asked]) == classes_U[asked]).sum())
-    return right / len(classes_U)
+        if not (kept.any() and asked.any()):
+            continue
+        probe = None
+        train_ULP, train_U, test_ULP = features_ULP[kept], classes_U[kept], features_ULP[asked]
+        for place, strength in enumerate(STRENGTHS):
+            probe = fit_with(train_ULP, train_U, n_classes, strength, probe)
+            right[place] += int((probe.predict(test_ULP) == classes_U[asked]).sum())
+    return right
 
 
 def _folds(classes_U: np.ndarray, seed: int) -> np.ndarray:
@@ -85,20 +93,31 @@ def _folds_of_groups(groups: Sequence[str], seed: int) -> np.ndarray:
     return fold_of_name[place_U]
 
 
-def fit_with(features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: float) -> Probe:
-    """Minimise cross-entropy + strength x squared weights by full-batch L-BFGS, starting from zero."""
+def fit_with(
+    features_ULP: Tensor, classes_U: Tensor, n_classes: int, strength: float, start: Probe | None = None
+) -> Probe:
+    """Minimise cross-entropy + strength x squared weights by full-batch L-BFGS, starting from zero or from a probe.
+
+    `start` must be of the same training utterances.
+    """
     mean_LP, deviation_LP = features_ULP.mean(0), features_ULP.std(0, correction=0) + 1e-5
-    standard_ULP = _standardised(features_ULP, mean_LP, deviation_LP)
-    n_layers, width = standard_ULP.shape[1:]
-    scores_L = torch.zeros(n_layers, requires_grad=True)
-    weight_CP = torch.zeros(n_classes, width, requires_grad=True)
-    bias_C = torch.zeros(n_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scores_L, weight_CP, bias_C], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+    n_layers, width = mean_LP.shape
+    standard_LUP = _standardised(features_ULP, mean_LP, deviation_LP).transpose(0, 1).contiguous()
+    flat_LX = standard_LUP.view(n_layers, -1)  # a plain matrix: mixing layers is one product, without copies
+    if start is None:
+        scores_L, weight_CP, bias_C = torch.zeros(n_layers), torch.zeros(n_classes, width), torch.zeros(n_classes)
+    else:
+        scores_L, weight_CP, bias_C = start.layers_L.log(), start.weight_CP.clone(), start.bias_C.clone()
+        scores_L -= scores_L.mean()  # the minimum of the penalty among scores with the same weights
+    parameters = [each.requires_grad_() for each in (scores_L, weight_CP, bias_C)]
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=_ITERATIONS, tolerance_grad=1e-6, tolerance_change=_CHANGE, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> float:
         optimizer.zero_grad()
-        logits_UC = _mixed(standard_ULP, scores_L.softmax(0)) @ weight_CP.T + bias_C
-        loss = F.cross_entropy(logits_UC, classes_U) + strength * weight_CP.square().sum()
+        mixed_UP = (scores_L.softmax(0) @ flat_LX).view(-1, width)
+        loss = F.cross_entropy(mixed_UP @ weight_CP.T + bias_C, classes_U) + strength * weight_CP.square().sum()
         loss = loss + _EVEN * scores_L.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         return loss.item()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nestcli.evaluation.probes.classify import LOG_MEL, PRETRAINED, UNTRAINED, ProbeResult
+from nestcli.evaluation.probes.results import PRETRAINED, UNTRAINED, ProbeResult
 from nestcli.pictures import BLUE, GREY, colour_bar, new_figure, save, styled, words
 
 _MOST_NAMES, _LONGEST_NAME = 40, 24  # class names that are legible along an axis, and letters of one
@@ -38,7 +38,7 @@ def draw_confusion(path: Path, result: ProbeResult) -> str:
 @styled()
 def draw_layers(path: Path, result: ProbeResult) -> None:
     """Write a PNG of each layer's weight in the probes: mean and spread over the splits."""
-    rows = [each for each in result.outcomes if each.name != LOG_MEL]
+    rows = [each for each in result.outcomes if each.name in (PRETRAINED, UNTRAINED)]
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     styles = {PRETRAINED: BLUE, UNTRAINED: GREY}

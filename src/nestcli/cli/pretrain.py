@@ -120,6 +120,7 @@ def _show_targets(check: TargetCheck | None) -> None:
     found = check.statistics
     books = f" ({found.n_books} codebooks)" if found.n_books > 1 else ""
     dead = f"{found.dead_codes:,.0f}" if found.dead_codes >= 0 else "unknown: too few tokens"
+    distance = f"{found.nearest_visible:.1f} tokens" if found.nearest_visible > 0 else "unknown"
     rows = [
         ("codes in use (perplexity)", f"{found.perplexity:,.0f} of {found.n_codes:,}{books}"),
         ("codes without a token", dead),
@@ -127,7 +128,7 @@ def _show_targets(check: TargetCheck | None) -> None:
         ("same token after a shift of 5 ms", _share(found.stable_after_shift)),
         ("same token with white noise at 20 dB", _share(found.stable_with_noise)),
         ("explained by tokens 1, 2, 3 away", ", ".join(map(_share, found.explained))),
-        ("hidden token to visible frames", f"{found.nearest_visible:.1f} tokens"),
+        ("hidden token to visible frames", distance),
         ("explained by visible frames", _share(found.explained_by_visible)),
     ]
     tokens = f"{found.tokens:,} tokens of {found.token_seconds * 1000:.0f} ms"

@@ -28,16 +28,20 @@ def test_train_resume_finish_count(words: list[str], tmp_path: Path) -> None:
     dry = nest(*words, "--dry-run", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert "Everything is ready" in dry.stderr
+    assert "tokens of 80 ms" in dry.stderr
+    assert "same token after a shift of 5 ms" in dry.stderr
     assert not list(tmp_path.iterdir())
 
     first = nest(*words, "trainer.max_steps=3", "trainer.val_check_interval=2", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "trained to step 3" in first.stderr
+    assert "tokens of 80 ms" in first.stderr
     assert "Traceback" not in first.stderr
     assert "Warning" not in first.stderr
 
     second = nest(*words, "trainer.max_steps=4", "trainer.val_check_interval=2", cwd=tmp_path)
     assert "at step 3" in second.stderr
+    assert "tokens of 80 ms" not in second.stderr  # its targets are those of the first
     assert "trained to step 4" in second.stderr
     leftover = tmp_path / "nest_experiments" / "try" / "checkpoints" / ".try.nemo.77.tmp"
     leftover.touch()  # of a kill in the very last write

@@ -14,7 +14,7 @@ from nestcli.cli.console import TrainingDisplay
 from nestcli.errors import RunFailedError
 from nestcli.model.health import perplexity
 from nestcli.training.curves import main as curves
-from nestcli.training.health import CodeCounts, CollapseDetector, HealthMonitor
+from nestcli.training.health import CodeCounts, CollapseDetector, HealthMonitor, PlateauDetector
 from nestcli.training.metrics import StepReport
 from nestcli.training.run import Pretraining, RunResult
 
@@ -258,6 +258,75 @@ def test_a_skipped_step_says_nothing_about_the_run() -> None:
     assert detector.update(1, flat) is None
     assert detector.update(2, healthy(train_loss=math.nan, effective_rank=math.nan)) is None
     assert detector.update(3, flat) is not None
+
+
+# ---- plateau ----
+
+
+def losses(step: int, *, learns: bool, seed: int = 0) -> dict[str, float]:
+    """A line like those of real runs: losses of single steps vary by 0.2 nats around the mean.
+
+    The loss falls to that of guessing by frequency in 100 steps. A run that learns is 3% below it at step 300 and 11%
+    at step 1,000, like a run with 4 books of 256 codes; one on the plateau stays.
+    """
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    unigram = 4.16 + 0.05 * float(torch.randn((), generator=generator))
+    start = 1.4 * math.exp(-step / 40)
+    gain = 0.46 * (1 - math.exp(-max(0, step - 150) / 400)) if learns else 0.0
+    return {
+        "train_loss": 4.16 + start - gain + 0.2 * float(torch.randn((), generator=generator)),
+        "unigram_loss": unigram,
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("every", [10, 50])
+def test_a_run_on_the_plateau_is_told_once_and_a_good_one_never(seed: int, every: int) -> None:
+    good, stuck = PlateauDetector(400, ["shorter blocks"]), PlateauDetector(400, ["shorter blocks"])
+    told = []
+    for step in range(every, 6001, every):
+        assert good.update(step, losses(step, learns=True, seed=seed)) is None
+        if message := stuck.update(step, losses(step, learns=False, seed=seed)):
+            told.append((step, message))
+    [(step, message)] = told
+    assert 1000 + 20 * every <= step <= 1000 + 80 * every  # noise of the mean may delay it
+    assert message.startswith(f"step {step}: the loss stays at that of guessing by frequency (4.")
+    assert message.endswith("start again under another exp_manager.name with shorter blocks, half of model.optim.lr.")
+
+
+def test_the_plateau_is_not_reported_in_the_warm_up_nor_of_a_run_above_the_baseline() -> None:
+    on_it, above = {"train_loss": 6.5, "unigram_loss": 6.52}, {"train_loss": 6.8, "unigram_loss": 6.52}
+    detector, collapsed = PlateauDetector(25_000), PlateauDetector(0)
+    assert all(detector.update(step, on_it) is None for step in range(100, 27_000, 100))
+    assert detector.update(27_000, on_it) is not None
+    assert all(collapsed.update(step, above) is None for step in range(100, 5000, 100))  # a case of the collapse
+    skipped = PlateauDetector(0)
+    assert all(skipped.update(step, {**on_it, "train_loss": math.nan}) is None for step in range(100, 5000, 100))
+
+
+def test_a_resumed_run_is_not_told_again() -> None:
+    on_it = {"train_loss": 6.5, "unigram_loss": 6.52}
+    first = PlateauDetector(0)
+    assert all(first.update(step, on_it) is None for step in range(1010, 1200, 10))
+    second = PlateauDetector(0)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.update(1200, on_it) is not None
+    third = PlateauDetector(0)
+    third.load_state_dict(json.loads(json.dumps(second.state_dict())))
+    assert all(third.update(step, on_it) is None for step in range(1210, 3000, 10))
+
+
+def test_a_run_reports_its_plateau_after_the_line(
+    corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nestcli.training.health._PLATEAU_FROM", 2)
+    monkeypatch.setattr("nestcli.training.health._PLATEAU_LINES", 3)
+    monkeypatch.setattr("nestcli.training.health._ON_BASELINE", 10.0)
+    run, recorder = pretraining(corpus, tmp_path, "trainer.max_steps=10", "trainer.log_every_n_steps=1")
+    run.fit()
+    [note] = [note for note in recorder.notes if "guessing by frequency (" in note]
+    assert note.startswith("step 8: ")  # three lines after the warm-up of 5
+    assert "shorter tokens (model.encoder.subsampling_factor=4), half of model.optim.lr" in note
 
 
 HUGE = (

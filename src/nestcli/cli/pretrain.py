@@ -11,6 +11,9 @@ from nestcli.cli import console
 
 if TYPE_CHECKING:
     from nestcli.training.run import DryRun, Pretraining, RunPlan, RunResult
+    from nestcli.training.target_check import TargetCheck
+
+_PATIENCE, _PATIENCE_DRY_RUN = 3.0, 60.0  # seconds for reading a sample of the data
 
 
 def pretrain(
@@ -47,7 +50,8 @@ def pretrain(
     if waits and console.is_first_process():  # the rank variables were left over from another program
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if dry_run:
-        _show_dry_run(run.dry_run())
+        targets = run.check_targets(_PATIENCE_DRY_RUN, remote=True)
+        _show_dry_run(run.dry_run(), targets)
         return
     plan = run.plan
     _show_plan(plan)
@@ -58,6 +62,7 @@ def pretrain(
             f"This run is complete: {plan.resumes_at} of {plan.steps} steps. Raise trainer.max_steps to continue it."
         )
         return
+    _show_targets(run.check_targets(_PATIENCE))
     _train(run)
 
 
@@ -96,7 +101,7 @@ def _show_plan(plan: RunPlan) -> None:
         console.note(f"weights    those of the resumed run; {plan.ignored_key} is ignored")
 
 
-def _show_dry_run(trial: DryRun) -> None:
+def _show_dry_run(trial: DryRun, targets: TargetCheck | None) -> None:
     _show_plan(trial.plan)
     console.note(
         f"one batch  {trial.batch_seconds:.1f} s of audio, {trial.masked_share:.0%} of the frames masked, "
@@ -105,7 +110,35 @@ def _show_dry_run(trial: DryRun) -> None:
     console.note(f"padding    {trial.padding:.1%} of the batches of an epoch")
     if trial.peak_gpu_bytes is not None:
         console.note(f"GPU memory {trial.peak_gpu_bytes / 2**30:.1f} GiB at the peak")
+    _show_targets(targets)
     console.note("Everything is ready: remove --dry-run to train.")
+
+
+def _show_targets(check: TargetCheck | None) -> None:
+    if check is None or not console.is_first_process():
+        return
+    found = check.statistics
+    books = f" ({found.n_books} codebooks)" if found.n_books > 1 else ""
+    dead = f"{found.dead_codes:,.0f}" if found.dead_codes >= 0 else "unknown: too few tokens"
+    distance = f"{found.nearest_visible:.1f} tokens" if found.nearest_visible > 0 else "unknown"
+    rows = [
+        ("codes in use (perplexity)", f"{found.perplexity:,.0f} of {found.n_codes:,}{books}"),
+        ("codes without a token", dead),
+        ("loss of guessing by frequency", f"{found.unigram_loss:.2f} nats"),
+        ("same token after a shift of 5 ms", _share(found.stable_after_shift)),
+        ("same token with white noise at 20 dB", _share(found.stable_with_noise)),
+        ("explained by tokens 1, 2, 3 away", ", ".join(map(_share, found.explained))),
+        ("hidden token to visible frames", distance),
+        ("explained by visible frames", _share(found.explained_by_visible)),
+    ]
+    tokens = f"{found.tokens:,} tokens of {found.token_seconds * 1000:.0f} ms"
+    title = f"targets: {tokens}, {found.seconds:,.0f} s of training audio"
+    console.table(title, ("measure", ">value"), rows, to_stderr=True)
+    console.note(check.judgement)
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}" if value >= 0 else "unknown"
 
 
 def _show_result(result: RunResult) -> None:

@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 
+from nestcli.audio.load import Samples
 from nestcli.config import section, seed_of
 from nestcli.data.batch import NoiseBatch
 from nestcli.data.batch_plan import BatchPlan
@@ -71,6 +73,11 @@ class NestDataModule(LightningDataModule):
             Place(epoch, self.train_plan().batches(epoch)[number])
         ]
         return self._counted(batch, self.skipped)
+
+    def readable_speech(self, lines: list[int]) -> list[Samples]:
+        """Return the clean audio of lines of the training data, read in this process, without unreadable ones."""
+        data = self._data(self.train, None, "model.train_ds")
+        return data.speech_of(np.array(lines))[1]
 
     def check_validation_batch(self) -> None:
         """Make the first batch of validation, if there is validation data. Raises NestError."""

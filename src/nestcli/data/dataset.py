@@ -74,7 +74,7 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
             return error
 
     def _batch(self, place: Place) -> NoiseBatch:
-        items, audios, skipped = self._speech_of(place.items)
+        items, audios, skipped = self.speech_of(place.items)
         counts = place.counts
         if not audios:
             items, audios = self._replacement(int(place.items[0]), skipped)
@@ -103,7 +103,7 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
     def _noises(self, epoch: int, items: list[int], audios: list[Samples]) -> list[Samples]:
         return [self._noise(epoch, item, len(audio)) for item, audio in zip(items, audios, strict=True)]
 
-    def _speech_of(self, wanted: Items) -> tuple[list[int], list[Samples], list[Skipped]]:
+    def speech_of(self, wanted: Items) -> tuple[list[int], list[Samples], list[Skipped]]:
         """Return the readable items, their audio, and the faults of the others."""
         items, audios, skipped = [], [], []
         for item in wanted.tolist():

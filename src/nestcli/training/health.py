@@ -1,4 +1,4 @@
-"""Health of a run: sums kept on the device and read once for each logged line of metrics.jsonl; collapse detection.
+"""Health of a run: sums kept on the device and read once for each logged line; detection of collapse and plateau.
 
 Axes: G codebooks, C codes; the leading 2 is targets and predictions.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,6 +32,9 @@ _ADVICE = (
     "Lower model.optim.lr or lengthen model.optim.sched.warmup_steps, set trainer.gradient_clip_val=1.0, and start "
     "again under another exp_manager.name, or from an earlier checkpoint (init_from_ptl_ckpt). See docs/health.md."
 )
+# Thresholds of a plateau. Runs that learn are 3% to 11% below the baseline by step 1,000: docs/health.md
+_PLATEAU_FROM, _PLATEAU_LINES = 1000, 20  # steps; logged lines
+_ON_BASELINE = 0.01  # distance of the loss to the unigram baseline's, as a share of the latter
 _TOKENS_A_CODE = 10  # perplexity and dead codes cover this many tokens for each code of a codebook
 _TARGETS, _PREDICTIONS = 0, 1
 
@@ -324,3 +327,41 @@ class CollapseDetector:
 
     def _always(self, sign: Callable[[dict[str, float]], bool]) -> bool:
         return all(sign(line) for line in self._lines)
+
+
+class PlateauDetector:
+    """Reports once if the loss stays at the unigram baseline: the model has learned frequencies and no more.
+
+    Compares the means of the last 20 logged lines, all of them later than step 1,000 and than the warm-up. `changes`
+    are those that help such a run.
+    """
+
+    def __init__(self, warmup_steps: int, changes: Sequence[str] = ()) -> None:
+        self.starts_after, self.changes = max(warmup_steps, _PLATEAU_FROM), changes
+        self._reported = False
+        self._lines: list[tuple[float, float]] = []  # training and unigram loss
+
+    def update(self, step: int, line: Mapping[str, Any]) -> str | None:
+        """Add a logged line. Return the message if the run is on the plateau and has not been told."""
+        losses = float(line["train_loss"]), float(line["unigram_loss"])
+        if self._reported or step <= self.starts_after or not all(map(math.isfinite, losses)):
+            return None
+        self._lines = [*self._lines, losses][-_PLATEAU_LINES:]
+        if len(self._lines) < _PLATEAU_LINES:
+            return None
+        loss, unigram = (sum(each) / _PLATEAU_LINES for each in zip(*self._lines, strict=True))
+        if abs(loss - unigram) > _ON_BASELINE * unigram:
+            return None
+        self._reported = True
+        return (
+            f"step {step}: the loss stays at that of guessing by frequency ({loss:.3f}, guessing gives {unigram:.3f}, "
+            f"means of {_PLATEAU_LINES} logged lines): start again under another exp_manager.name with "
+            f"{', '.join([*self.changes, 'half of model.optim.lr'])}."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reported": self._reported, "lines": [list(line) for line in self._lines]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._reported = bool(state["reported"])
+        self._lines = [(float(loss), float(unigram)) for loss, unigram in state["lines"]]

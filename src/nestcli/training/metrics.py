@@ -14,7 +14,7 @@ from nestcli.data.batch import NoiseBatch
 from nestcli.data.dataset import SkipCounter
 from nestcli.errors import RunFailedError
 from nestcli.model.module import NestModule
-from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor
+from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
 from nestcli.training.jsonl import append_line, drop_lines_after, line_at
 from nestcli.training.lightning_internals import is_step_complete, is_validation_due
 
@@ -87,6 +87,7 @@ class MetricsWriter(Callback):
         skipped: SkipCounter,
         health: HealthMonitor,
         collapse: CollapseDetector,
+        plateau: PlateauDetector,
         data_wait: DataWaitClock,
         *,
         batches_per_epoch: int,
@@ -94,7 +95,7 @@ class MetricsWriter(Callback):
         stop_on_collapse: bool,
     ) -> None:
         self.path, self.reporter, self.sample_rate, self.skipped = path, reporter, sample_rate, skipped
-        self.health, self.collapse, self.data_wait = health, collapse, data_wait
+        self.health, self.collapse, self.plateau, self.data_wait = health, collapse, plateau, data_wait
         self.batches_per_epoch, self.log_every = batches_per_epoch, max(1, log_every)
         self.stop_on_collapse = stop_on_collapse
         self.totals, self._window = _Totals(), _Window()
@@ -104,6 +105,7 @@ class MetricsWriter(Callback):
         self._first_step = 0
         self._shown: dict[str, float] = {}  # the values of the last reading that the display shows
         self._message: str | None = None  # of the collapse detector, not yet reported
+        self._plateau_message: str | None = None  # of the plateau detector, not yet reported
         self._row: dict[str, Any] = {}  # the line of the newest step that was read
 
     # ---- Lightning's hooks ----
@@ -137,7 +139,7 @@ class MetricsWriter(Callback):
         elif not self._shown:  # the display should not wait for the first line
             self._shown = dict(zip(("train_loss", "masked_accuracy"), self.health.glance(), strict=True))
         self.reporter.step(self._report(trainer))
-        self._report_collapse()
+        self._report_health()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.health.unread and not trainer.sanity_checking:
@@ -155,7 +157,7 @@ class MetricsWriter(Callback):
         values = {"val_loss": loss, "val_masked_accuracy": accuracy, **baseline}
         self._write(trainer, {"step": trainer.global_step, **self._row, **values})
         _log_curves(trainer, baseline)
-        self._report_collapse()
+        self._report_health()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.reporter.finished()
@@ -168,6 +170,7 @@ class MetricsWriter(Callback):
             "samples": self.totals.samples,
             "seconds": self.totals.seconds,
             "watch": self.collapse.state_dict(),
+            "plateau": self.plateau.state_dict(),
             "row": self._row,
         }
 
@@ -178,6 +181,8 @@ class MetricsWriter(Callback):
         self._row = state_dict.get("row", {})
         if "watch" in state_dict:
             self.collapse.load_state_dict(state_dict["watch"])
+        if "plateau" in state_dict:
+            self.plateau.load_state_dict(state_dict["plateau"])
 
     # ---- lines ----
 
@@ -209,13 +214,17 @@ class MetricsWriter(Callback):
             **measures,
         }
         self._message = self.collapse.update(trainer.global_step, self._row)
+        self._plateau_message = self.plateau.update(trainer.global_step, self._row)
         self._row["collapsed"] = self.collapse.collapsed
         per_second = (audio - self._started.samples / self.sample_rate) / max(self._trained, 1e-9)
         self._shown = {**self._row, "audio_per_second": per_second}
 
-    def _report_collapse(self) -> None:
-        """Report a collapse or a recovery after its line is written. Raises RunFailedError to stop the run."""
-        message, self._message = self._message, None
+    def _report_health(self) -> None:
+        """Report a plateau, a collapse or a recovery after its line. Raises RunFailedError to stop the run."""
+        message, plateau = self._message, self._plateau_message
+        self._message = self._plateau_message = None
+        if plateau is not None:
+            self.reporter.note(plateau)
         if message is None:
             return
         if self.collapse.collapsed and self.stop_on_collapse:

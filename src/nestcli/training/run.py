@@ -28,7 +28,7 @@ from nestcli.training.checkpoints import NestCheckpoint, checkpoints_of
 from nestcli.training.config_changes import Changes, record_initial_weights
 from nestcli.training.config_checks import check_masks, check_settings, without_effect
 from nestcli.training.find_checkpoint import find_resume
-from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor
+from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
 from nestcli.training.initial_weights import load_initial_weights, weight_sources
 from nestcli.training.launcher import check_launch, cluster_plugins, ended_together, is_first_process
 from nestcli.training.lightning_internals import keep_signal_handlers
@@ -55,6 +55,7 @@ from nestcli.training.settings import (
 )
 from nestcli.training.signals import StopSignals
 from nestcli.training.step_guard import StepGuard
+from nestcli.training.target_check import TargetCheck, check_targets, remedies
 
 METRICS, BAD_BATCHES = "metrics.jsonl", "bad_batches.jsonl"
 _PATIENCE = 5.0  # seconds for the loader processes of a killed run to notice that it is gone
@@ -157,6 +158,17 @@ class Pretraining:
             steps=self.length.steps,
             initial_weights=self._loaded,
             ignored_key=self._sources[0].key if self.resumes and self._sources else None,
+        )
+
+    def check_targets(self, patience: float, *, remote: bool = False) -> TargetCheck | None:
+        """Examine the targets of a sample of the data before a new run; None on resume and in other processes.
+
+        Reads for at most about `patience` seconds. Call it before `fit` or `dry_run`, which move the model.
+        """
+        if self.resumes or not is_first_process():
+            return None
+        return check_targets(
+            self.config, self.data, self.module.model, self.reporter.note, patience=patience, remote=remote
         )
 
     def fit(self) -> RunResult:
@@ -325,6 +337,7 @@ class Monitors:
             data.skipped,
             health,
             CollapseDetector(safety.collapse_lines, warmup, quantizer.num_classes),
+            PlateauDetector(warmup, remedies(config)),
             data_wait,
             batches_per_epoch=length.batches_per_epoch,
             log_every=int(config.trainer.log_every_n_steps),

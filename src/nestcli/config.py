@@ -18,11 +18,19 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nestcli.bounds import coerced, is_within
+from nestcli.checks import (
+    check_digits,
+    check_plain,
+    check_references,
+    check_sizes,
+    coerced,
+    is_within,
+    read_yaml,
+    short,
+)
 from nestcli.errors import ConfigError
 from nestcli.keys import EXTRA_KEYS, START_KEYS, START_PARTS, foreign, is_off
 from nestcli.targets import CLASSES, PLACES, TARGETS
-from nestcli.untrusted import check_digits, check_plain, check_references, check_sizes, read_yaml, short
 
 BASE = "nest_fast-conformer"
 PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.bench.side import memory_of
-from nestcli.data.batch import NoiseBatch
+from nestcli.data.dataset import NoiseBatch
 from nestcli.errors import RunFailedError
 from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer

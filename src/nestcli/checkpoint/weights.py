@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from nestcli.checkpoint.digest import UNREADABLE, stored_digest
 from nestcli.checkpoint.pickled import check_pickle
+from nestcli.checks import short
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.config import NestConfig
 from nestcli.model.nest import NestModel
-from nestcli.untrusted import short
 
 MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
 MAX_PICKLE = 16 << 20  # bytes of the table of tensors; the largest preset has 260,000, 1,000,000 with its optimiser

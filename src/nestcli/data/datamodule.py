@@ -11,16 +11,14 @@ from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.config import section, seed_of
-from nestcli.data.batch import NoiseBatch
 from nestcli.data.batch_plan import BatchPlan
-from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
-from nestcli.data.dataset import MIN_SECONDS, NoisySpeech, SkipCounter
-from nestcli.data.dataset_config import DatasetConfig
+from nestcli.data.corpus import Corpus, DatasetConfig, noise_manifest, read_corpus
+from nestcli.data.dataset import MIN_SECONDS, NoiseBatch, NoisySpeech, SkipCounter
 from nestcli.data.loader.loader import Loader, slots
 from nestcli.data.loader.watch import Watch
-from nestcli.data.noise_pool import NoisePool
 from nestcli.data.preflight import check_noise, check_speech, machine_notes
 from nestcli.data.sampler import OnePass, Place, Position, ResumableSampler, plan_batches
+from nestcli.data.utterance_audio import NoisePool
 from nestcli.errors import DataError, NestError
 from nestcli.jobs.cores import available_cores
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nestcli.data.batch import Empty, NoiseBatch, empty
+from nestcli.data.dataset import Empty, NoiseBatch, empty
 from nestcli.data.loader.loader import Loader
 from nestcli.data.loader.ring import Lies, Ring
 from nestcli.data.loader.watch import Watch

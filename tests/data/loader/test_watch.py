@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from conftest import TINY_RUN, tiny_config
-from nestcli.data import datamodule, dataset, noise_pool
+from nestcli.data import datamodule, dataset, utterance_audio
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.loader import loader, watch
 from nestcli.data.loader.watch import Watch
@@ -63,7 +63,7 @@ def at_file(name: str, happening: Happening, monkeypatch: pytest.MonkeyPatch) ->
         return read_audio(entry, **options)
 
     monkeypatch.setattr(dataset, "read_audio", read)
-    monkeypatch.setattr(noise_pool, "read_audio", read)
+    monkeypatch.setattr(utterance_audio, "read_audio", read)
 
 
 def endless(corpus: dict[str, Path], *overrides: str) -> Iterator[Any]:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nestcli.data.batch import Empty
+from nestcli.data.dataset import Empty
 from nestcli.data.loader.ring import Ring, Sent
 from nestcli.data.loader.watch import Watch
 from nestcli.data.loader.worker import SIGNALS, Failure, WorkerTraceback, work

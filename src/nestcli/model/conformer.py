@@ -164,7 +164,7 @@ class ConformerEncoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.hashes_dropout = config, config.hashes_dropout
         self.pre_encode = DepthwiseStridingSubsampling(
             config.feat_in,
             config.d_model,
@@ -182,7 +182,7 @@ class ConformerEncoder(nn.Module):
             layer.self_attn.share_position_biases(layers[0].self_attn)
         self.layers = nn.ModuleList(layers)
         for layer in layers if config.compile else []:  # all layers share one compilation
-            compile_layer(layer, hashes_dropout=config.hashes_dropout)
+            compile_layer(layer, hashes_dropout=self.hashes_dropout)
         if config.width_out != config.d_model:
             self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.width_out)
         else:
@@ -225,7 +225,7 @@ class ConformerEncoder(nn.Module):
 
     def _dropout_keys(self, device: torch.device) -> Sequence[Tensor | None]:
         """Draw a key for each layer's dropout; None for layers whose dropout torch's generator draws."""
-        if not (self.config.hashes_dropout and self.training):
+        if not (self.hashes_dropout and self.training):
             return [None] * len(self.layers)
         return torch.randint(-(2**31), 2**31, (len(self.layers), 1)).to(device, torch.int32).unbind()
 

@@ -40,7 +40,6 @@ from nestcli.data.mixing import (
 from nestcli.data.sampler import Place
 from nestcli.data.utterance_audio import NoisePool, Skipped, read_audio
 from nestcli.errors import ConfigError, DataError, NestError
-from nestcli.jobs.activity import Noted
 from nestcli.targets import TARGETS
 
 MIN_SECONDS = 1.0  # a shorter clip is repeated up to this length, as in NeMo
@@ -162,8 +161,8 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         )
 
     def _speech(self, item: int) -> Samples:
-        with Noted(self.speech, item % len(self.speech)) as entry:
-            field, line = self.channel_field, item % len(self.speech)
+        field, line = self.channel_field, item % len(self.speech)
+        with self.speech.reading(line) as entry:
             channel = self.channel if field is None else self._named_channel(line, field)
             audio = read_audio(entry, sample_rate=self.sample_rate, channel=channel)
         shortest = int(MIN_SECONDS * self.sample_rate)

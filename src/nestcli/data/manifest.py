@@ -10,7 +10,8 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from json.decoder import JSONDecoder
 from pathlib import Path
@@ -23,6 +24,7 @@ from nestcli.audio.load import CHANNEL_KEY, Channel, parsed_channel
 from nestcli.data.lhotse_cuts import cut_to_row, looks_like_cut
 from nestcli.errors import DataError, NestError
 from nestcli.files import is_remote, user_path, write_text
+from nestcli.jobs import activity
 from nestcli.storage import addresses
 from nestcli.storage.file_kinds import why_no_json
 
@@ -166,6 +168,18 @@ class Manifest:
             shard=self.shards[shard] if shard >= 0 else None,
             channel=parsed_channel(row.get(CHANNEL_KEY)),
         )
+
+    @contextmanager
+    def reading(self, index: int) -> Iterator[Entry]:
+        """Yield a line's entry. A loader process notes that it reads this line until the block ends."""
+        page = activity.own
+        if page is not None:
+            page.begin(self, index)  # before the entry: a relative path is looked for, which can hang too
+        try:
+            yield self.entry(index)
+        finally:
+            if page is not None:
+                page.end()
 
 
 _COLUMNS = ("durations", "offsets", "source_of", "positions", "sizes", "lines", "shard_of")

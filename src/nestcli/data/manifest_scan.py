@@ -180,12 +180,10 @@ class _BadLineError(Exception):
 def _scan_ranges(found: Scan, require_duration: bool) -> None:
     bounds = _line_starts(found.source.absolute, _PIECE)
     tasks = [_Range(found.source, require_duration, *pair) for pair in itertools.pairwise(bounds)]
-    workers = min(len(tasks), available_cores())
-    if workers < 2:
-        parts: Iterable[_Part | _BadLineError | Died] = map(_scan_range, tasks)
-        _gather(found, parts)
+    if len(tasks) < 2 or (cores := available_cores()) < 2:
+        _gather(found, map(_scan_range, tasks))
         return
-    with local_pool(workers) as pool:
+    with local_pool(min(len(tasks), cores)) as pool:
         _gather(found, pool.in_order(_scan_range, tasks))
 
 

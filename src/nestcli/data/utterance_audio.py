@@ -31,7 +31,6 @@ from nestcli.data.mixing import is_audible
 from nestcli.data.tarred import file_id, without_sub
 from nestcli.errors import DataError
 from nestcli.files import is_remote
-from nestcli.jobs.activity import Noted
 from nestcli.storage import addresses
 from nestcli.storage.allowed_folders import Admitted
 from nestcli.storage.tar_members import TarMembers, open_shard
@@ -198,7 +197,7 @@ class NoisePool:
         for _ in range(ATTEMPTS):
             line = rng.randrange(len(self.manifest))
             try:
-                with Noted(self.manifest, line) as entry:
+                with self.manifest.reading(line) as entry:
                     clip = self._load(entry, line, n_samples, rng, n_samples if keep is None else min(keep, n_samples))
             except DataError as error:
                 problem = error
@@ -218,7 +217,7 @@ class NoisePool:
         for _ in range(ATTEMPTS):
             line = int(state.randint(len(self.manifest)))
             try:
-                with Noted(self.manifest, line) as entry:
+                with self.manifest.reading(line) as entry:
                     clip = self._load_like_nemo(entry, line, n_samples, state)
             except DataError as error:
                 self._skipped.append(Skipped(self.manifest.where(line), str(error), self._path(line), reason_of(error)))

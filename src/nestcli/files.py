@@ -1,4 +1,4 @@
-"""Write files completely or not at all, and never outside their folder.
+"""Write files completely or not at all, and never outside their folder; understand the paths that users write.
 
 A results folder may come from somebody else with links planted in it: nothing is written through a link.
 """

@@ -1,4 +1,4 @@
-"""The corpus that `model.train_ds` or `model.validation_ds` names: its lines, and the data set of each line.
+"""The blocks `model.train_ds` and `model.validation_ds`: their keys, checked, and the corpus that each names.
 
 NeMo has three ways to name data, and all are supported: manifests of loose files, tars with manifests (`is_tarred`),
 and Lhotse's (`use_lhotse`: cuts, Shar, weighted lists, `input_cfg`).

@@ -6,6 +6,8 @@ With `nemo_exact`, draws and result equal those of NeMo's `SpeakerNoiseAugmentat
 from the same seed. Without it, an item that is not augmented stays clean and complete, segments never run out, noise
 mode falls back to speech if there is no noise, mixtures beyond full scale are scaled down, and the lengths of segments
 are drawn in one step instead of sample by sample.
+
+Axes: B batch, N samples, zero-padded to the longest item.
 """
 
 from __future__ import annotations
@@ -93,11 +95,8 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
     def __init__(self, speech: Manifest, noise: NoisePool | None, seed: int, config: DictConfig, key: str) -> None:
         self.speech, self.noise, self.seed = speech, noise, seed
         settings = section(DatasetConfig, config, key)
-        self.sample_rate, self.channel, self.channel_field = (
-            settings.sample_rate,
-            settings.channel,
-            settings.channel_field,
-        )
+        self.sample_rate, self.channel = settings.sample_rate, settings.channel
+        self.channel_field = settings.channel_field
         self.mix, self.augmentation = _mixer(config, key)
         self.make_array: Empty = empty  # a loader process makes batches in the memory that it sends them in
 

@@ -18,25 +18,26 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nestcli.bounds import coerced, is_within
+from nestcli.checks import (
+    check_digits,
+    check_plain,
+    check_references,
+    check_sizes,
+    coerced,
+    is_within,
+    read_yaml,
+    short,
+)
 from nestcli.errors import ConfigError
 from nestcli.keys import EXTRA_KEYS, START_KEYS, START_PARTS, foreign, is_off
 from nestcli.targets import CLASSES, PLACES, TARGETS
-from nestcli.untrusted import check_digits, check_plain, check_references, check_sizes, read_yaml, short
 
 BASE = "nest_fast-conformer"
 PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
 
 # A standalone file (without `base:`) may omit these. Any other missing key is an error, because NeMo's own defaults
 # differ from the values in this configuration.
-_FILLED_FROM_BASE = (
-    "name",
-    "trainer",
-    "exp_manager",
-    "model.spec_augment",
-    "model.train_ds",
-    "model.validation_ds",
-)
+_FILLED_FROM_BASE = ("name", "trainer", "exp_manager", "model.spec_augment", "model.train_ds", "model.validation_ds")
 _NULL_IF_ABSENT = (
     "model.train_ds.noise_manifest", "model.train_ds.batch_augmentor", "model.validation_ds.noise_manifest",
     "model.validation_ds.batch_augmentor", "model.validation_ds.manifest_filepath",
@@ -67,17 +68,12 @@ def load_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> Dict
 
 def unused_keys(config: DictConfig) -> list[str]:
     """Return a message for each key that nest does not read."""
-    known = _known_keys()
+    known = _known_keys() | _blocks()
     return [
         f"+{key} has no effect in nest.{_nearest(key)}"
         for key, value in leaves(OmegaConf.to_container(config, resolve=False))
-        if not (
-            key in known
-            or key in _blocks()
-            or _is_part(key)
-            or is_off(key, value)
-            or key.startswith("exp_manager.wandb_logger_kwargs.")
-        )
+        if not (key in known or _is_part(key) or is_off(key, value))
+        and not key.startswith("exp_manager.wandb_logger_kwargs.")
     ]
 
 

@@ -1,4 +1,4 @@
-"""Write files completely or not at all, and never outside their folder.
+"""Write files completely or not at all, and never outside their folder; understand the paths that users write.
 
 A results folder may come from somebody else with links planted in it: nothing is written through a link.
 """
@@ -22,6 +22,7 @@ from urllib.parse import unquote
 
 from nestcli.errors import NestError
 
+SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "http", "https", "hdfs", "oci")
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
@@ -156,6 +157,12 @@ def user_path(path: str) -> str:
         return os.path.expanduser(path)  # noqa: PTH111
     except ValueError:
         return path
+
+
+def is_remote(path: str) -> bool:
+    """Return True if a path is an address with a supported scheme."""
+    scheme, found, _ = path.partition("://")
+    return bool(found) and scheme in SCHEMES
 
 
 def write_text(

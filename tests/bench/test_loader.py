@@ -163,14 +163,17 @@ def frames_of(*codes: tuple[str, str]) -> Any:
     return frame
 
 
+NOISE = "/x/nestcli/data/utterance_audio.py"
+
+
 @pytest.mark.parametrize(
     ("codes", "stage"),
     [
         ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/load.py", "load_audio")], "decode"),
         ([("/x/soundfile.py", "_open"), ("/x/nestcli/audio/load.py", "decoder")], "open"),
-        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/load.py", "f"), ("/x/nestcli/data/noise_pool.py", "draw")],
-         "noise: decode"),
-        ([("/x/nestcli/data/noise_pool.py", "_white_noise"), ("/x/nestcli/data/dataset.py", "_batch")], "noise"),
+        ([("/x/soundfile.py", "read"), ("/x/nestcli/audio/load.py", "f"), (NOISE, "draw")], "noise: decode"),
+        ([(NOISE, "_white_noise"), (NOISE, "draw"), ("/x/nestcli/data/dataset.py", "_batch")], "noise"),
+        ([("/x/nestcli/data/dataset.py", "_stacked"), ("/x/nestcli/data/dataset.py", "collate")], "collate"),
         ([("/x/json/decoder.py", "decode"), ("/x/nestcli/data/manifest.py", "row")], "manifest entry"),
         ([("/x/torch/functional.py", "split"), ("/x/nestcli/data/dataset.py", "_mixed")], "mix"),
         ([("/x/nestcli/data/dataset.py", "_batch")], "other"),

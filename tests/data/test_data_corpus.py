@@ -9,8 +9,7 @@ import pytest
 from conftest import tiny_config
 from nestcli.config import section
 from nestcli.data.batch_plan import BatchPlan
-from nestcli.data.corpus import Corpus, read_corpus
-from nestcli.data.dataset_config import DatasetConfig
+from nestcli.data.corpus import Corpus, DatasetConfig, read_corpus
 from nestcli.data.sampler import plan_batches
 from nestcli.errors import ConfigError, DataError
 

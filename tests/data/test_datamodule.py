@@ -10,14 +10,12 @@ import torch
 
 from conftest import tiny_config, write_noise_wav
 from nestcli.data import datamodule
-from nestcli.data.batch import NoiseBatch, collate
 from nestcli.data.batch_plan import BatchPlan, Limits, Order
 from nestcli.data.datamodule import NestDataModule
-from nestcli.data.dataset import SkipCounter
+from nestcli.data.dataset import NoiseBatch, SkipCounter, collate
 from nestcli.data.manifest_scan import read_manifests
-from nestcli.data.noise_pool import NoisePool
 from nestcli.data.sampler import OnePass, Position, ResumableSampler, plan_batches
-from nestcli.data.utterance_audio import Skipped
+from nestcli.data.utterance_audio import NoisePool, Skipped
 from nestcli.errors import ConfigError, DataError, NestError
 
 

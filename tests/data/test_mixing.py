@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from conftest import Golden, assert_close
-from nestcli.data.batch import NoiseBatch
-from nestcli.data.dataset import mix_one_speaker_or_noise, mix_speakers_and_noise
+from nestcli.data.dataset import NoiseBatch, mix_one_speaker_or_noise, mix_speakers_and_noise
 from nestcli.data.mixing import AugmentationConfig, Mixture, _energy, _random_split, mix_into
 
 GOLDEN = Golden("augmentation")

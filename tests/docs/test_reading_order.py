@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "CONTRIBUTING.md"
-MOST_FILES, MOST_LINES = 23, 1500  # from a place of the plan to the loss
-MOST_FILES_IN_ALL = 37  # from the configuration to the loss
+MOST_FILES, MOST_LINES = 16, 1500  # from a place of the plan to the loss
+MOST_FILES_IN_ALL = 24  # from the configuration to the loss
 _SIZES = re.compile(r"(\d+) files, ([\d,]+) lines of functions")
 
 

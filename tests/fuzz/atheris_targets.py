@@ -22,6 +22,7 @@ with atheris.instrument_imports(include=["nestcli", "tarfile", "pickletools"], e
     from nestcli.checkpoint.archive import open_archive
     from nestcli.checkpoint.nemo_config import plain_yaml
     from nestcli.checkpoint.weights import check_zip
+    from nestcli.checks import check_plain, check_references
     from nestcli.config import _parse_value, _read_yaml
     from nestcli.data.manifest import to_row
     from nestcli.data.manifest_scan import expand, of_scan, scan
@@ -30,7 +31,6 @@ with atheris.instrument_imports(include=["nestcli", "tarfile", "pickletools"], e
     from nestcli.prepare.inputs import _any_row
     from nestcli.prepare.kaldi import read_kaldi
     from nestcli.storage.tar_members import TarMembers
-    from nestcli.untrusted import check_plain, check_references
 
 FOLDER = Path(tempfile.mkdtemp(prefix="nest-fuzz-"))
 

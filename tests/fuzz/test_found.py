@@ -18,13 +18,13 @@ from nestcli.audio.inspect import inspect_audio
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.checkpoint.nemo_config import plain_yaml
 from nestcli.checkpoint.weights import load_weights
+from nestcli.checks import check_references
 from nestcli.config import load_config
 from nestcli.data.corpus import _parts_of_input
 from nestcli.data.manifest_scan import expand, read_manifests, scan
 from nestcli.data.tarred import _shar_row
 from nestcli.errors import CheckpointError, ConfigError, DataError
 from nestcli.prepare.kaldi import read_kaldi
-from nestcli.untrusted import check_references
 
 CUT: dict[str, Any] = {"start": 0, "duration": 1, "recording": {"sources": [{"type": "file", "source": "/a.wav"}]}}
 

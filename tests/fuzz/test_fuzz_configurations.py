@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fuzz.strategies import altered, any_text, bounded, damaged, json_values
+from nestcli.checks import _MOST_LETTERS, _letters, check_plain, check_references, odd_in_yaml
 from nestcli.config import (
     _known_keys,
     _parse_value,
@@ -29,7 +30,6 @@ from nestcli.config import (
 )
 from nestcli.errors import ConfigError, NestError
 from nestcli.training.config_checks import check_settings, without_effect
-from nestcli.untrusted import _MOST_LETTERS, _letters, check_plain, check_references, odd_in_yaml
 
 KEYS = sorted(_known_keys())
 TEXTS = (

@@ -11,7 +11,7 @@ from nestcli.config import load_config
 from nestcli.model import fast
 from nestcli.model.attention import Dropout
 from nestcli.model.config import NestConfig
-from nestcli.model.conformer import ConformerEncoder
+from nestcli.model.conformer import ConformerEncoder, DepthwiseStridingSubsampling
 from nestcli.model.fast import (
     convolved_by_pieces,
     convolved_whole,
@@ -24,7 +24,6 @@ from nestcli.model.fast import (
     relative_shift_by_strides,
 )
 from nestcli.model.quantizer import RandomProjectionQuantizer
-from nestcli.model.subsampling import DepthwiseStridingSubsampling
 
 
 def assert_same_gradients(ours: list[torch.Tensor], plain: list[torch.Tensor], tolerance: float) -> None:

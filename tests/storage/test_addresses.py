@@ -22,6 +22,7 @@ from conftest import tiny_config, write_noise_wav
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.manifest_scan import read_manifests
 from nestcli.errors import DataError, MissingDependencyError, NestError
+from nestcli.files import is_remote
 from nestcli.storage import addresses, fetch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the clients, and of fork with threads
@@ -132,7 +133,7 @@ def cache(tmp_path, monkeypatch):
     ],
 )
 def test_known_schemes(path):
-    assert addresses.is_remote(path)
+    assert is_remote(path)
     addresses.check_remote(path)
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from conftest import TINY_RUN, tiny_config
 from nestcli.cli.app import app
 from nestcli.config import _known_keys, load_config, resolved, section, unused_keys, with_overrides
-from nestcli.data.dataset_config import DatasetConfig
+from nestcli.data.corpus import DatasetConfig
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.errors import ConfigError, NestError
 from nestcli.model.config import (

@@ -195,7 +195,7 @@ def _resample(samples: Samples, rate: int, target: int) -> Samples:
 @contextmanager
 def decoder(path: str) -> Iterator[Sound]:
     """Open a regular file with libsndfile, or else with SoX. Raises BadAudioError."""
-    if why := allowed_folders.outside(path):
+    if allowed_folders.VARIABLE in os.environ and (why := allowed_folders.outside(path)):
         raise BadAudioError(allowed_folders.REASON, why)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not hang on a FIFO

@@ -19,8 +19,7 @@ from nestcli.audio.load import CHANNEL_KEY, Samples, reason_of
 from nestcli.data.manifest import Entry, Manifest
 from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.mixing import AugmentationConfig, Mixture, Segment, mix_into
-from nestcli.data.noise_pool import Clip, NoisePool
-from nestcli.data.utterance_audio import read_audio
+from nestcli.data.utterance_audio import Clip, NoisePool, read_audio
 from nestcli.errors import DataError, RunFailedError
 from nestcli.files import atomic_file, file_name
 

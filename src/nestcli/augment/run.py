@@ -17,7 +17,7 @@ from nestcli.errors import DataError, RunFailedError
 from nestcli.files import refuse_links
 from nestcli.jobs.cores import available_cores
 from nestcli.jobs.journal import Journal, file_version, open_journal
-from nestcli.jobs.patience import PATIENCE, seconds_for
+from nestcli.jobs.patience import PATIENCE, file_size, seconds_for
 from nestcli.jobs.pool import Died, local_pool
 
 _LINES = 16  # per task
@@ -190,14 +190,7 @@ def _made_before(journal: Journal, task: _Task) -> dict[str, Any] | None:
     if result is None:
         return None
     files = zip(result["written"], result["sizes"], strict=True)
-    return result if all(size == _size(row["audio_filepath"]) for row, size in files) else None
-
-
-def _size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return -1
+    return result if all(size == file_size(row["audio_filepath"]) != 0 for row, size in files) else None
 
 
 def _limit(options: AugmentOptions, longest: float, task: _Task) -> float:

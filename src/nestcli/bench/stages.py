@@ -8,10 +8,11 @@ from collections import defaultdict
 from types import FrameType, TracebackType
 
 _EVERY = 0.0007  # s; does not coincide with regular events
-_MODULES = {
-    "data/manifest.py": "manifest entry",
-    "data/batch.py": "collate",
-    "data/noise_pool.py": "noise",
+_FUNCTIONS = {
+    ("data/utterance_audio.py", "draw"): "noise",
+    ("data/utterance_audio.py", "draw_like_nemo"): "noise",
+    ("data/dataset.py", "collate"): "collate",
+    ("data/dataset.py", "_mixed"): "mix",
 }
 _READING = ("manifest entry", "open", "decode", "resample")
 STAGES = (
@@ -23,8 +24,8 @@ STAGES = (
 class StageClock:
     """A sampling profiler: every 0.7 ms it adds the time since the last sample to the current stage of the main thread.
 
-    A profiler that counts every call would make small calls look slow. This class knows only the names of our modules,
-    so that the modules may change. `seconds` holds the time inside the `with` block by stage.
+    A profiler that counts every call would make small calls look slow. This class knows only the names of a few
+    modules and functions, so that the others may change. `seconds` holds the time inside the `with` block by stage.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class StageClock:
 
 
 def stage_of(frame: FrameType | None) -> str:
-    """Return the stage of the innermost frame whose module has one."""
+    """Return the stage of the innermost frame that has one."""
     stage = ""
     while frame is not None:
         found = _stage_of_code(frame.f_code.co_filename, frame.f_code.co_name)
@@ -69,6 +70,5 @@ def _stage_of_code(file: str, function: str) -> str:
         return "decode" if decodes or "decode" in function or "average" in function else "open"
     if file.endswith("soxr/__init__.py"):
         return "resample"
-    if file.endswith("data/dataset.py") and function == "_mixed":
-        return "mix"
-    return next((stage for module, stage in _MODULES.items() if file.endswith(f"nestcli/{module}")), "")
+    module = file.rpartition("nestcli/")[2]
+    return "manifest entry" if module == "data/manifest.py" else _FUNCTIONS.get((module, function), "")

@@ -81,7 +81,7 @@ class Stepper:
             batch = sent.to(self.device, non_blocking=True)
             output = self._updated(batch.audio, batch.audio_len, batch.noisy_audio, batch.noisy_audio_len)
             if number == 0:
-                self._wait()
+                wait_for(self.device)
                 start = time.perf_counter()
             else:
                 audio += float(sent.audio_len.sum()) / data.sample_rate
@@ -116,7 +116,7 @@ class Stepper:
             kind = next((kind for kind, names in _KINDS.items() if any(name in event.key for name in names)), None)
             own = event.self_device_time_total if self.device.type == "cuda" else event.self_cpu_time_total
             spent[kind or "everything else"] += own / 1e6
-        peak = self._peak()
+        peak = peak_memory(self.device)
         clips, samples = self.batch["clean"].shape
         work = batch_work(self.nest, samples, clips, self._selected / self.nest.quantizer.num_books)
         return {
@@ -141,20 +141,24 @@ class Stepper:
         return best
 
     def _seconds_of_product(self, factor: Tensor) -> float:
-        self._wait()
+        wait_for(self.device)
         start = time.perf_counter()
         _ = factor @ factor
-        self._wait()
+        wait_for(self.device)
         return time.perf_counter() - start
 
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return int(memory_of("self")["peak"])  # type: ignore[no-untyped-call]
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+def peak_memory(device: torch.device) -> int:
+    """Return the largest number of bytes in use so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(memory_of("self")["peak"])  # type: ignore[no-untyped-call]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _drawn(clips: int, seconds: float, nest: NestConfig) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from nestcli.bench.side import memory_of
-from nestcli.data.batch import NoiseBatch
+from nestcli.bench.stepping import peak_memory, wait_for
+from nestcli.data.dataset import NoiseBatch
 from nestcli.errors import RunFailedError
 from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer
@@ -53,7 +54,7 @@ class TrainingStep:
         start = time.perf_counter()
         try:
             self._step(batch, seconds)
-            self._wait()
+            wait_for(self.device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -65,7 +66,7 @@ class TrainingStep:
             self._free()
             self._step(*_SMALL)  # gradients stay between steps, so that the next trial needs memory for them too
             return {"fits": False}
-        elapsed, peak = time.perf_counter() - start, self._peak()
+        elapsed, peak = time.perf_counter() - start, peak_memory(self.device)
         self._free()
         used = (peak - before) / max(1, self.memory - before)
         return {"fits": True, "used": used, "seconds": elapsed, "peak": peak}
@@ -88,10 +89,6 @@ class TrainingStep:
 
     # ---- memory ----
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def _free(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
@@ -108,11 +105,6 @@ class TrainingStep:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return int(memory_of("self")["resident"])
-
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return int(memory_of("self")["peak"])
 
 
 def default_memory(device: str) -> int:

@@ -20,9 +20,9 @@ from nestcli.checkpoint.archive import RECORD, Archive, header_of, open_archive,
 from nestcli.checkpoint.atomic import atomic_file, save_tensors
 from nestcli.checkpoint.nemo_config import from_nemo, is_nest, plain_yaml, to_nemo, yaml_of
 from nestcli.checkpoint.weights import checked_state, fitted_state, load_weights, model_skeleton
+from nestcli.checks import MAX_YAML
 from nestcli.errors import CheckpointError
 from nestcli.storage.tar_headers import BLOCK
-from nestcli.untrusted import MAX_YAML
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 _LARGEST_ITEM = 8  # bytes of a number in fp64

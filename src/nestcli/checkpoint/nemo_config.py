@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nestcli.checks import check_plain, odd_in_yaml
 from nestcli.config import (
     config_from_dict,
     leaves,
@@ -26,7 +27,6 @@ from nestcli.config import (
 from nestcli.errors import CheckpointError
 from nestcli.keys import EXTRA_KEYS
 from nestcli.targets import nemo_target
-from nestcli.untrusted import check_plain, odd_in_yaml
 
 OURS = "nestcli"  # the block of settings that NeMo does not know; NeMo ignores unknown blocks
 TARGET = "nemo.collections.asr.models.ssl_models.EncDecDenoiseMaskedTokenPredModel"

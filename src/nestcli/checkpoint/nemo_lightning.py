@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nestcli.checks import CALLING, check_plain
 from nestcli.errors import CheckpointError
-from nestcli.untrusted import CALLING, check_plain
 
 _DEEPEST, _MOST_VALUES = 32, 20_000
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from nestcli.checkpoint.digest import UNREADABLE, stored_digest
 from nestcli.checkpoint.pickled import check_pickle
+from nestcli.checks import short
 from nestcli.errors import CheckpointError, ConfigError
-from nestcli.model.config import NestConfig
+from nestcli.model.count import skeleton
 from nestcli.model.nest import NestModel
-from nestcli.untrusted import short
 
 MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
 MAX_PICKLE = 16 << 20  # bytes of the table of tensors; the largest preset has 260,000, 1,000,000 with its optimiser
@@ -38,8 +38,7 @@ def model_skeleton(config: DictConfig, source: str) -> NestModel:
     Raises CheckpointError for implausible sizes, and for blocks that do not fit each other.
     """
     try:
-        with torch.device("meta"):
-            return NestModel(NestConfig.from_config(config))
+        return skeleton(config)
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from None
     except (RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError) as error:

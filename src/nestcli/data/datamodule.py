@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -13,16 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from nestcli.audio.load import Samples
 from nestcli.config import section, seed_of
-from nestcli.data.batch import NoiseBatch
 from nestcli.data.batch_plan import BatchPlan
-from nestcli.data.corpus import Corpus, noise_manifest, read_corpus
-from nestcli.data.dataset import MIN_SECONDS, NoisySpeech, SkipCounter
-from nestcli.data.dataset_config import DatasetConfig
+from nestcli.data.corpus import Corpus, DatasetConfig, noise_manifest, read_corpus
+from nestcli.data.dataset import MIN_SECONDS, NoiseBatch, NoisySpeech, SkipCounter
 from nestcli.data.loader.loader import Loader, slots
 from nestcli.data.loader.watch import Watch
-from nestcli.data.noise_pool import NoisePool
 from nestcli.data.preflight import check_noise, check_speech, machine_notes
 from nestcli.data.sampler import OnePass, Place, Position, ResumableSampler, plan_batches
+from nestcli.data.utterance_audio import NoisePool
 from nestcli.errors import DataError, NestError
 from nestcli.jobs.cores import available_cores
 
@@ -106,7 +104,7 @@ class NestDataModule(LightningDataModule):
 
     # ---- Lightning's hooks ----
 
-    def train_dataloader(self) -> Loader:
+    def train_dataloader(self) -> Loader | InProcess:
         ranks, rank = self._ranks()
         plan = self.train_plan(ranks)
         length = self.batches or -(-len(plan.batches(0)) // ranks)
@@ -116,7 +114,7 @@ class NestDataModule(LightningDataModule):
         data = self._data(self.train, self.train_noise, "model.train_ds")
         return self._loader(data, self._sampler, "model.train_ds")
 
-    def val_dataloader(self) -> Loader | list[Any]:
+    def val_dataloader(self) -> Loader | InProcess | list[Any]:
         if self.val is None:
             return []
         ranks, rank = self._ranks()
@@ -238,8 +236,10 @@ class NestDataModule(LightningDataModule):
         counter.add(len(batch.sample_ids) if batch.counts else 0, batch.skipped)
         return batch
 
-    def _loader(self, data: NoisySpeech, sampler: ResumableSampler | OnePass, key: str) -> Loader:
+    def _loader(self, data: NoisySpeech, sampler: ResumableSampler | OnePass, key: str) -> Loader | InProcess:
         settings = self._settings(key)
+        if settings.num_workers == 0:
+            return InProcess(data, sampler)
         workers = _workers(settings)
         device = None if self.trainer is None else self.trainer.strategy.root_device
         on_gpu = device is not None and device.type == "cuda"
@@ -255,6 +255,19 @@ class NestDataModule(LightningDataModule):
         )
         self._loaders.add(loader)
         return loader
+
+
+class InProcess:
+    """Iterates over the batches of `places`, a sampler, made by this process."""
+
+    def __init__(self, data: NoisySpeech, places: ResumableSampler | OnePass) -> None:
+        self.data, self.places = data, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[NoiseBatch | NestError]:
+        return map(self.data.__getitem__, self.places)
 
 
 def _workers(settings: DatasetConfig) -> int:

@@ -6,25 +6,28 @@ With `nemo_exact`, draws and result equal those of NeMo's `SpeakerNoiseAugmentat
 from the same seed. Without it, an item that is not augmented stays clean and complete, segments never run out, noise
 mode falls back to speech if there is no noise, mixtures beyond full scale are scaled down, and the lengths of segments
 are drawn in one step instead of sample by sample.
+
+Axes: B batch, N samples, zero-padded to the longest item.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from nestcli.audio.load import Channel, Samples, parsed_channel
 from nestcli.config import section
-from nestcli.data.batch import Empty, NoiseBatch, collate, empty
 from nestcli.data.batch_plan import Items
-from nestcli.data.dataset_config import DatasetConfig
+from nestcli.data.corpus import DatasetConfig
 from nestcli.data.manifest import Manifest
 from nestcli.data.mixing import (
     AugmentationConfig,
@@ -36,17 +39,50 @@ from nestcli.data.mixing import (
     one_stretch_of,
     scattered_segments,
 )
-from nestcli.data.noise_pool import NoisePool
 from nestcli.data.sampler import Place
-from nestcli.data.utterance_audio import Skipped, read_audio
+from nestcli.data.utterance_audio import NoisePool, Skipped, read_audio
 from nestcli.errors import ConfigError, DataError, NestError
-from nestcli.jobs.activity import Noted
 from nestcli.targets import TARGETS
 
 MIN_SECONDS = 1.0  # a shorter clip is repeated up to this length, as in NeMo
 _REPLACEMENTS = 20  # lines tried in place of a batch without any readable item
 _JUDGED_FROM = 100  # utterances; with fewer, one corrupt file is a large share
 _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
+
+
+@dataclass(frozen=True)
+class NoiseBatch:
+    """Clean speech, the noise or speech mixed into it, and the mixture. Source: NeMo `AudioNoiseBatch`.
+
+    `sample_ids` are line numbers of the manifest. `counts` is False for a batch that only keeps the ranks in step.
+    `skipped` lists the lines that belong to the batch but could not be read.
+    """
+
+    audio: Tensor  # (B, N) float32
+    audio_len: Tensor  # (B,) int64, samples
+    noise: Tensor  # (B, N)
+    noise_len: Tensor  # (B,)
+    noisy_audio: Tensor  # (B, N)
+    noisy_audio_len: Tensor  # (B,)
+    sample_ids: tuple[int, ...] = ()
+    counts: bool = True
+    skipped: tuple[Skipped, ...] = ()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> NoiseBatch:
+        """Copy the batch to a device. Copies from page-locked memory overlap with other work."""
+        tensors: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking or value.is_pinned())
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
+
+Empty = Callable[[tuple[int, ...]], Samples]  # allocates an array; its content is undefined
+
+
+def empty(shape: tuple[int, ...]) -> Samples:
+    return np.empty(shape, np.float32)
 
 
 class NoisySpeech(Dataset[NoiseBatch | NestError]):
@@ -59,11 +95,8 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
     def __init__(self, speech: Manifest, noise: NoisePool | None, seed: int, config: DictConfig, key: str) -> None:
         self.speech, self.noise, self.seed = speech, noise, seed
         settings = section(DatasetConfig, config, key)
-        self.sample_rate, self.channel, self.channel_field = (
-            settings.sample_rate,
-            settings.channel,
-            settings.channel_field,
-        )
+        self.sample_rate, self.channel = settings.sample_rate, settings.channel
+        self.channel_field = settings.channel_field
         self.mix, self.augmentation = _mixer(config, key)
         self.make_array: Empty = empty  # a loader process makes batches in the memory that it sends them in
 
@@ -127,8 +160,8 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         )
 
     def _speech(self, item: int) -> Samples:
-        with Noted(self.speech, item % len(self.speech)) as entry:
-            field, line = self.channel_field, item % len(self.speech)
+        field, line = self.channel_field, item % len(self.speech)
+        with self.speech.reading(line) as entry:
             channel = self.channel if field is None else self._named_channel(line, field)
             audio = read_audio(entry, sample_rate=self.sample_rate, channel=channel)
         shortest = int(MIN_SECONDS * self.sample_rate)
@@ -164,6 +197,37 @@ def _mixer(config: DictConfig, key: str) -> tuple[Callable[..., NoiseBatch] | No
     if "_target_" not in block:
         raise ConfigError(f"{key}.batch_augmentor._target_ is missing: name the augmentation, e.g. {_DEFAULT_MIXER}.")
     return _MIXERS[TARGETS[block["_target_"]]], section(AugmentationConfig, config, f"{key}.batch_augmentor")
+
+
+# ---- padding items into a batch ----
+
+
+def collate(
+    audios: Sequence[Samples], noises: Sequence[Samples] | None, sample_ids: Sequence[int], empty: Empty = empty
+) -> NoiseBatch:
+    """Zero-pad items to the longest one, and cut or pad the noise to the same width. Does not mix anything."""
+    longest = max(len(audio) for audio in audios)
+    audio = torch.from_numpy(_stacked(audios, longest, empty))
+    audio_len = torch.tensor([len(item) for item in audios])
+    noise = torch.empty(len(audios), 0) if noises is None else torch.from_numpy(_stacked(noises, longest, empty))
+    return NoiseBatch(
+        audio=audio,
+        audio_len=audio_len,
+        noise=noise,
+        noise_len=torch.tensor([0] * len(audios) if noises is None else [min(len(item), longest) for item in noises]),
+        noisy_audio=audio,
+        noisy_audio_len=audio_len,
+        sample_ids=tuple(sample_ids),
+    )
+
+
+def _stacked(items: Sequence[Samples], width: int, empty: Empty) -> Samples:
+    stacked = empty((len(items), width))
+    for row, item in zip(stacked, items, strict=True):
+        kept = item[:width]
+        row[: len(kept)] = kept
+        row[len(kept) :] = 0
+    return stacked
 
 
 # ---- mixing noise and other speech into a batch ----

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from json.decoder import JSONDecoder
 from pathlib import Path
@@ -22,7 +23,8 @@ import numpy.typing as npt
 from nestcli.audio.load import CHANNEL_KEY, Channel, parsed_channel
 from nestcli.data.lhotse_cuts import cut_to_row, looks_like_cut
 from nestcli.errors import DataError, NestError
-from nestcli.files import user_path, write_text
+from nestcli.files import is_remote, user_path, write_text
+from nestcli.jobs import activity
 from nestcli.storage import addresses
 from nestcli.storage.file_kinds import why_no_json
 
@@ -49,9 +51,9 @@ class Source:
     def __init__(self, path: str, to_row: ToRow) -> None:
         self.path = path
         self.to_row = to_row
-        local = addresses.local_copy(path, keep=True) if addresses.is_remote(path) else path
+        local = addresses.local_copy(path, keep=True) if is_remote(path) else path
         self.absolute = str(Path(local).absolute())  # workers may have another current folder
-        self.folder = path.rpartition("/")[0] if addresses.is_remote(path) else str(Path(self.absolute).parent)
+        self.folder = path.rpartition("/")[0] if is_remote(path) else str(Path(self.absolute).parent)
         self.unpacked: npt.NDArray[np.uint8] | None = None
         self._descriptor: int | None = None
 
@@ -167,6 +169,18 @@ class Manifest:
             channel=parsed_channel(row.get(CHANNEL_KEY)),
         )
 
+    @contextmanager
+    def reading(self, index: int) -> Iterator[Entry]:
+        """Yield a line's entry. A loader process notes that it reads this line until the block ends."""
+        page = activity.own
+        if page is not None:
+            page.begin(self, index)  # before the entry: a relative path is looked for, which can hang too
+        try:
+            yield self.entry(index)
+        finally:
+            if page is not None:
+                page.end()
+
 
 _COLUMNS = ("durations", "offsets", "source_of", "positions", "sizes", "lines", "shard_of")
 
@@ -216,11 +230,11 @@ def _dump(row: Mapping[str, Any]) -> str:
 
 
 def _resolve(path: str, folder: str) -> str:
-    if path.startswith("/") or addresses.is_remote(path):
+    if path.startswith("/") or is_remote(path):
         return path
     if path.startswith("file:") and (local := user_path(path)) != path:
         return local
-    if addresses.is_remote(folder):
+    if is_remote(folder):
         return addresses.join(folder, path)
     beside = os.path.join(folder, path)  # noqa: PTH118  (pathlib is slower, and this runs for every utterance)
     return beside if os.path.exists(beside) else user_path(path)  # noqa: PTH110

@@ -21,10 +21,9 @@ import numpy as np
 from nestcli.audio.load import CHANNEL_KEY
 from nestcli.data.manifest import JSON, MAX_LINE, MAX_SECONDS, Manifest, Row, Source, ToRow, joined, parse, to_row
 from nestcli.errors import DataError
-from nestcli.files import user_path
+from nestcli.files import is_remote, user_path
 from nestcli.jobs.cores import available_cores
 from nestcli.jobs.pool import Died, local_pool
-from nestcli.storage import addresses
 from nestcli.storage.file_kinds import HEAD, no_manifest
 
 NO_SHARD = -1
@@ -105,7 +104,7 @@ def expand(paths: str | Sequence[str]) -> list[str]:
 
 
 def _expanded(path: str) -> list[str]:
-    elsewhere = addresses.is_remote(path)
+    elsewhere = is_remote(path)
     path = user_path(path)
     found = _RANGE.search(path)
     if found is None or (not elsewhere and os.path.exists(path)):  # noqa: PTH110  (pathlib raises for long names)
@@ -132,7 +131,7 @@ def _check_ranges(path: str) -> None:
 
 def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) -> Scan:
     """Read and check every line of one manifest. Raises DataError naming file and line."""
-    if not addresses.is_remote(path):
+    if not is_remote(path):
         _check_file(path)
     found = Scan(Source(path, to_row))
     try:
@@ -181,12 +180,10 @@ class _BadLineError(Exception):
 def _scan_ranges(found: Scan, require_duration: bool) -> None:
     bounds = _line_starts(found.source.absolute, _PIECE)
     tasks = [_Range(found.source, require_duration, *pair) for pair in itertools.pairwise(bounds)]
-    workers = min(len(tasks), available_cores())
-    if workers < 2:
-        parts: Iterable[_Part | _BadLineError | Died] = map(_scan_range, tasks)
-        _gather(found, parts)
+    if len(tasks) < 2 or (cores := available_cores()) < 2:
+        _gather(found, map(_scan_range, tasks))
         return
-    with local_pool(workers) as pool:
+    with local_pool(min(len(tasks), cores)) as pool:
         _gather(found, pool.in_order(_scan_range, tasks))
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from nestcli.audio.load import Samples
-from nestcli.bounds import within
+from nestcli.checks import within
 
 NoiseOf = Callable[[int, int], Samples]  # (item, samples): noise for the item, or all of it if shorter
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from nestcli.data.manifest import Manifest
 from nestcli.errors import DataError
+from nestcli.files import is_remote
 from nestcli.jobs.cores import available_cores
-from nestcli.storage import addresses
 
 _ALL_UP_TO, _SAMPLE = 10_000, 1_000  # lines: up to here all files are checked; of longer manifests, this many
 _JUDGED_FROM = 100  # utterances; with fewer, one corrupt file is a large share
@@ -85,7 +85,7 @@ def _missing(manifest: Manifest, lines: list[int]) -> list[int]:
 
 def _can_be_read(path: str) -> bool:
     try:
-        return addresses.is_remote(path) or os.access(path, os.R_OK)
+        return is_remote(path) or os.access(path, os.R_OK)
     except ValueError:  # a NUL in it
         return False
 

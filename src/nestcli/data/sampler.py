@@ -23,8 +23,7 @@ from nestcli.data.batch_plan import (
     duration_bins,
     temperature_shares,
 )
-from nestcli.data.corpus import Corpus
-from nestcli.data.dataset_config import DatasetConfig
+from nestcli.data.corpus import Corpus, DatasetConfig
 from nestcli.errors import ConfigError, DataError
 
 N_BUCKETS = 30  # Lhotse's and NeMo's

@@ -17,8 +17,7 @@ from nestcli.data.lhotse_cuts import source_of, supervision
 from nestcli.data.manifest import Manifest, joined
 from nestcli.data.manifest_scan import NO_SHARD, expand, of_scan, scan
 from nestcli.errors import DataError
-from nestcli.files import user_path
-from nestcli.storage import addresses
+from nestcli.files import is_remote, user_path
 from nestcli.storage.tar_members import open_shard
 
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
@@ -110,7 +109,7 @@ def read_shar(path: str | dict[str, Any]) -> Manifest:
 
 def _shar_files(path: str | dict[str, Any]) -> tuple[list[str], list[str]]:
     if isinstance(path, str):
-        if addresses.is_remote(path):
+        if is_remote(path):
             raise DataError(
                 f"{path}: a remote folder is not listed; name its files: shar_path={{cuts: "
                 ".../cuts._OP_000000..000007_CL_.jsonl.gz, recording: .../recording._OP_000000..000007_CL_.tar}"

@@ -14,6 +14,7 @@ from nestcli.doctor import machine
 from nestcli.doctor.child import PRECISIONS
 from nestcli.doctor.report import Check, size
 from nestcli.doctor.trials import Answer
+from nestcli.jobs.cores import available_cores
 
 _check = partial(Check, "devices")
 TRIALS = ("torch", "precision:cpu", "gloo")
@@ -31,7 +32,7 @@ def further_trials(answers: Mapping[str, Answer]) -> list[str]:
 
 def devices_checks(answers: Mapping[str, Answer]) -> Iterator[Check]:
     """Yield all checks of the section except the compiler's."""
-    yield cores_check(machine.allowed_cores(), os.cpu_count() or 1, machine.processor_quota(), os.environ)
+    yield cores_check(available_cores(), os.cpu_count() or 1, machine.processor_quota(), os.environ)
     yield from memory_check(machine.memory())
     yield from shared_memory_check(Path("/dev/shm"))  # noqa: S108  # looked at only
     yield open_files_check(machine.open_files())

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from nestcli.doctor import machine
 from nestcli.doctor.report import Check
+from nestcli.jobs.cores import available_cores
 
 _check = partial(Check, "environment")
 _PLAIN = {  # (variable, value) that slows or changes a run: its effect
@@ -28,7 +28,7 @@ _INTERACTIVE = ("bash", "interactive")  # names of Slurm jobs that Lightning tre
 def environment_checks(environ: Mapping[str, str]) -> Iterator[Check]:
     """Yield all checks of the section."""
     found = [
-        *threads_check(environ, machine.allowed_cores()),
+        *threads_check(environ, available_cores()),
         *plain_checks(environ),
         *pythonpath_check(environ),
         *other_environment_check(environ, sys.prefix),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,8 +118,3 @@ def _words(path: Path) -> list[str]:
 def _number(path: Path) -> int | None:
     text = _text(path).strip()
     return int(text) if text.isdecimal() else None
-
-
-def allowed_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,10 +10,6 @@ import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
-
-EntryT_co = TypeVar("EntryT_co", covariant=True)
-EntryT = TypeVar("EntryT")
 
 _NOTE = struct.Struct("=Qdqh?")  # the fields of Note
 _SINCE, _SINCE_AT = struct.Struct("=d"), 8  # its time alone, and the offset of that field
@@ -38,22 +34,16 @@ class Note:
 NOTHING = Note(0, 0.0, -1, -1, False)  # for a process that writes no notes
 
 
-class Lines(Protocol[EntryT_co]):
-    """Interface of Manifest, which lives in a room above this one."""
+class Page:
+    """The page that a process writes its notes to. `manifests` are known by identity."""
 
-    def entry(self, line: int, /) -> EntryT_co: ...
-
-
-class _Page:
-    """The page that a process writes its notes to."""
-
-    def __init__(self, memory: mmap.mmap, manifests: Sequence[Lines[Any]]) -> None:
+    def __init__(self, memory: mmap.mmap, manifests: Sequence[object]) -> None:
         self._memory = memory
         self._place_of = {id(manifest): place for place, manifest in enumerate(manifests)}
         self._number, self._line, self._place = 0, -1, -1
         self.end()
 
-    def begin(self, manifest: Lines[Any], line: int) -> None:
+    def begin(self, manifest: object, line: int) -> None:
         self._number += 1
         self._line, self._place = line, self._place_of.get(id(manifest), -1)
         _NOTE.pack_into(self._memory, 0, self._number, time.monotonic(), line, self._place, True)
@@ -69,14 +59,14 @@ class _Page:
 class Notes:
     """Pages for `workers` processes, forked from this one, that read the lines of `manifests`."""
 
-    def __init__(self, workers: int, manifests: Sequence[Lines[Any]]) -> None:
+    def __init__(self, workers: int, manifests: Sequence[object]) -> None:
         self.manifests = manifests
         self._pages = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(workers)]
 
     def enter(self, worker: int) -> None:
         """Start to note what this process reads; call it in the loader process."""
-        global _own
-        _own = _Page(self._pages[worker], self.manifests)
+        global own
+        own = Page(self._pages[worker], self.manifests)
 
     def of(self, worker: int) -> Note:
         """Return the last note of a loader process; call it in the process that made the pages."""
@@ -88,33 +78,10 @@ class Notes:
         return note
 
 
-_own: _Page | None = None  # of this process, if it is a loader's
-
-
-class Noted(Generic[EntryT]):
-    """A context: the entry of a line, noted as what this process reads until the block ends. Raises DataError."""
-
-    __slots__ = ("_line", "_manifest")
-
-    def __init__(self, manifest: Lines[EntryT], line: int) -> None:
-        self._manifest, self._line = manifest, line
-
-    def __enter__(self) -> EntryT:
-        if _own is None:
-            return self._manifest.entry(self._line)
-        _own.begin(self._manifest, self._line)  # before the entry: a relative path is looked for, which can hang too
-        try:
-            return self._manifest.entry(self._line)
-        except BaseException:
-            _own.end()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        if _own is not None:
-            _own.end()
+own: Page | None = None  # of this process, if it is a loader's
 
 
 def moved() -> None:
     """Note that what is being read, from far away, is still coming in."""
-    if _own is not None:
-        _own.moved()
+    if own is not None:
+        own.moved()

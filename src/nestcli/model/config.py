@@ -10,10 +10,9 @@ from operator import attrgetter
 
 from omegaconf import DictConfig
 
-from nestcli.bounds import one_of, within
+from nestcli.checks import one_of, short, within
 from nestcli.config import section
 from nestcli.errors import ConfigError
-from nestcli.untrusted import short
 
 PER_FEATURE, ALL_FEATURES = "per_feature", "all_features"
 

@@ -13,8 +13,46 @@ from torch import Tensor, nn
 
 from nestcli.model.attention import Dropout, RelativeAttention, RelativePositions
 from nestcli.model.config import EncoderConfig
-from nestcli.model.fast import compile_layer, depthwise, running_layers
-from nestcli.model.subsampling import DepthwiseStridingSubsampling
+from nestcli.model.fast import compile_layer, convolved, depthwise, halved, running_layers
+
+
+class DepthwiseStridingSubsampling(nn.Module):
+    """Convolutions of stride 2 on time and frequency, then a linear layer over (channel, frequency).
+
+    Source: Fast Conformer (arXiv:2305.05084 section 2); NeMo `ConvSubsampling` with `dw_striding`.
+    """
+
+    def __init__(self, feat_in: int, d_model: int, channels: int, factor: int) -> None:
+        super().__init__()
+        stages = factor.bit_length() - 1
+        layers: list[nn.Module] = [_strided(1, channels), nn.ReLU()]
+        for _ in range(stages - 1):
+            layers += [
+                _strided(channels, channels, groups=channels),
+                nn.Conv2d(channels, channels, 1),
+                nn.ReLU(),
+            ]
+        conv = nn.Sequential(*layers)
+        bins = feat_in
+        for _ in range(stages):
+            bins = halved(bins)
+        self.out = nn.Linear(channels * bins, d_model)  # registered before `conv`: the order of NeMo's state dict
+        self.conv = conv
+
+    def reset_parameters(self) -> None:
+        """Draw the weights again, in the order of construction."""
+        for layer in (*self.conv, self.out):
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.reset_parameters()
+
+    def forward(self, features_BTD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return frames (B, S, M) and their valid lengths (B,)."""
+        x_BSW, lengths_B = convolved(list(self.conv), features_BTD, lengths_B)
+        return self.out(x_BSW), lengths_B
+
+
+def _strided(channels_in: int, channels_out: int, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=2, padding=1, groups=groups)
 
 
 class FeedForward(nn.Module):
@@ -126,7 +164,7 @@ class ConformerEncoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.hashes_dropout = config, config.hashes_dropout
         self.pre_encode = DepthwiseStridingSubsampling(
             config.feat_in,
             config.d_model,
@@ -144,7 +182,7 @@ class ConformerEncoder(nn.Module):
             layer.self_attn.share_position_biases(layers[0].self_attn)
         self.layers = nn.ModuleList(layers)
         for layer in layers if config.compile else []:  # all layers share one compilation
-            compile_layer(layer, hashes_dropout=config.hashes_dropout)
+            compile_layer(layer, hashes_dropout=self.hashes_dropout)
         if config.width_out != config.d_model:
             self.out_proj: nn.Linear | None = nn.Linear(config.d_model, config.width_out)
         else:
@@ -187,7 +225,7 @@ class ConformerEncoder(nn.Module):
 
     def _dropout_keys(self, device: torch.device) -> Sequence[Tensor | None]:
         """Draw a key for each layer's dropout; None for layers whose dropout torch's generator draws."""
-        if not (self.config.hashes_dropout and self.training):
+        if not (self.hashes_dropout and self.training):
             return [None] * len(self.layers)
         return torch.randint(-(2**31), 2**31, (len(self.layers), 1)).to(device, torch.int32).unbind()
 

@@ -1,15 +1,13 @@
-"""Number of parameters, ours and NeMo's, and a check that the weights fit the memory."""
+"""Number of parameters, ours and NeMo's."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from omegaconf import DictConfig
 
-from nestcli.errors import ConfigError
 from nestcli.model.config import NestConfig
 from nestcli.model.nest import NestModel
 
@@ -84,17 +82,3 @@ def nemo_count(config: DictConfig) -> int | None:
     sizes["quantizer"] = quantizer.num_books * quantizer.code_dim * (stack + quantizer.num_classes)
     sizes["mask"] = nest.masking.feat_in
     return sum(sizes.values())
-
-
-def check_memory(nest: NestConfig) -> None:
-    """Raise ConfigError if the model's weights alone are larger than this machine's memory."""
-    encoder, quantizer = nest.encoder, nest.quantizer
-    layers = encoder.n_layers * (4 * encoder.ff_expansion_factor + 8) * encoder.d_model**2
-    stacked = quantizer.code_dim + encoder.d_model  # numbers for each class: in the codebook and in the decoder
-    needed = 4 * (layers + quantizer.num_books * quantizer.num_classes * stacked)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
-        raise ConfigError(
-            f"the model's weights need {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}. "
-            "Lower model.encoder.d_model, model.encoder.n_layers or model.quantizer.num_classes."
-        )

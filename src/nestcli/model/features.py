@@ -39,7 +39,7 @@ class LogMelPreprocessor(nn.Module):
         with _without_autocast(audio_BN.device.type):
             audio_BN = self._dithered(audio_BN.float())
             log_mel_BDT = self.featurizer(preemphasised(audio_BN, audio_len_B))
-            frames_B = audio_len_B // self.config.hop_length
+            frames_B = audio_len_B // self.featurizer.hop_length
             features_BDT = self._normalised(log_mel_BDT, frames_B)
         return self._padded(features_BDT), frames_B
 

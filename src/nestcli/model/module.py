@@ -14,9 +14,8 @@ from torch import Tensor
 from nestcli.config import resolved, seed_of
 from nestcli.model.config import EncoderConfig, NestConfig
 from nestcli.model.conformer import ConformerEncoder
-from nestcli.model.count import check_memory
 from nestcli.model.nemo_encoder import NemoEncoder
-from nestcli.model.nest import NestModel, NestOutput
+from nestcli.model.nest import NestModel, NestOutput, check_memory
 from nestcli.model.optim import build_optimizer, build_schedule
 
 CONFIG_KEY = "nest_config"

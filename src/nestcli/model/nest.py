@@ -6,16 +6,15 @@ frames and tokens, M model width, C codes, G codebooks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nestcli.model.config import (
-    EncoderConfig,
-    NestConfig,
-)
+from nestcli.errors import ConfigError
+from nestcli.model.config import EncoderConfig, NestConfig
 from nestcli.model.conformer import ConformerEncoder
 from nestcli.model.features import LogMelPreprocessor
 from nestcli.model.loss import MaskedTokenLoss, MultiSoftmaxDecoder, fitted
@@ -122,3 +121,17 @@ class NestModel(nn.Module):
 
     def _with_book_axis(self, tokens: Tensor) -> Tensor:
         return tokens if tokens.dim() == 3 else tokens[:, :, None]
+
+
+def check_memory(nest: NestConfig) -> None:
+    """Raise ConfigError if the model's weights alone are larger than this machine's memory."""
+    encoder, quantizer = nest.encoder, nest.quantizer
+    layers = encoder.n_layers * (4 * encoder.ff_expansion_factor + 8) * encoder.d_model**2
+    stacked = quantizer.code_dim + encoder.d_model  # numbers for each class: in the codebook and in the decoder
+    needed = 4 * (layers + quantizer.num_books * quantizer.num_classes * stacked)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ConfigError(
+            f"the model's weights need {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}. "
+            "Lower model.encoder.d_model, model.encoder.n_layers or model.quantizer.num_classes."
+        )

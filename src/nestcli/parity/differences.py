@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nestcli.config import load_config
 from nestcli.data.manifest_scan import read_manifests
-from nestcli.data.noise_pool import NoisePool
+from nestcli.data.utterance_audio import NoisePool
 from nestcli.model.config import MaskingConfig, NestConfig, QuantizerConfig
 from nestcli.model.masking import overlapping_blocks
 from nestcli.model.nest import NestModel

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestcli.data.batch import NoiseBatch
-from nestcli.data.dataset import mix_one_speaker_or_noise, mix_speakers_and_noise
+from nestcli.data.dataset import NoiseBatch, mix_one_speaker_or_noise, mix_speakers_and_noise
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.parity.context import Context
 from nestcli.parity.report import Check, Section, close, equal, worst

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from nestcli.config import BASE, PRESETS, leaves, load_config, raw_config, resolved
-from nestcli.model.config import NestConfig
+from nestcli.model.count import skeleton
 from nestcli.model.nest import NestModel
 from nestcli.parity.context import Context
 from nestcli.parity.nemo import FACTS, NotRecordedError
@@ -77,7 +77,7 @@ def parameters_section(context: Context, section: Section) -> None:
             section.add(*_same_structure(context, context.name, context.config))
         except NotRecordedError:
             note = "not recorded for this configuration; --nemo compares it with a live NeMo"
-            section.add(Check(context.name, True, _total(_built_on_meta(context.config)), None, note=note))
+            section.add(Check(context.name, True, _total(skeleton(context.config)), None, note=note))
     section.add(_initial_weights(context))
 
 
@@ -88,7 +88,7 @@ def _is_changed(context: Context) -> bool:
 def _same_structure(context: Context, name: str, config: DictConfig) -> Iterable[Check]:
     config, _ = with_nemo_behaviour(config)
     theirs = context.nemo.ask("structure", {"model": nemo_model_block(config)}).facts
-    model = _built_on_meta(config)
+    model = skeleton(config)
     entries = {key: [list(value.shape), str(value.dtype)[6:]] for key, value in model.state_dict().items()}
     sizes = {key: [value.numel(), value.requires_grad] for key, value in model.named_parameters()}
     their_sizes = {key: [count, trainable] for key, count, trainable in theirs["parameters"]}
@@ -99,11 +99,6 @@ def _same_structure(context: Context, name: str, config: DictConfig) -> Iterable
     layers, their_layers = _sums(sizes, 3), _sums(their_sizes, 3)
     yield same_entries(f"{name}: numbers by layer", layers, their_layers)
     yield equal(f"{name}: number of parameters", _total(model), sum(count for count, _ in their_sizes.values()))
-
-
-def _built_on_meta(config: DictConfig) -> NestModel:
-    with torch.device("meta"):
-        return NestModel(NestConfig.from_config(config))
 
 
 def _total(model: NestModel) -> int:

@@ -21,8 +21,7 @@ from nestcli.audio.load import load_audio
 from nestcli.config import resolved
 from nestcli.errors import DataError
 from nestcli.model.config import NestConfig
-from nestcli.model.count import check_memory
-from nestcli.model.nest import NestModel
+from nestcli.model.nest import NestModel, check_memory
 from nestcli.parity.worker import checksums
 
 SEED = 20

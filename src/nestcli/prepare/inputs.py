@@ -16,10 +16,10 @@ from nestcli.data.lhotse_cuts import recording_to_row
 from nestcli.data.manifest import Manifest, check_row, to_row
 from nestcli.data.manifest_scan import of_scan, scan
 from nestcli.errors import DataError
-from nestcli.files import user_path
+from nestcli.files import is_remote, user_path
 from nestcli.jobs.journal import NAME as JOURNAL
 from nestcli.prepare.kaldi import is_kaldi, read_kaldi
-from nestcli.storage import addresses, file_kinds
+from nestcli.storage import file_kinds
 from nestcli.storage.file_kinds import foreign, has_json_lines, is_audio_or_array
 
 # Includes formats that nest cannot read: such files must be rejected with a reason instead of ignored.
@@ -112,7 +112,7 @@ def _existing(given: str, out: Path, collection: Collection) -> list[Path]:
     given = user_path(given)
     if os.path.lexists(given):
         return [Path(given)]
-    if addresses.is_remote(given):
+    if is_remote(given):
         raise DataError(f"{given} is a remote address; first copy the audio to a disk that this machine can read")
     if glob.has_magic(given):
         if found := sorted(glob.glob(given, recursive=True)):  # noqa: PTH207  (absolute patterns, "~", hidden files)
@@ -209,7 +209,7 @@ def _manifest_items(path: str) -> Iterator[Item]:
             yield Item(name, name, manifest=manifest, index=index, refused=str(why), reason="unsupported_line")
             continue
         entry = manifest.entry(index)
-        elsewhere = addresses.is_remote(entry.audio_filepath)
+        elsewhere = is_remote(entry.audio_filepath)
         yield Item(
             # abspath resolves "..", pathlib does not
             path=entry.audio_filepath if elsewhere else os.path.abspath(entry.audio_filepath),  # noqa: PTH100

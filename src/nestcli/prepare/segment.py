@@ -128,14 +128,7 @@ def _is_of(piece: Piece, task: ShapeTask) -> bool:
     if task.options.folder is None:
         return piece.path == task.path and piece.size is None
     ours = str(piece.path).startswith(f"{task.options.folder}/") and ".." not in Path(piece.path).parts
-    return ours and piece.size == _size(piece.path)
-
-
-def _size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return -1
+    return ours and piece.size == file_size(piece.path) != 0
 
 
 # --- one recording

@@ -15,21 +15,14 @@ from typing import BinaryIO
 from urllib.parse import quote, urlsplit
 
 from nestcli.errors import DataError
-from nestcli.files import user_path
+from nestcli.files import SCHEMES, is_remote, user_path
 from nestcli.storage import allowed_folders, cache, fetch
 
-SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "http", "https", "hdfs", "oci")
 CACHE_VARIABLE, SIZE_VARIABLE = cache.CACHE_VARIABLE, cache.SIZE_VARIABLE
 MAX_OBJECT = 2 << 30  # bytes of an object that is read into memory
 _PLAIN_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 _copies: dict[str, Path] = {}  # copies that this process, or its parent before the fork, has requested
-
-
-def is_remote(path: str) -> bool:
-    """Return True if a path is an address with a supported scheme."""
-    scheme, found, _ = path.partition("://")
-    return bool(found) and scheme in SCHEMES
 
 
 def check_remote(path: str) -> None:

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from typing import Any
 
 from nestcli.errors import DataError
+from nestcli.files import is_remote
 from nestcli.storage import addresses, allowed_folders
 from nestcli.storage.tar_headers import BrokenTarError, headers
 
@@ -56,7 +57,7 @@ class TarMembers:
         if self._descriptor is None:
             if why := allowed_folders.outside(self.path):
                 raise DataError(f"the shard {self.path} is not read: {why}")
-            local = addresses.local_copy(self.path) if addresses.is_remote(self.path) else self.path
+            local = addresses.local_copy(self.path) if is_remote(self.path) else self.path
             descriptor = os.open(local, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not hang on a FIFO
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)

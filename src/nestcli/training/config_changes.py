@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bounds import as_written
+from nestcli.checks import as_written
 from nestcli.config import leaves, resolved
-from nestcli.data.dataset_config import DatasetConfig
+from nestcli.data.corpus import DatasetConfig
 from nestcli.errors import ConfigError
 from nestcli.files import write_text
 from nestcli.keys import START_KEYS

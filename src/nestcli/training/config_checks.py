@@ -10,17 +10,16 @@ import numpy.typing as npt
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bounds import as_written
+from nestcli.checks import as_written, check_digits
 from nestcli.config import leaves, raw_config, section, seed_of
+from nestcli.data.corpus import DatasetConfig
 from nestcli.data.dataset import MIN_SECONDS
-from nestcli.data.dataset_config import DatasetConfig
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.errors import ConfigError
 from nestcli.model.config import NestConfig, OptimizerConfig, ScheduleConfig
 from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import disjoint_blocks, overlapping_blocks
 from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
-from nestcli.untrusted import check_digits
 
 _TRIED, _AT_A_TIME = 4096, 64  # utterances for trial masks, until one has a masked token
 _TRIED_WITH_LIMIT = 64  # with max_mask_ratio, which is slow

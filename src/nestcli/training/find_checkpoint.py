@@ -13,12 +13,12 @@ from torch import nn
 from nestcli.checkpoint.digest import DamagedError, verify
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.checkpoint.weights import checked_tensors
+from nestcli.checks import check_plain
 from nestcli.config import leaves, resolved
 from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.module import CONFIG_KEY
 from nestcli.training.checkpoints import step_in_name
 from nestcli.training.config_changes import MAY_CHANGE, Changes
-from nestcli.untrusted import check_plain
 
 DAMAGED = ".damaged"  # suffix of a damaged checkpoint that is set aside
 _STATE = ("optimizer_states", "lr_schedulers", "loops")  # needed to resume, besides the weights

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
-from nestcli.data.batch import NoiseBatch
+from nestcli.data.dataset import NoiseBatch
 from nestcli.model.health import count_codes, dead_codes, effective_rank, perplexity, total_norm, unigram_baseline
 from nestcli.model.module import NestModule
 from nestcli.training.lightning_internals import is_step_complete

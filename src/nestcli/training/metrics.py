@@ -10,8 +10,7 @@ from typing import Any, Protocol, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nestcli.data.batch import NoiseBatch
-from nestcli.data.dataset import SkipCounter
+from nestcli.data.dataset import NoiseBatch, SkipCounter
 from nestcli.errors import RunFailedError
 from nestcli.model.module import NestModule
 from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector

@@ -15,11 +15,10 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.bounds import range_of, within
+from nestcli.checks import range_of, short, within
 from nestcli.config import resolved, section
 from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.jobs.cores import available_cores
-from nestcli.untrusted import short
 
 # Lightning's names. bf16-true is implemented by nest: Lightning's would convert waveforms and codebooks to bf16 too.
 _PRECISIONS = {

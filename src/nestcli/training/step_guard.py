@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nestcli.data.batch import NoiseBatch
+from nestcli.data.dataset import NoiseBatch
 from nestcli.errors import DataError, RunFailedError
 from nestcli.model.health import total_norm
 from nestcli.model.module import NestModule

@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nestcli.data.datamodule import NestDataModule
+from nestcli.files import is_remote
 from nestcli.model.nest import NestModel
 from nestcli.model.target_statistics import TargetStatistics, target_statistics
-from nestcli.storage.addresses import is_remote
 
 _SAMPLE, _SAMPLE_POST_CONV = 300.0, 100.0  # seconds of audio; post_conv also computes the sub-sampling
 _LONGEST = 10.0  # seconds of one utterance, so that the sample holds many

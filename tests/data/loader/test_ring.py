@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from nestcli.data.batch import Empty, NoiseBatch, empty
+from nestcli.data.datamodule import InProcess
+from nestcli.data.dataset import Empty, NoiseBatch, empty
 from nestcli.data.loader.loader import Loader
 from nestcli.data.loader.ring import Lies, Ring
 from nestcli.data.loader.watch import Watch
@@ -47,7 +48,9 @@ class Batches:
         return NoiseBatch(**{**{field.name: getattr(batch, field.name) for field in fields(batch)}, "audio": made})
 
 
-def loader_of(data: Any = None, workers: int = 1, **options: Any) -> Loader:
+def loader_of(data: Any = None, workers: int = 1, **options: Any) -> Any:
+    if workers == 0:
+        return InProcess(data or Batches(), range(BATCHES))
     return Loader(data or Batches(), range(BATCHES), workers=workers, **options)
 
 
@@ -67,7 +70,7 @@ def test_the_same_batches(workers: int, prefetched: int, device: torch.device | 
         ours = list(loader)  # all are held: none may be written over
         assert len(ours) == BATCHES
         assert all(same(batch, batch_of(number)) for number, batch in enumerate(ours))
-        pids.add(tuple(process.pid for process in loader.watch.processes))
+        pids.add(tuple(process.pid for process in loader.watch.processes) if workers else ())
     assert len(pids) == 1  # the processes stay
     assert len(*pids) == workers
 

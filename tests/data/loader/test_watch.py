@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from conftest import TINY_RUN, tiny_config
-from nestcli.data import datamodule, dataset, noise_pool
+from nestcli.data import datamodule, dataset, utterance_audio
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.loader import loader, watch
 from nestcli.data.loader.watch import Watch
@@ -26,7 +26,7 @@ from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.utterance_audio import read_audio
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.jobs import activity
-from nestcli.jobs.activity import Noted, Notes
+from nestcli.jobs.activity import Notes
 
 Happening = Callable[[], object]
 
@@ -63,7 +63,7 @@ def at_file(name: str, happening: Happening, monkeypatch: pytest.MonkeyPatch) ->
         return read_audio(entry, **options)
 
     monkeypatch.setattr(dataset, "read_audio", read)
-    monkeypatch.setattr(noise_pool, "read_audio", read)
+    monkeypatch.setattr(utterance_audio, "read_audio", read)
 
 
 def endless(corpus: dict[str, Path], *overrides: str) -> Iterator[Any]:
@@ -297,13 +297,13 @@ def test_a_step_is_finished_before_a_lost_process_ends_the_run(
 
 
 def test_a_note_says_what_is_read_and_what_was(corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activity, "_own", None)
+    monkeypatch.setattr(activity, "own", None)
     speech, other = read_manifests(str(corpus["train"])), read_manifests(str(corpus["noise"]))
     pages = Notes(2, [other, speech])
     pages.enter(1)
     assert (pages.of(1).reading, pages.of(1).line, pages.of(1).manifest, pages.of(0).number) == (False, -1, -1, 0)
     before = time.monotonic()
-    with Noted(speech, 2) as entry:
+    with speech.reading(2) as entry:
         note = pages.of(1)
     assert entry == speech.entry(2)
     assert (note.reading, note.line, note.manifest) == (True, 2, 1)
@@ -313,7 +313,7 @@ def test_a_note_says_what_is_read_and_what_was(corpus: dict[str, Path], monkeypa
     assert after.number > note.number
     activity.moved()
     assert pages.of(1).since > after.since
-    with pytest.raises(IndexError), Noted(other, 1000):
+    with pytest.raises(IndexError), other.reading(1000):
         pass
     assert not pages.of(1).reading
 

@@ -87,7 +87,7 @@ def test_a_process_cannot_be_started(corpus: dict[str, Path], monkeypatch: pytes
 
 LEFT = """
 import os, sys
-from nestcli.data.batch import NoiseBatch, collate
+from nestcli.data.dataset import NoiseBatch, collate
 from nestcli.data.loader.loader import Loader
 import numpy as np
 

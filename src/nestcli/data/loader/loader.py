@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nestcli.data.batch import Empty
+from nestcli.data.dataset import Empty
 from nestcli.data.loader.ring import Ring, Sent
 from nestcli.data.loader.watch import Watch
 from nestcli.data.loader.worker import SIGNALS, Failure, WorkerTraceback, work
@@ -54,7 +54,7 @@ class Places(Sized, Iterable[Any], Protocol):
 
 
 class Loader:
-    """Iterates over the batches of `places`, a sampler: made by `workers` processes, or by this one for 0.
+    """Iterates over the batches of `places`, a sampler, made by `workers` processes.
 
     The processes start with the first batch and stay for further passes, until `close`, the end of this object, or an
     error that ends the run. A slot holds a batch of `slot_bytes`; a larger one is sent through a pipe. With a `device`,
@@ -66,7 +66,7 @@ class Loader:
         data: Batches,
         places: Places,
         *,
-        workers: int = 0,
+        workers: int = 1,
         watch: Watch | None = None,
         slot_bytes: int = 1 << 20,
         prefetched: int = PREFETCHED,
@@ -83,10 +83,6 @@ class Loader:
         return len(self.places)
 
     def __iter__(self) -> Iterator[Any]:
-        if self.num_workers == 0:
-            for place in self.places:
-                yield self.data[place]
-            return
         if self._crew is None or self._crew.ended:
             self._crew = _Crew(self.data, self._ring, self.watch, self.num_workers)
             self._end = weakref.finalize(self, self._crew.end)

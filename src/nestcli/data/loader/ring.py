@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nestcli.audio.load import Samples
-from nestcli.data.batch import NoiseBatch
+from nestcli.data.dataset import NoiseBatch
 
 _ALIGNMENT = 64  # bytes
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from nestcli.data.manifest import Manifest
 from nestcli.errors import DataError, RunFailedError
+from nestcli.files import is_remote
 from nestcli.jobs.activity import NOTHING, Note, Notes
-from nestcli.storage import addresses, fetch
+from nestcli.storage import fetch
 
 # Forked processes share memory with the trainer, so it sees what they do. Spawned ones (macOS) are only seen to die.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
@@ -72,7 +73,7 @@ class Watch:
         manifest = self.manifests[note.manifest]
         shard, folder = int(manifest.shard_of[note.line]), manifest.sources[manifest.source_of[note.line]].folder
         file = self._name(note) if shard < 0 else manifest.shards[shard]
-        return addresses.is_remote(file) or addresses.is_remote(folder)
+        return is_remote(file) or is_remote(folder)
 
     # ---- messages ----
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nestcli.data.batch import NoiseBatch
+from nestcli.data.dataset import NoiseBatch
 from nestcli.data.loader.ring import Ring
 from nestcli.jobs.activity import Notes
 

@@ -115,7 +115,8 @@ class Transcriber(nn.Module):
         """Return log-probabilities (B, T, V) of standardised frames (L, B, S, M)."""
         mixed_BSM = torch.tensordot(self.scores_L.softmax(0), frames_LBSM, dims=1)
         logits_BSX: Tensor = self.linear(mixed_BSM)
-        return logits_BSX.unflatten(2, (self.per_frame, self.n_symbols)).flatten(1, 2).log_softmax(-1)
+        n_items, n_frames, _ = logits_BSX.shape
+        return logits_BSX.view(n_items, n_frames * self.per_frame, self.n_symbols).log_softmax(-1)
 
 
 def _errors(

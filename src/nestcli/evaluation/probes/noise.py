@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nestcli.audio.load import Samples
 from nestcli.data.mixing import AugmentationConfig, mix_into
-from nestcli.data.noise_pool import NoisePool
+from nestcli.data.utterance_audio import NoisePool
 
 
 @dataclass(frozen=True)

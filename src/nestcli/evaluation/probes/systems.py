@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nestcli.checkpoint.encoder import StoredEncoder, fresh_encoder
 from nestcli.data.manifest import Manifest
 from nestcli.data.manifest_scan import read_manifests
-from nestcli.data.noise_pool import NoisePool
+from nestcli.data.utterance_audio import NoisePool
 from nestcli.errors import DataError
 from nestcli.evaluation.probes.asked import Asked
 from nestcli.evaluation.probes.noise import AddedNoise

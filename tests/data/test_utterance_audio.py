@@ -11,7 +11,7 @@ import soundfile as sf
 
 from conftest import GOLDEN
 from nestcli.data.manifest_scan import read_manifests
-from nestcli.data.noise_pool import NoisePool
+from nestcli.data.utterance_audio import NoisePool
 from nestcli.errors import DataError
 
 RATE = 16000

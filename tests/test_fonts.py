@@ -14,8 +14,8 @@ import soundfile as sf
 font_manager = pytest.importorskip("matplotlib.font_manager")
 
 from nestcli.augment.preview import draw_previews  # noqa: E402
-from nestcli.evaluation.probes.classify import LOG_MEL, PRETRAINED, UNTRAINED, Outcome, ProbeResult  # noqa: E402
 from nestcli.evaluation.probes.pictures import draw_confusion  # noqa: E402
+from nestcli.evaluation.probes.results import LOG_MEL, PRETRAINED, UNTRAINED, Outcome, ProbeResult  # noqa: E402
 from nestcli.pictures import new_figure, render, save, words  # noqa: E402
 from nestcli.training.curves import main as curves  # noqa: E402
 

@@ -42,6 +42,7 @@ EXTRA_KEYS = frozenset(
         "model.masking.mask_value",
         "model.masking.max_mask_ratio",
         "model.preprocessor.nemo_exact",
+        "model.quantizer.init",
         *(f"model.{part}.{key}" for part in ("train_ds", "validation_ds") for key in _OF_DATASETS),
         *(f"model.validation_ds.{key}" for key in _OF_TRAINING_DATA),
         *(f"nest.{key}" for key in _OF_SAFETY),

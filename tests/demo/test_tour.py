@@ -52,7 +52,12 @@ def test_the_tour_learns_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(guide.chapters) == 7
     assert results.learned.last_loss < 0.93 * results.learned.even_loss
     assert results.report.passed
-    assert {each.name for each in results.probe.outcomes} == {"pretrained", "untrained", "log-mel"}
+    assert {each.name for each in results.probe.outcomes} == {
+        "pretrained",
+        "untrained",
+        "log-mel",
+        "log-mel-normalised",
+    }
     assert 1 <= len(results.noisy) <= tour.PREVIEWS
     for picture in (results.learned.curve, results.spectrograms, *results.noisy, *results.pictures):
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -17,19 +17,14 @@ from nestcli.checkpoint.nemo import write_nemo
 from nestcli.cli.app import main
 from nestcli.config import load_config
 from nestcli.errors import ConfigError, DataError
-from nestcli.evaluation.probes import linear as probe_classifier
-from nestcli.evaluation.probes.classify import (
-    LOG_MEL,
-    PRETRAINED,
-    UNTRAINED,
-    Outcome,
-    ProbeOptions,
-    ProbeResult,
-    pooled,
-    probe,
-)
+from nestcli.evaluation.probes import linear
+from nestcli.evaluation.probes.classify import POOLS
 from nestcli.evaluation.probes.linear import fit, fit_with
+from nestcli.evaluation.probes.options import ProbeOptions
+from nestcli.evaluation.probes.results import BASELINES, LOG_MEL, PRETRAINED, SYSTEMS, UNTRAINED, Outcome, ProbeResult
+from nestcli.evaluation.probes.run import probe
 from nestcli.evaluation.probes.splits import splits
+from nestcli.evaluation.probes.systems import pooled
 from nestcli.model.config import NestConfig
 from nestcli.model.nest import NestModel
 
@@ -83,11 +78,31 @@ def test_it_is_the_minimum_that_a_plain_descent_finds() -> None:
     optimizer = torch.optim.Adam([scores, weight, bias], lr=0.1)
     for _ in range(1500):
         optimizer.zero_grad()
-        (loss_of(scores.softmax(0), weight, bias) + probe_classifier._EVEN * scores.square().sum()).backward()
+        (loss_of(scores.softmax(0), weight, bias) + linear._EVEN * scores.square().sum()).backward()
         optimizer.step()
     theirs = float(loss_of(scores.softmax(0), weight, bias).detach())
     assert float(loss_of(ours.layers_L, ours.weight_CP, ours.bias_C)) == pytest.approx(theirs, rel=0.02)
     torch.testing.assert_close(ours.layers_L, scores.softmax(0).detach(), atol=0.03, rtol=0)
+
+
+def test_the_start_of_a_weaker_penalty_does_not_change_its_minimum() -> None:
+    features_ULP, classes_U = planted(100)
+    plain = fit_with(features_ULP, classes_U, 5, 1e-4)
+    started = fit_with(features_ULP, classes_U, 5, 1e-4, fit_with(features_ULP, classes_U, 5, 1e-2))
+    torch.testing.assert_close(started.layers_L, plain.layers_L, atol=0.02, rtol=0)
+    assert (started.predict(features_ULP) == plain.predict(features_ULP)).float().mean() > 0.98
+
+
+def test_shuffled_labels_are_at_chance_and_a_perfect_feature_is_always_right() -> None:
+    features_ULP, classes_U = planted(400)
+    shuffled_U = classes_U[torch.randperm(400, generator=torch.Generator().manual_seed(8))]
+    probe = fit(features_ULP[:200], shuffled_U[:200], 5, seed=0)
+    right = float((probe.predict(features_ULP[200:]) == shuffled_U[200:]).float().mean())
+    assert abs(right - 0.2) < 3.5 * math.sqrt(0.2 * 0.8 / 200)
+    features_ULP[:, 1, 0] = classes_U.float()
+    features_ULP[:, 1, 1] = (classes_U.float() - 2).square()
+    probe = fit(features_ULP[:200], classes_U[:200], 5, seed=0)
+    assert (probe.predict(features_ULP[200:]) == classes_U[200:]).all()
 
 
 def test_units_and_offsets_of_features_do_not_matter() -> None:
@@ -102,11 +117,11 @@ def test_what_holds_for_strangers_is_chosen_with_strangers(monkeypatch: pytest.M
     groups = [f"g{number // 20}" for number in range(60)]
     heard: list[list[set[int]]] = []
 
-    def score(*given: Any) -> float:
+    def scores(*given: Any) -> list[int]:
         heard.append([set(given[-1][start : start + 20].tolist()) for start in (0, 20, 40)])
-        return 0.0
+        return [0] * len(linear.STRENGTHS)
 
-    monkeypatch.setattr(probe_classifier, "_score", score)
+    monkeypatch.setattr(linear, "_scores", scores)
     fit(features_ULP, classes_U, 5, 0, groups)
     assert all(len(folds) == 1 for each in heard for folds in each)
     assert set.union(*heard[0]) == {0, 1, 2}
@@ -117,7 +132,7 @@ def test_what_holds_for_strangers_is_chosen_with_strangers(monkeypatch: pytest.M
 
 def test_few_splits_say_little() -> None:
     def result(*leads: float) -> ProbeResult:
-        rows = {PRETRAINED: leads, UNTRAINED: [0.0] * len(leads), LOG_MEL: [0.0] * len(leads)}
+        rows = {PRETRAINED: leads, **{name: [0.0] * len(leads) for name in BASELINES}}
         outcomes = tuple(Outcome(name, "mean", tuple(values), ("0",), ((1.0,),)) for name, values in rows.items())
         return ProbeResult("text", "", ("a",), 1, 0, 0.1, outcomes, ())
 
@@ -164,7 +179,7 @@ def test_groups_stay_together() -> None:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes that are not trained to the end, for tests of everything around them."""
-    monkeypatch.setattr(probe_classifier, "_ITERATIONS", 5)
+    monkeypatch.setattr(linear, "_ITERATIONS", 5)
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------
@@ -204,9 +219,7 @@ def test_all_systems_are_asked_alike_and_again_the_same(checkpoint: str, manifes
     assert not result.margins[LOG_MEL][2]  # nothing is clearly better than all right
     assert (result.utterances, result.rejected, result.chance) == (36, 0, 0.5)
     assert sum(map(sum, result.confusion)) == 2 * 12
-    assert [(each.name, each.pool) for each in result.outcomes] == [
-        (name, pool) for name in (PRETRAINED, UNTRAINED, LOG_MEL) for pool in ("mean", "mean+std")
-    ]
+    assert [(each.name, each.pool) for each in result.outcomes] == [(name, pool) for name in SYSTEMS for pool in POOLS]
     again = probe(str(manifest), checkpoint, tmp_path, options)
     assert again == result
 
@@ -240,11 +253,11 @@ def test_speakers_are_kept_apart_unless_they_are_asked_for(checkpoint: str, tmp_
     (tmp_path / "m.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = probe(str(tmp_path / "m.json"), checkpoint, tmp_path, ProbeOptions("word", seeds=2))
     assert words.split == "no speaker on both sides"
-    assert len(words.outcomes[0].accuracies) == 3  # each speaker is left out once
+    assert len(words.outcomes[0].values) == 3  # each speaker is left out once
     assert sum(map(sum, words.confusion)) == 2 * 36  # with two seeds
     speakers = probe(str(tmp_path / "m.json"), checkpoint, tmp_path, ProbeOptions("speaker", seeds=2))
     assert speakers.split == "utterances of every class"
-    assert len(speakers.outcomes[0].accuracies) == 2
+    assert len(speakers.outcomes[0].values) == 2
 
 
 @pytest.mark.usefixtures("hasty")
@@ -260,15 +273,15 @@ def test_seeds_count_where_speakers_are_left_out_in_turn(
 
     def fitted(features_ULP: torch.Tensor, classes_U: torch.Tensor, n_classes: int, seed: int, groups: Any) -> Any:
         calls.append((seed, float(features_ULP.sum())))
-        return probe_classifier.fit(features_ULP, classes_U, n_classes, seed, groups)
+        return linear.fit(features_ULP, classes_U, n_classes, seed, groups)
 
     monkeypatch.setattr("nestcli.evaluation.probes.classify.fit", fitted)
     found = probe(str(tmp_path / "m.json"), checkpoint, tmp_path, ProbeOptions("word", seeds=2))
-    assert [seed for seed, _ in calls] == 6 * 2 * [0, 1]  # systems with poolings, speakers, seeds
+    assert [seed for seed, _ in calls] == 8 * 2 * [0, 1]  # systems with poolings, speakers, seeds
     pretrained, untrained = calls[:4], calls[8:12]
     assert len({total for _, total in pretrained}) == 2, "one encoder, two speakers"
     assert len({total for _, total in untrained}) == 4, "another encoder for each seed"
-    assert [len(outcome.accuracies) for outcome in found.outcomes] == [2] * 6
+    assert [len(outcome.values) for outcome in found.outcomes] == [2] * 8
     assert sum(map(sum, found.confusion)) == 2 * 36
 
 

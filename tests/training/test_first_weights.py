@@ -216,3 +216,51 @@ def test_the_archive_is_the_configuration_too(corpus: dict[str, Path], recognise
         model, weight_sources(OmegaConf.merge(config, {"init_from_encoder": str(recogniser)})), config
     )
     assert "(52 tensors)" in line
+
+
+# ---- the quantizer fitted to the data -------------------------------------------------------------------------------
+
+FITTED = ("model.quantizer.init=kmeans", "model.num_classes=4")
+
+
+def codes(run: Pretraining) -> torch.Tensor:
+    run.fit_quantizer()
+    return run.module.model.quantizer.codebooks.detach().clone()
+
+
+def test_the_quantizer_is_fitted_once_to_the_data_and_a_resumed_run_keeps_it(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    run = pretraining(corpus, tmp_path, *FITTED)
+    random = run.module.model.quantizer.codebooks.detach().clone()
+    others = {name: value.clone() for name, value in run.module.model.state_dict().items() if "quantizer" not in name}
+    fitted = codes(run)
+    assert not torch.equal(fitted, random)
+    assert torch.equal(codes(run), fitted)
+    assert all(torch.equal(run.module.model.state_dict()[name], value) for name, value in others.items())
+    assert torch.equal(codes(pretraining(corpus, tmp_path, *FITTED, "seed=9")), fitted)
+    result = run.fit()
+    assert result.last is not None
+    resumed = pretraining(corpus, tmp_path, *FITTED, "trainer.max_steps=2")
+    assert resumed.resumes == result.last
+    resumed.fit_quantizer()
+    resumed.fit()
+    assert torch.equal(resumed.module.model.quantizer.codebooks, fitted)
+
+
+def test_a_quantizer_that_a_checkpoint_gives_is_kept(corpus: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "given.nemo"
+    state = written(path, tiny_config(corpus, *FITTED), seed=5)
+    whole = pretraining(corpus, tmp_path / "a", *FITTED, f"init_from_nemo_model={path}")
+    assert torch.equal(codes(whole), state["quantizer.codebooks"])
+    encoder = pretraining(corpus, tmp_path / "b", *FITTED, f"init_from_encoder={path}")
+    assert not torch.equal(codes(encoder), state["quantizer.codebooks"])
+
+
+def test_a_quantizer_cannot_be_fitted_to_too_little_speech(corpus: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(NestError, match=r"model\.quantizer\.init=kmeans: .* tokens are too few for 8,192 codes"):
+        pretraining(corpus, tmp_path, FITTED[0], "model.num_classes=8192").fit_quantizer()
+    with pytest.raises(ConfigError, match=r"model\.quantizer\.init: kmeans needs model\.mask_position=pre_conv"):
+        pretraining(corpus, tmp_path, *FITTED, "model.mask_position=post_conv")
+    with pytest.raises(ConfigError, match=r"model\.quantizer\.init"):
+        pretraining(corpus, tmp_path, "model.quantizer.init=magic")

@@ -92,8 +92,10 @@ class QuantizerConfig:
     freeze: bool
     squeeze_single: bool
     combine_time_steps: int
+    init: str = "random"  # or kmeans: fitted to the training data before the first step
 
     def __post_init__(self) -> None:
+        one_of(self, "init", "random", "kmeans")
         within(self, 1, 1 << 16, "feat_in")
         within(self, 1, 1 << 14, "code_dim")
         within(self, 1, 1 << 12, "num_books")
@@ -318,6 +320,11 @@ class NestConfig:
     def _check_before_moving(self) -> None:
         """Accept, with post_conv, the values that are right for pre_conv too, and no others."""
         factor, features = self.encoder.subsampling_factor, self.preprocessor.features
+        if self.quantizer.init != "random":
+            raise ConfigError(
+                f"model.quantizer.init: {self.quantizer.init} needs model.mask_position=pre_conv. With post_conv the "
+                "targets come from frames that change during training."
+            )
         self._expect(self.encoder.d_model, "quantizer.feat_in", "masking.feat_in", either=features)
         self._expect(1, "quantizer.combine_time_steps", "loss.combine_time_steps", either=factor)
 

@@ -108,6 +108,7 @@ _OURS_ALONE = {
     "loss": ("nemo_exact",),
     "encoder": ("conv_norm_ignore_padding", "backend", "compile", "dropout_draws"),
     "masking": ("max_mask_ratio",),
+    "quantizer": ("init",),
 }
 
 

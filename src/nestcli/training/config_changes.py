@@ -49,7 +49,7 @@ _BLOCKS: dict[str, type[Any]] = {
 # stay the same.
 MAY_CHANGE = {
     "model.preprocessor": {"dither", "pad_to", "nemo_exact"},
-    "model.quantizer": {"dist_fn", "freeze", "squeeze_single"},
+    "model.quantizer": {"dist_fn", "freeze", "squeeze_single", "init"},
     "model.encoder": {
         "dropout", "dropout_pre_encoder", "dropout_emb", "dropout_att", "stochastic_depth_drop_prob",
         "stochastic_depth_mode", "stochastic_depth_start_layer", "use_pytorch_sdpa", "conv_norm_ignore_padding",
@@ -60,7 +60,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 # Keys whose change is not announced: the speed of the loader, the run's length and name, keys without effect.
 _QUIET = (
-    "name", "exp_manager", "model.spec_augment", "model.encoder.pos_emb_max_len", *START_KEYS,
+    "name", "exp_manager", "model.spec_augment", "model.encoder.pos_emb_max_len", *START_KEYS, "model.quantizer.init",
     *(f"model.{part}.{key}" for part in ("train_ds", "validation_ds")
       for key in ("num_workers", "pin_memory", "read_timeout", "max_failed_share", "use_start_end_token")),
 )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -14,11 +16,17 @@ from nestcli.checkpoint.encoder import read_encoder
 from nestcli.checkpoint.load import checkpoint_weights
 from nestcli.checkpoint.weights import fitted_tensor
 from nestcli.config import resolved
-from nestcli.errors import CheckpointError, ConfigError
+from nestcli.data.datamodule import NestDataModule
+from nestcli.errors import CheckpointError, ConfigError, DataError
 from nestcli.files import user_path
 from nestcli.keys import START_KEYS
+from nestcli.model.fitted_codes import fit_codes
+from nestcli.model.nest import NestModel
+from nestcli.model.target_statistics import Targets
+from nestcli.training.target_check import read_sample
 
 ENCODER_KEY = "init_from_encoder"
+FIT_SECONDS = 3600.0  # of audio that the quantizer is fitted to
 # Keys that change an encoder's function but not the shapes of its weights.
 _FUNCTION = (
     *(f"model.preprocessor.{key}" for key in ("sample_rate", "window_size", "window_stride", "n_fft")),
@@ -98,6 +106,20 @@ def load_initial_weights(model: nn.Module, sources: Sequence[WeightSource], conf
         model.load_state_dict(chosen, strict=False)
         lines.append(line)
     return lines
+
+
+def fit_quantizer(model: NestModel, data: NestDataModule) -> str:
+    """Fit the quantizer to a sample of the training data (`model.quantizer.init: kmeans`); return a line about it.
+
+    Every process computes the same. Raises DataError if the data holds too little speech.
+    """
+    targets, audios = Targets(model), read_sample(data, FIT_SECONDS, math.inf, remote=True)
+    try:
+        fit_codes(model.quantizer, torch.cat([targets.stacks(audio_N) for audio_N in audios]))
+    except ValueError as error:
+        raise DataError(f"model.quantizer.init=kmeans: {error}. Use more speech, or init=random.") from None
+    minutes = sum(map(len, audios)) / data.sample_rate / 60
+    return f"quantizer fitted to {minutes:.0f} minutes of the training data (k-means of principal components)"
 
 
 def _encoder(source: WeightSource, ours: Mapping[str, Tensor], config: DictConfig) -> tuple[dict[str, Tensor], str]:

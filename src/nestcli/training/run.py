@@ -29,7 +29,7 @@ from nestcli.training.config_changes import Changes, record_initial_weights
 from nestcli.training.config_checks import check_masks, check_settings, without_effect
 from nestcli.training.find_checkpoint import find_resume
 from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
-from nestcli.training.initial_weights import load_initial_weights, weight_sources
+from nestcli.training.initial_weights import ENCODER_KEY, fit_quantizer, load_initial_weights, weight_sources
 from nestcli.training.launcher import check_launch, cluster_plugins, ended_together, is_first_process
 from nestcli.training.lightning_internals import keep_signal_handlers
 from nestcli.training.loggers import keep_wandb_id, make_loggers, silence_expected_warnings
@@ -137,6 +137,8 @@ class Pretraining:
         self._sources = weight_sources(config)
         record_initial_weights(config, self._resume.former)
         self._changes = Changes.of(self._resume.former, config, self._resume.step)
+        given = any(source.takes("quantizer.codebooks") for source in self._sources if source.key != ENCODER_KEY)
+        self._fits_quantizer = not (given or self.resumes) and self.module.model.quantizer.config.init == "kmeans"
         self._loaded = () if self.resumes else tuple(load_initial_weights(self.module.model, self._sources, config))
 
     @property
@@ -160,6 +162,12 @@ class Pretraining:
             ignored_key=self._sources[0].key if self.resumes and self._sources else None,
         )
 
+    def fit_quantizer(self) -> None:
+        """Fit the quantizer of a new run, if the configuration says so and no checkpoint gave one. Once per run."""
+        if self._fits_quantizer:
+            self._fits_quantizer = False
+            self.reporter.note(f"targets    {fit_quantizer(self.module.model, self.data)}")
+
     def check_targets(self, patience: float, *, remote: bool = False) -> TargetCheck | None:
         """Examine the targets of a sample of the data before a new run; None on resume and in other processes.
 
@@ -167,12 +175,14 @@ class Pretraining:
         """
         if self.resumes or not is_first_process():
             return None
+        self.fit_quantizer()
         return check_targets(
             self.config, self.data, self.module.model, self.reporter.note, patience=patience, remote=remote
         )
 
     def fit(self) -> RunResult:
         """Train to the end. Raises NestError that the user can act on, StoppedError if a signal ended the run."""
+        self.fit_quantizer()
         make_folder(self.folder)
         with ExitStack() as stack:
             if is_first_process():
@@ -221,6 +231,7 @@ class Pretraining:
 
     def dry_run(self) -> DryRun:
         """Check everything that a run needs and try one optimiser step on the first batch; write nothing."""
+        self.fit_quantizer()
         device = torch.device("cuda" if accelerator(self.config) == "gpu" else "cpu")
         check_folder(self.folder)
         batch, plan = self.data.train_batch(0, 0), self.plan

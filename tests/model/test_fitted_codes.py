@@ -45,8 +45,8 @@ def test_codes_keep_the_clusters_of_the_data_apart() -> None:
     fit_codes(fitted, stacks_SW)
     for book in range(2):
         ours, theirs = (purity(each(features(stacks_SW))[0, :, book], kind_S) for each in (fitted, random))
-        assert ours > 0.9
-        assert ours > theirs
+        assert ours > 0.85
+        assert theirs < 0.75
     assert (fitted.codebooks.norm(dim=-1) - 1).abs().max() < 1e-6
     assert fitted.codebooks.dtype == torch.float64
     assert not fitted.codebooks.requires_grad

@@ -197,5 +197,5 @@ def header_of(name: str, size: int, *, folder: bool = False) -> bytes:
 
 
 def padding(size: int, to: int = BLOCK) -> bytes:
-    """Return the zeros that pad `size` bytes to a multiple of `to`."""
+    """Return the zero bytes that pad `size` bytes to a multiple of `to`."""
     return bytes(-size % to)

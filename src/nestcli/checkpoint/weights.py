@@ -163,7 +163,9 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int, source: str) -> No
         raise CheckpointError(f"{source}: the weights claim more bytes than the file has. Refused.")
     tables = [entry.file_size for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(tables) != 1 or tables[0] > MAX_PICKLE:
-        raise CheckpointError(f"{source}: the weights have no table of tensors of a plausible size. Refused.")
+        raise CheckpointError(
+            f"{source}: the weights must have one table of tensors (data.pkl) of at most {MAX_PICKLE:,} bytes. Refused."
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -275,7 +275,7 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _TwiceError(f"{_short(next(key for key in keys if keys.count(key) > 1))} stands twice in one object")
+        raise _TwiceError(f"{_short(next(key for key in keys if keys.count(key) > 1))} occurs twice in one object")
     return row
 
 
@@ -311,7 +311,7 @@ def check_path(path: object) -> None:
     if path.startswith("file:"):
         path = user_path(path)
     if "\0" in path:
-        raise ValueError(f'"audio_filepath" is {_short(path)}, with a zero byte, as no file has in its name')
+        raise ValueError(f'"audio_filepath" is {_short(path)}, with a zero byte, which no file name can contain')
     if path.startswith(("pipe:", "|")) or path.endswith("|"):
         raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
     if "://" in path:

@@ -122,7 +122,7 @@ def _folds_case(folder: Path) -> bool:
 
 
 def cache_check(cache: Path, folder: Path) -> Check:
-    """Check the folder where torch.compile writes libraries and loads them."""
+    """Check that torch.compile can write libraries to its cache folder and load them from there."""
     name, remedy = (
         "compiled code",
         "Needed only for model.encoder.compile=true: set TORCHINDUCTOR_CACHE_DIR to another folder.",

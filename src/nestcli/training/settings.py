@@ -231,7 +231,7 @@ class Length:
                 raise ConfigError(
                     f"trainer.max_epochs={trainer.max_epochs}: {batches} batches are fewer than the "
                     f"trainer.accumulate_grad_batches={accumulate} of one step"
-                    f"{f' on {processes} devices' if processes > 1 else ''}. Raise the one or lower the other."
+                    f"{f' on {processes} devices' if processes > 1 else ''}. Raise the first or lower the second."
                 )
             ends.append(batches // (accumulate * processes))
         interval = 1.0 if trainer.val_check_interval is None else trainer.val_check_interval

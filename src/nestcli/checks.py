@@ -26,7 +26,7 @@ MOST_EVENTS = 40_000  # in a YAML file: about two per value
 _DEEPEST, _MOST_VALUES = 32, 20_000
 CALLING = frozenset(("_instantiator", "_class_path", "class_path", "_recursive_", "_partial_", "_args_", "_convert_"))
 _HUGE = 10**300  # larger integers do not fit into a float
-_MOST_BITS = 4096  # of an integer
+_MOST_BITS = 4096  # maximum size of an integer
 _MOST_LETTERS = 1 << 18  # letters in all values, once references are resolved
 # Limits far above any real model, but low enough that checking a configuration takes little time and memory.
 _LARGEST = {

@@ -24,7 +24,7 @@ from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.count import skeleton
 from nestcli.model.nest import NestModel
 
-MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
+MAX_ENTRIES = 20_000  # maximum entries of a zip of weights; the largest preset has 1,700
 MAX_PICKLE = 16 << 20  # bytes of the table of tensors; the largest preset has 260,000, 1,000,000 with its optimiser
 _ENTRY = re.compile(
     r"[^/]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"

@@ -37,7 +37,7 @@ _SEQUENCES: dict[str, StepOrder] = {
 
 @dataclass(frozen=True)
 class Place:
-    """One batch of a run: its items in an epoch. A batch that does not count only keeps the processes in step."""
+    """One batch of a run: its items in an epoch. `counts` is False for a filler: all processes need equally many."""
 
     epoch: int
     items: Items

@@ -19,7 +19,7 @@ from nestcli.files import atomic_file
 
 _check = partial(Check, "disk")
 _MIB, _GIB = 1 << 20, 1 << 30
-_LARGE = 7 * _GIB  # a run of `large` keeps three checkpoints of 1.4 GB, writes a fourth, and a .nemo
+_LARGE = 7 * _GIB  # a run of `large` keeps three checkpoints of 1.4 GB while it writes a fourth and a .nemo
 Usage = Callable[[Path], "tuple[int, int, int]"]
 
 

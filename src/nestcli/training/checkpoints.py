@@ -170,7 +170,7 @@ class NestCheckpoint(OpenModelCheckpoint):
         return Path(self.last_model_path)
 
     def write(self, trainer: Trainer, filepath: str) -> None:
-        """Write the .nemo file first: after a kill between the two, the resumed run writes both again."""
+        """Write the .nemo file first: a run that is killed before the checkpoint writes both again on resume."""
         try:
             self._write_nemo(trainer, filepath)
         finally:
@@ -228,7 +228,7 @@ class NestCheckpoint(OpenModelCheckpoint):
 
 
 def _outdated(newest: Path) -> list[Path]:
-    """Return the last checkpoints to remove once `newest` is written: all older ones but the newest of them."""
+    """Return the `-last` checkpoints to remove once `newest` is written: all older ones, except the newest of these."""
     others = [path for path in newest.parent.glob("*-last.ckpt") if path != newest]
     keyed = sorted(((step_in_name(path) or -1, path.stat().st_mtime_ns, path) for path in others), reverse=True)
     before = [path for step, _, path in keyed if step <= (step_in_name(newest) or 0)]

@@ -20,9 +20,9 @@ from nestcli.model.module import NestModule
 from nestcli.training.jsonl import append_line, drop_lines_after
 from nestcli.training.lightning_internals import copy_tensors
 
-_MEDIAN_OF = 100  # good steps whose losses give the usual loss
-_MEDIAN_FROM = 20  # good steps before a loss can count as exploding
-_WINDOW = 100  # steps in which `max_bad_steps` end the run
+_MEDIAN_OF = 100  # number of good steps whose median loss is the usual loss
+_MEDIAN_FROM = 20  # minimum number of good steps before a loss can count as exploding
+_WINDOW = 100  # number of latest steps in which `max_bad_steps` bad ones end the run
 _FILES = 1000  # maximum number of file names in a line
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

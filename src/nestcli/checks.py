@@ -26,7 +26,7 @@ MOST_EVENTS = 40_000  # in a YAML file: about two per value
 _DEEPEST, _MOST_VALUES = 32, 20_000
 CALLING = frozenset(("_instantiator", "_class_path", "class_path", "_recursive_", "_partial_", "_args_", "_convert_"))
 _HUGE = 10**300  # larger integers do not fit into a float
-_MOST_BITS = 4096  # of an integer
+_MOST_BITS = 4096  # maximum size of an integer
 _MOST_LETTERS = 1 << 18  # letters in all values, once references are resolved
 # Limits far above any real model, but low enough that checking a configuration takes little time and memory.
 _LARGEST = {
@@ -89,16 +89,16 @@ def read_yaml(path: Path) -> Any:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not hang on a FIFO
         with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(f"{path} is a folder, a pipe or a device; name a file.")
+                raise ConfigError(f"{path} is a folder, a pipe or a device. Give the path of a file.")
             content = file.read(MAX_YAML + 1)
         if len(content) > MAX_YAML:
-            raise ConfigError(f"{path} has more than {MAX_YAML:,} bytes: too long for a configuration.")
+            raise ConfigError(f"{path} has more than {MAX_YAML:,} bytes, which is too long for a configuration.")
         text = content.decode("utf-8")
         if odd := odd_in_yaml(text):
             raise ConfigError(f"{path} has {odd}. Refused: write plain values, and ${{a.b}} to repeat another key's.")
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except AssertionError:  # OmegaConf raises it for a single number
-        raise ConfigError(f"{path}: a configuration must be a mapping of keys, this is a single value.") from None
+        raise ConfigError(f"{path}: a configuration must be a mapping of keys, not a single value.") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration: {' '.join(str(error).split())}") from None
 

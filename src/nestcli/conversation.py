@@ -1,4 +1,4 @@
-"""A child process that answers requests, one line of JSON each: ours to measure or try, or one that runs NeMo."""
+"""Talk to a child process that answers requests, one line of JSON each. It runs nest's code or NeMo's."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from nestcli.errors import MissingDependencyError, NestError, RunFailedError
 
 INSTALL_NEMO = 'pip install "nemo_toolkit[asr]==3.0.0" torch==2.13.0'
 _QUIET = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-_LAST_LINES = 5  # lines of its stderr that the error message quotes when it dies
+_LAST_LINES = 5  # lines of stderr that the error message quotes when the process dies
 _PATIENCE = 10.0  # s between asking a process to end and killing it
 
 
 class DiedError(RunFailedError):
     """The process ended or was killed before it answered; `status` is its exit status, `lines` its last output.
 
-    `late`: it was killed because the answer took too long.
+    `late` is True if nest killed it because the answer took too long.
     """
 
     def __init__(

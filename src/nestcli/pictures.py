@@ -1,8 +1,8 @@
-"""All pictures are drawn here, by matplotlib: one style, colours, a figure, and its way into a file or a page.
+"""Style, figures and file output for all pictures, which matplotlib draws.
 
-Matplotlib is slow to import, so only functions name it, and only its object-oriented side: a `Figure` that nobody else
-holds, drawn by the backend that `savefig` chooses for a kind of file. Its settings are ours inside `styled` and as they
-were before after it.
+Matplotlib is slow to import, so only functions import it. They use its object-oriented interface: each picture is a
+`Figure` of its own, and `savefig` chooses the backend by the kind of file. Our settings apply inside `styled` and are
+undone after it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.font_manager import FontEntry
 
 INK, GREY, PALE = "#22262b", "#8a9099", "#e3e6ea"
-BLUE, ORANGE, GREEN, RED = "#2f6db5", "#d9702b", "#3a8f6b", "#b3261e"  # told apart by colour-blind readers too
+BLUE, ORANGE, GREEN, RED = "#2f6db5", "#d9702b", "#3a8f6b", "#b3261e"  # colour-blind readers can distinguish them
 DOTS_PER_INCH = 144
-_SHOWN = 12  # letters that a message names
+_SHOWN = 12  # maximum number of letters that a message lists
 _PAGE_COLOURS = {INK: "--ink", GREY: "--grey", PALE: "--faint", BLUE: "--line", RED: "--bad"}  # of parity/page.css
-_UNSIGNED: dict[str, dict[str, Any]] = {  # no dates and versions: the same numbers make the same file
+_UNSIGNED: dict[str, dict[str, Any]] = {  # without dates and versions, so that the same numbers give the same file
     "png": {"Software": None},
     "svg": dict.fromkeys(("Creator", "Date", "Format", "Type")),
     "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
@@ -51,9 +51,9 @@ _STYLE = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Matplotlib's defaults and our style for as long as something is drawn; also a decorator of what draws.
+    """Set matplotlib's defaults and our style while a picture is drawn; a context manager and a decorator.
 
-    A matplotlibrc is not followed: it may lie in the current folder, be somebody else's, and start LaTeX.
+    A matplotlibrc file is ignored: it may be a stranger's file in the current folder, and it can start LaTeX.
     Raises MissingDependencyError if matplotlib cannot be imported.
     """
     try:
@@ -62,13 +62,13 @@ def styled() -> Iterator[None]:
         message = f"Pictures need matplotlib ({error}). Install it again: pip install --force-reinstall matplotlib"
         raise MissingDependencyError(message) from error
     settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
-    del settings["backend"]  # setting it would choose one for everybody
+    del settings["backend"]  # setting it would change the backend of the whole process
     with matplotlib.rc_context(settings):
         yield
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """An empty figure of that many inches, under a title."""
+    """Return an empty figure with a title; the size is in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
@@ -78,13 +78,13 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def words(text: str, longest: int = 60) -> str:
-    """Somebody else's words as they may stand in a picture: no formula of matplotlib's, of a bounded length."""
+    """Return untrusted text that is safe in a picture: shortened, and not read as a matplotlib formula."""
     plain = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:longest])
     return plain.replace("$", r"\$") + ("…" if len(text) > longest else "")
 
 
 def colour_bar(figure: Figure, image: ScalarMappable, beside: Any, label: str = "", **options: Any) -> Colorbar:
-    """A thin scale of an image's colours, without a frame."""
+    """Draw a thin colour bar for an image, without a frame."""
     bar = figure.colorbar(image, ax=beside, label=label, **{"shrink": 0.5, "aspect": 30, "pad": 0.01, **options})
     bar.outline.set_visible(False)
     return bar
@@ -99,15 +99,15 @@ def save(
     error: type[NestError] = NestError,
     remedy: str = "",
 ) -> str:
-    """Write a figure, whole or not at all, as the kind of file that its name ends in.
+    """Write a figure atomically, in the format that the file's extension names.
 
-    A PNG of so many `colours`, where they are given, is a third as large. Returns what `render` does, with the file's
-    name; raises `error` as `atomic_file` does.
+    With `colours`, a PNG is reduced to that number of colours, which makes it a third as large. Returns the sentence of
+    `render` with the file's name in front; raises `error` as `atomic_file` does.
     """
     drawn = io.BytesIO()
     note = render(figure, drawn, path.suffix[1:] or "png", dpi)
     if colours:
-        from PIL import Image  # which matplotlib needs and brings
+        from PIL import Image  # a dependency of matplotlib
 
         image = Image.open(drawn).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE)
         drawn = io.BytesIO()
@@ -118,9 +118,9 @@ def save(
 
 
 def page_element(figure: Figure, description: str) -> str:
-    """A figure as an SVG element of an HTML page, whose style sheet gives the colours of lines and words.
+    """Return a figure as an SVG element of an HTML page, whose style sheet sets the colours of lines and text.
 
-    `description` is for those who do not see it. The figure's own words are plain text, without a link or a name.
+    `description` is for readers who cannot see the figure. Text in the figure is plain, without links or names.
     """
     drawn = io.BytesIO()
     figure.set_facecolor("none")
@@ -134,14 +134,14 @@ def page_element(figure: Figure, description: str) -> str:
 
 
 def render(figure: Figure, file: IO[bytes], kind: str, dpi: float) -> str:
-    """Draw a figure into an open file, with fonts of this machine for letters that the default font lacks.
+    """Draw a figure into an open file; other fonts of this machine supply letters that the default font lacks.
 
-    Returns a sentence about letters that no font has, or nothing.
+    Returns a sentence about letters that no font has, or an empty string.
     """
     missing = _find_fonts(figure)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ ")  # one line for each letter and each time that it is measured
-        warnings.filterwarnings("ignore", "constrained_layout not applied")  # the words are longer than the picture
+        warnings.filterwarnings("ignore", r"Glyph \d+ ")  # matplotlib repeats it each time it measures a letter
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # a text is longer than the picture
         figure.savefig(file, format=kind, dpi=dpi, metadata=_UNSIGNED.get(kind))
     if not missing:
         return ""
@@ -153,7 +153,7 @@ def render(figure: Figure, file: IO[bytes], kind: str, dpi: float) -> str:
 
 
 def _find_fonts(figure: Figure) -> list[str]:
-    """Give each text of a figure the fonts that it needs; the letters that no font has."""
+    """Give each text of a figure the fonts that it needs; return the letters that no font has."""
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
     from matplotlib.text import Text
@@ -170,10 +170,10 @@ def _find_fonts(figure: Figure) -> list[str]:
         if not missing:
             break
         if entry.style != "normal" or entry.name in families or entry.name.startswith("Last Resort"):
-            continue  # the last one has a box for every letter
+            continue  # matplotlib's last fallback font draws a box for every letter
         try:
             font = FT2Font(entry.fname)
-        except (OSError, RuntimeError):  # it is gone, or a font of pictures, which cannot be drawn
+        except (OSError, RuntimeError):  # the file was removed, or is a bitmap font, which cannot be drawn
             continue
         if font.scalable and (found := {letter for letter in missing if font.get_char_index(ord(letter))}):
             families.append(entry.name)

@@ -183,7 +183,7 @@ def test_training_reads_the_channel_of_the_line_and_that_of_the_data_set(tmp_pat
     assert np.array_equal(speech_of(path, channel_selector="average")[0], ((LEFT + RIGHT) / 2).astype(np.float32))
     cuts = lines(tmp_path / "c.jsonl", cut(call, 1))
     assert np.array_equal(speech_of(cuts)[0], RIGHT.astype(np.float32))
-    with pytest.raises(DataError, match="there is no channel 2: there are 2"):
+    with pytest.raises(DataError, match="channel 2 does not exist: the file has 2"):
         speech_of(path, channel_selector=2)
     with pytest.raises(ConfigError, match=r"model\.train_ds\.channel_selector: -1; it must be"):
         speech_of(path, channel_selector=-1)

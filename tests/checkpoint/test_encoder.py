@@ -149,7 +149,7 @@ def test_layers(model: NestModel) -> None:
         features_BDT, frames_B = encoder.preprocessor(audio_N[None], torch.tensor([16_000]))
         subsampled_BSM, _ = encoder.encoder.pre_encode(features_BDT.transpose(1, 2), frames_B)
     assert torch.equal(some.features[:, 0], subsampled_BSM[:, :13] * 4)  # scaled by the square root of the width
-    with pytest.raises(ValueError, match="there is no layer 3: the 3 layers are 0 to 2"):
+    with pytest.raises(ValueError, match="layer 3 does not exist: the 3 layers are 0 to 2"):
         encoder(audio_N, layers=[3])
     with pytest.raises(ValueError, match="100 samples are less than one frame"):
         encoder(audio_N[:100])

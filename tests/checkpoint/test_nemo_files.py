@@ -419,7 +419,7 @@ ODD_WEIGHTS: list[tuple[Callable[[State], bytes], str]] = [
     (lambda state: rezipped(saved(state), lambda e: e.update({"a/code/x": b""})), "does not write: 'a/code/x'"),
     (lambda state: rezipped(saved(state), lambda e: e.update({"../../x": b""})), "does not write: '../../x'"),
     (lambda state: rezipped(saved(state), lambda e: None, compression=zipfile.ZIP_DEFLATED), "does not write"),
-    (lambda state: rezipped(saved(state), lambda e: e.pop("archive/data.pkl")), "no table of tensors"),
+    (lambda state: rezipped(saved(state), lambda e: e.pop("archive/data.pkl")), "must have one table of tensors"),
     (lambda state: saved([1, 2]), "not a table of tensors but a list"),
     (with_value(BIAS, [1.0]), f"'{BIAS}' among the weights is not an ordinary tensor"),
     (with_value(BIAS, torch.eye(4).to_sparse()), "name code to call"),

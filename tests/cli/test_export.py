@@ -139,7 +139,7 @@ def test_every_format_is_verified(
         monkeypatch.setattr(export, f"write_{to}", _writing_others(getattr(export, f"write_{to}")))
     failed = nest("export", checkpoint, "--to", to, "--out", out, "--force", cwd=tmp_path)
     assert failed.code == 1
-    assert f"{out}: what was written differs from" in failed.stderr
+    assert f"{out}: the export differs from" in failed.stderr
     assert _contents(tmp_path) == before
 
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_read_again_is_removed(
     checkpoint = str(folder / "NAME--val_loss=3.4-step=7.ckpt")
     done = nest("export", checkpoint, "--to", to, "--out", out, cwd=tmp_path)
     assert done.code == 1
-    assert f"{out}: what was written cannot be used" in done.stderr
+    assert f"{out}: the export cannot be used" in done.stderr
     assert "It was removed." in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -42,6 +42,6 @@ def test_extract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "nothing to do" in shown.err
     assert "rejected  1, with reasons in out/rejected.jsonl" in shown.out
     assert nest(monkeypatch, *words, "--layers", "7") == 2
-    assert "there is no layer 7" in capsys.readouterr().err
+    assert "layer 7 does not exist" in capsys.readouterr().err
     assert nest(monkeypatch, "extract", "nowhere", "--checkpoint", "a.nemo", "--out", "out2") == 2
     assert "nowhere" in capsys.readouterr().err

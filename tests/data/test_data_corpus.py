@@ -77,7 +77,7 @@ def test_concat_takes_turns_or_given_shares(corpus, three):
         ("batch_size=null", "null is not a number"),
         ("num_workers=-1", "must be from 0 to 4,096"),
         ("max_failed_share=2", "must be from 0 to 1"),
-        ("trim_silence=true", "trim the files beforehand"),
+        ("trim_silence=true", "Trim the files beforehand"),
         ("bucket_batch_size=[1,2]", "one size from 1 on for each"),
         ("bucket_duration_bins=[4,2]", "rising order"),
         ("bucketing_weights=[0]", "0 must be from 1 to"),

@@ -266,7 +266,7 @@ def _peak_of(checkpoint: str, manifest: Path, out: Path) -> int:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "3"}, "there is no layer 3: the 3 layers are 0 to 2"),
+        ({"layers": "3"}, "layer 3 does not exist: the 3 layers are 0 to 2"),
         ({"layers": "first"}, "'first' is not a layer"),
         ({"format": "csv"}, "--format csv: unknown format"),
         ({"store": "int8"}, "--store int8"),

@@ -171,8 +171,8 @@ def test_pretraining_writes_only_where_it_is_told(manifest: Path, elsewhere: Pat
     plant(tmp_path / "out" / "x", "checkpoints", elsewhere)
     for words, said in (
         (("exp_manager.name=x", exp), "is a link"),
-        (("exp_manager.name=../../x", exp), "leads out of"),
-        ((f"exp_manager.name={elsewhere}", exp), "leads out of"),
+        (("exp_manager.name=../../x", exp), "leads outside"),
+        ((f"exp_manager.name={elsewhere}", exp), "leads outside"),
         (("exp_manager.checkpoint_callback_params.filename=../x", exp), "must be a name such as"),
         (("exp_manager.checkpoint_callback_params.filename=x{{val_loss:999999999}}", exp), "must be a name such as"),
         (("exp_manager.checkpoint_callback_params.filename=x{{val_loss.__class__}}", exp), "must be a name such as"),

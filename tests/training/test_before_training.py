@@ -61,7 +61,7 @@ def test_noise_that_is_gone(corpus: dict[str, Path], tmp_path: Path) -> None:
         "model.train_ds.noise_manifest: 3 of 3 files are not there, or may not be read; the first"
     )
     assert f"moved/0.wav ({noise}, line 1). If the audio was moved, run `nest prepare-data`" in message
-    assert message.endswith("model.train_ds.noise_manifest=null goes without noise.")
+    assert message.endswith("Set model.train_ds.noise_manifest=null to train without noise.")
 
 
 def test_one_of_three_noises_is_gone(corpus: dict[str, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 CHUNK_SLACK = 64  # bytes: sizes that count the header too, or forget a padding byte, are common and harmless
 _UNKNOWN_SIZE = 0x7F00_0000  # SoX writes 0x7F000008 or 0x7FFFF000 into a pipe, ffmpeg 0xFFFFFFFF
-_MAX_CHUNKS = 1000  # walked before the samples, and as many behind them; more are not worth the time
+_MAX_CHUNKS = 1000  # limit for the chunks before the samples, and again for those behind them
 
 
 def behind_samples(file: FileBytes, place: int, form: Form | None) -> int:

@@ -1,8 +1,8 @@
 """Check that an audio file holds as much audio as its header declares, by its bytes and the decoder's output.
 
 libsndfile silently reduces the declared length of most formats to what is there, so half a WAV looks like a whole WAV
-of half the length. It also silently stops where the header says so, whatever follows. Formats that SoX decodes are not
-checked. A fault is a pair (reason, detail); both are empty if there is none.
+of half the length. It also silently stops at the declared length, even if more audio follows. Formats that SoX decodes
+are not checked. A fault is a pair (reason, detail); both are empty if there is none.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _IGNORE_LENGTH = (  # without the option, both programs stop where the header sa
 )
 _PIECE = 1 << 20
 _HEAD = 1 << 12
-_MOST_TAGS = 16  # in a row
-_MOST_PADDING = 64 << 20  # bytes; a longer rest is not searched for zeros
-_TAIL = 1 << 16  # bytes: Ogg pages are never longer, the last FLAC frames rarely
+_MOST_TAGS = 16  # maximum number of consecutive ID3v2 tags
+_MOST_PADDING = 64 << 20  # bytes; a longer remainder is not checked for being all zeros
+_TAIL = 1 << 16  # bytes; an Ogg page is never longer, a last FLAC frame rarely
 _READ_AHEAD, _LEFT = 1 << 16, 1 << 18  # bytes before and behind the decoder's position where its stream must end
 _MPEG_SLACK = 2 * 1152  # samples: encoder delay and padding may or may not be counted
 _MOST_TRIES = 5_000  # positions between the frames of a damaged MP3 that are tried
@@ -92,7 +92,7 @@ def length_fault(sound: sf.SoundFile, frames: int) -> Fault:
 
     `frames` is the frame at which the decoder stopped: `sound.frames` or an earlier one.
     """
-    if not isinstance(sound.name, int):  # the file that SoX wrote
+    if not isinstance(sound.name, int):  # this is a file that SoX wrote
         return NO_FAULT
     file = FileBytes(sound.name)
     fault = NO_FAULT

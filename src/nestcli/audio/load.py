@@ -57,7 +57,7 @@ class Sound(sf.SoundFile):  # type: ignore[misc]  # soundfile has no types
         if channel is not None and not 0 <= channel < self.channels:
             raise BadAudioError(
                 "no_such_channel",
-                f"there is no channel {channel}: there are {self.channels}, from 0; choose another, or none",
+                f"channel {channel} does not exist: the file has {self.channels}, from 0; choose another, or none",
             )
         self.channel = channel
 

@@ -1,4 +1,4 @@
-"""Decode formats that libsndfile does not know with SoX, if it is installed."""
+"""Use SoX, if it is installed, to decode formats that libsndfile does not know."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RECOVER = "copy it again, or keep what is there with `ffmpeg -i FILE FILE.flac`"
 
 
 class UnreadableError(Exception):
-    """SoX cannot decode a file either; the text says why."""
+    """Raised if SoX cannot decode a file either; the text says why."""
 
 
 def _sox_type(path: str, head: bytes) -> str | None:
@@ -97,7 +97,7 @@ def decoded_by_sox(path: str) -> Iterator[str]:
         raise UnreadableError(f"{kind} needs the program sox; install it, or {CONVERT}")
     with TemporaryDirectory(prefix="nest-sox-") as folder:
         copy = str(Path(folder) / "decoded.w64")
-        # No shell is involved; and SoX cannot take an absolute path for an option, a pipe ("|command") or an address.
+        # No shell is used. SoX cannot mistake an absolute path for an option, a pipe ("|command") or an address.
         source = ["--no-glob", "-V1", "-t", kind, os.path.abspath(path)]  # noqa: PTH100
         decoded = ["-t", "w64", "-e", "floating-point", "-b", "32", copy]
         size = Path(path).stat().st_size

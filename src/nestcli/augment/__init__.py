@@ -1,5 +1,5 @@
-"""`nest augment`: noisy copies of a manifest's audio, mixed as training mixes them.
+"""`nest augment`: write noisy copies of a manifest's audio, mixed as in training.
 
-In come a manifest of speech and one of noise, out go audio files and their manifest. `run.py` is the file to open
-first; it writes what `noisy_copy` makes of each utterance, and `preview` draws some of them.
+The input is a manifest of speech and one of noise; the output is audio files and their manifest. Start with `run.py`:
+it calls `noisy_copy` for each utterance, and `preview` draws some of the copies.
 """

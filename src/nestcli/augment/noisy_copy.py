@@ -26,7 +26,7 @@ from nestcli.files import atomic_file, file_name
 _Row = dict[str, Any]
 
 _TRIES = 50  # draws for an utterance of another speaker before all speakers are looked up
-_UNREADABLE = 20  # unreadable utterances in a row before silence takes their place
+_UNREADABLE = 20  # consecutive unreadable utterances, after which silence is used
 _QUIET_DB = -70.0  # dBFS; below it, 16 bits would change what was mixed, so 24 bits are written
 
 
@@ -35,7 +35,7 @@ class CopyOptions:
     """Settings of the mixture, seed of the draws, and sample rate of the written files in Hz."""
 
     mixing: AugmentationConfig
-    one_stretch: bool = False  # SpeakerNoiseAugmentation instead of MultiSpeakerNoiseAugmentation
+    one_stretch: bool = False  # mix as SpeakerNoiseAugmentation, instead of as MultiSpeakerNoiseAugmentation
     seed: int = 0
     sample_rate: int = 16000
 
@@ -180,13 +180,13 @@ class _Others:
             is_new = other != self.line and other not in found
             if is_new and (speaker is None or speech.entry(other).speaker != speaker):
                 found.append(other)
-        if not found and speaker is not None:  # this speaker has nearly all lines of the manifest
+        if not found and speaker is not None:  # random draws fail if this speaker has nearly all lines
             foreign = np.flatnonzero(_speakers(self.path) != _speakers(self.path)[self.line])
             found = [int(foreign[place]) for place in self.rng.sample(range(len(foreign)), min(count, len(foreign)))]
         return found
 
     def readable(self, line: int) -> tuple[int, Samples]:
-        """Return a line and its audio; another line if it cannot be read, no samples if none of several can."""
+        """Return a line and its audio; another line if it cannot be read, or no samples if many cannot."""
         for _ in range(_UNREADABLE):
             try:
                 return line, read_audio(_opened(self.path).entry(line), sample_rate=self.sample_rate)
@@ -207,7 +207,7 @@ def _speakers(path: str) -> npt.NDArray[np.int64]:
 
 
 def _described(mixture: Mixture | None, clean: Samples, added: Samples, sources: _Sources, noise: str | None) -> _Row:
-    """Describe a mixture for the manifest; times in seconds, places also in samples at the written rate."""
+    """Describe a mixture for the manifest: times in seconds, positions also in samples at the written rate."""
     if mixture is None or mixture.gain == 0:
         return {"mode": "none", "segments": [], "speakers": []}
     segments = [_segment(segment, sources, noise) for segment in mixture.segments]

@@ -1,4 +1,4 @@
-"""Pictures of augmented utterances: clean speech, what was mixed in, and the mixture."""
+"""Pictures of augmented utterances: clean speech, the added sound, and the mixture."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from nestcli.pictures import ORANGE, new_figure, save, styled, words
 _N_FFT, _HOP = 512, 160  # samples
 _RANGE_DB = 70.0
 _COLOURS = 64
-_LETTERS = 150  # of a label that fit into the width of a panel
+_LETTERS = 150  # letters of a label that fit into the width of a panel
 
 
 def draw_previews(
     manifest: Path, folder: Path, count: int, sample_rate: int, tell: Callable[[str], None] = lambda note: None
 ) -> list[Path]:
-    """Draw the first `count` utterances of an augmented manifest with something mixed into them: 01.png, 02.png, ...
+    """Draw the first `count` utterances of an augmented manifest that were changed: 01.png, 02.png, ...
 
-    `tell` gets one sentence, if there are letters that no font has.
+    `tell` receives one sentence if no font has some letters of the labels.
     """
     drawn: list[Path] = []
     notes: list[str] = []
@@ -49,7 +49,7 @@ def draw_previews(
 def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> str:
     """Write a PNG of three spectrograms with the mixed segments marked, from a row of an augmented manifest.
 
-    Returns what `pictures.save` does.
+    Returns the sentence of `pictures.save` about missing letters.
     """
     done = row["augmentation"]
     clean = _clean(row, sample_rate)
@@ -80,7 +80,7 @@ def draw_preview(path: Path, row: Mapping[str, Any], sample_rate: int) -> str:
 
 
 def _clean(row: Mapping[str, Any], sample_rate: int) -> Samples:
-    """The utterance as it was before, from wherever it is."""
+    """Read the clean utterance: a local or remote file, or a member of a shard."""
     entry = Entry(
         audio_filepath=row["clean_filepath"],
         duration=row["clean_duration"],
@@ -97,7 +97,7 @@ def _clean(row: Mapping[str, Any], sample_rate: int) -> Samples:
 
 
 def _mark(axes: Any, segments: list[dict[str, Any]], top: float, *, labels: bool) -> None:
-    """Frame the segments; name their source and the place in it where there is room."""
+    """Draw a frame around each segment; if there is room, add its source and its place in the source."""
     right = axes.get_xlim()[1]
     for segment in segments:
         start, end = segment["start"], segment["start"] + segment["duration"]
@@ -123,7 +123,7 @@ def _title(row: Mapping[str, Any]) -> str:
 
 
 def _levels(sound: Samples) -> npt.NDArray[np.float32]:
-    """(frames, bins) in dB."""
+    """Return the spectrogram in dB (frames, bins)."""
     padded = np.pad(sound, _N_FFT // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, _N_FFT)[::_HOP]
     spectrum = np.abs(np.fft.rfft(frames * np.hanning(_N_FFT).astype(np.float32), axis=1))

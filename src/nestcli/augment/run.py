@@ -20,15 +20,15 @@ from nestcli.jobs.journal import Journal, file_version, open_journal
 from nestcli.jobs.patience import PATIENCE, file_size, seconds_for
 from nestcli.jobs.pool import Died, local_pool
 
-_LINES = 16  # per task
+_LINES = 16  # manifest lines per task
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentOptions:
-    """Options of an augmentation: every utterance is copied `copies` times, each time with other draws.
+    """Options of an augmentation: every utterance gets `copies` noisy copies, each with its own random draws.
 
-    `jobs` None means one process per core. `patience` is the time in seconds after which a file that does not respond
-    is given up.
+    `jobs` None means one process per core. A file that does not respond within
+    `patience` seconds is skipped.
     """
 
     copy: CopyOptions
@@ -69,7 +69,7 @@ class _Task:
     first: int
     end: int
     options: CopyOptions
-    versions: tuple[str, ...]  # of the manifests, as other versions give other audio
+    versions: tuple[str, ...]  # the manifests' versions: a changed manifest gives different audio
 
 
 def augment(
@@ -220,7 +220,9 @@ def _make_copies(task: _Task) -> dict[str, list[Any]]:
     """Write the copies of a task; runs in a process of the pool."""
     audio = Path(task.folder) / "audio"
     lines = range(task.first, task.end)
-    draws = repr((task.options, task.versions))  # other draws get other names: no file of another run is overwritten
+    draws = repr(
+        (task.options, task.versions)
+    )  # other draws get other file names: nothing of another run is overwritten
     made = [write_copy(task.speech, task.noise, line, task.copy, audio, task.options, draws) for line in lines]
     return {
         "written": [each.row for each in made if each.size is not None],

@@ -1,4 +1,4 @@
-"""The lower bound of any loader's time: read the same files with plain calls and mix them with one multiply-add."""
+"""Lower bound for the time of any loader: read the same files with plain calls, and mix them with one multiply-add."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nestcli.bench.material import Material, read_material
 from nestcli.data.utterance_audio import duration_of
 
 _GAIN = np.float32(0.3)
-_AT_MOST = 4096  # utterances
+_AT_MOST = 4096  # maximum number of utterances
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 TOLERANCE = 0.05  # stop when the batch is at most this share too small
-_GROWTH = 8  # maximum growth from one trial to the next: the memory of one utterance says little about hundreds
+_GROWTH = 8  # maximum growth from one trial to the next: the memory of one utterance does not predict that of hundreds
 
 
 @dataclass(frozen=True)

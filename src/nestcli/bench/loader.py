@@ -20,12 +20,12 @@ from nestcli.data.manifest import Manifest
 from nestcli.targets import nemo_target
 
 ROUNDS, SECONDS = 5, 5.0
-_QUEUE = 3  # batches made before a round: two in the queue of the loader process, and the one it is working on
+_QUEUE = 3  # batches that exist before a round starts: two in the loader process's queue, and its current one
 _LEAST = 4  # minimum batches in a round
 _SETTLING = 60.0  # maximum s until a loader process has filled its queue
 _NEMO_EPOCH = 50_000.0  # s of audio: NeMo's loader restarts its process in every epoch
 _WARMED = 20_000  # manifest lines whose files are read beforehand
-_OURS_ALONE = ("nemo_exact",)  # augmentation keys that NeMo does not have
+_OURS_ALONE = ("nemo_exact",)  # augmentation keys that only nest has
 
 Facts = dict[str, Any]
 
@@ -106,7 +106,7 @@ def _opened(context: BenchContext, config: DictConfig, material: Material, stack
         if side.operation == "round":
             side.peer.ask("settle", seconds=_SETTLING)
         side.measure()
-        side.rounds.clear()  # a warm-up
+        side.rounds.clear()  # discard the warm-up round
     return {side.name: side for side in sides}
 
 

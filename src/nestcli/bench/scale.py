@@ -21,7 +21,7 @@ from nestcli.files import write_text
 ROUNDS = 3
 _EPOCH = 3  # epochs that the resumed run has completed
 _FILES = 8
-_WRITTEN_AT_ONCE = 10_000  # lines
+_WRITTEN_AT_ONCE = 10_000  # lines per write
 
 Facts = dict[str, Any]
 

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from types import FrameType, TracebackType
 
-_EVERY = 0.0007  # s; does not coincide with regular events
+_EVERY = 0.0007  # sampling interval in s; an odd value does not coincide with regular events
 _FUNCTIONS = {
     ("data/utterance_audio.py", "draw"): "noise",
     ("data/utterance_audio.py", "draw_like_nemo"): "noise",
@@ -24,8 +24,9 @@ STAGES = (
 class StageClock:
     """A sampling profiler: every 0.7 ms it adds the time since the last sample to the current stage of the main thread.
 
-    A profiler that counts every call would make small calls look slow. This class knows only the names of a few
-    modules and functions, so that the others may change. `seconds` holds the time inside the `with` block by stage.
+    A profiler that counts every call would make small calls look slow. This class depends on the names of a few
+    modules and functions only, so that other code can change freely. `seconds` holds the time inside the `with` block
+    by stage.
     """
 
     def __init__(self) -> None:

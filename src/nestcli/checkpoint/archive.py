@@ -21,9 +21,9 @@ from nestcli.checkpoint.sizes import oversized
 from nestcli.errors import CheckpointError
 from nestcli.storage.tar_headers import BLOCK, BrokenTarError, headers
 
-RECORD = 20 * BLOCK  # tar files are padded to it
+RECORD = 20 * BLOCK  # tar files are padded to a multiple of this size
 MAX_MEMBERS = 256  # NeMo writes 3, and a few more for a tokenizer
-MAX_EXPANSION = 8  # of gzip; fp32 weights converted from bf16 shrink to less than half, others barely
+MAX_EXPANSION = 8  # maximum ratio for gzip; fp32 weights converted from bf16 shrink to less than half, others barely
 _ALWAYS_EXPANDED = 64 << 20  # bytes; small files of zeros shrink further
 _MAX_TAIL = 1 << 20  # bytes of padding after the last member
 _MAX_NOTES = 1 << 16  # bytes of a PAX header
@@ -197,5 +197,5 @@ def header_of(name: str, size: int, *, folder: bool = False) -> bytes:
 
 
 def padding(size: int, to: int = BLOCK) -> bytes:
-    """Return the zeros that pad `size` bytes to a multiple of `to`."""
+    """Return the zero bytes that pad `size` bytes to a multiple of `to`."""
     return bytes(-size % to)

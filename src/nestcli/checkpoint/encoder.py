@@ -72,7 +72,7 @@ def read_encoder(path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 
 def encoder_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
-    """Read only the configuration: that of a NEST, or for another model that of a NEST around its encoder."""
+    """Read only the configuration. For another model, return a NEST configuration around that model's encoder."""
     if is_transformers(path):
         blocks = transformers_blocks(Path(path))
         return config_around(blocks.preprocessor, blocks.encoder, str(path), overrides)

@@ -133,7 +133,7 @@ def _verified(out: Path, checkpoint: str | os.PathLike[str], look: Look) -> tupl
         verified, difference = look()
         if difference is not None and not difference <= TOLERANCE:
             raise RunFailedError(
-                f"{out}: what was written differs from {checkpoint} by {difference:.3g}, more than {TOLERANCE:g}. {bug}"
+                f"{out}: the export differs from {checkpoint} by {difference:.3g}, more than {TOLERANCE:g}. {bug}"
             )
     except RunFailedError:
         _remove(out)
@@ -141,7 +141,7 @@ def _verified(out: Path, checkpoint: str | os.PathLike[str], look: Look) -> tupl
     except Exception as error:  # the other library may raise anything
         _remove(out)
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise RunFailedError(f"{out}: what was written cannot be used: {problem}. {bug}") from error
+        raise RunFailedError(f"{out}: the export cannot be used: {problem}. {bug}") from error
     except BaseException:
         _remove(out)
         raise

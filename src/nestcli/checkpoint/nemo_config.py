@@ -69,7 +69,7 @@ _BLOCKS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
             "block_size": 48, "mask_prob": 0.5, "feat_in": _REQUIRED, "freeze": True, "allow_overlap": False,
             "mask_value": None,
         },
-        {"max_mask_ratio": (_ANY,)},  # NeMo takes it and never uses it; ours is in the block of our own
+        {"max_mask_ratio": (_ANY,)},  # NeMo accepts it but never uses it; ours is stored in the block OURS
     ),
     "quantizer": (
         {
@@ -101,7 +101,7 @@ _BLOCKS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
             "feat_in": _REQUIRED, "num_classes": _REQUIRED, "num_decoders": 1, "squeeze_single": False,
             "use_bias": False,
         },
-        {"init_mode": (_ANY,)},  # of weights that are replaced
+        {"init_mode": (_ANY,)},  # initialisation of weights that are replaced anyway
     ),
     "loss": ({"combine_time_steps": 1, "mask_threshold": 0.8, "num_decoders": 1, "squeeze_single": False}, {}),
 }  # fmt: skip
@@ -138,7 +138,7 @@ def to_nemo(config: DictConfig) -> dict[str, Any]:
     Raises CheckpointError for settings with which NeMo cannot run the model.
     """
     model = copy.deepcopy(resolved(config)["model"])
-    model["encoder"].pop("backend", None)  # the code that trained the model is not a part of it
+    model["encoder"].pop("backend", None)  # says whose code trained the model; the model is the same
     if model["mask_position"] != "pre_conv":
         raise CheckpointError(
             f"model.mask_position={model['mask_position']} cannot go into a .nemo file: NeMo 3.0.0 builds such a model "

@@ -19,13 +19,13 @@ _GLOBALS = re.compile(
     r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
 )
 _CALLING = frozenset(("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"))
-_MOST_OPCODES = 500_000  # the largest preset has 130,000, optimiser included
+_MOST_OPCODES = 500_000  # the largest preset needs 130,000, optimiser included
 _LARGEST_TUPLES = 1 << 20  # items of all tuples; nested tuples count once for each occurrence
 _MARK = -1
 
 
 def check_pickle(table: bytes, source: str, also: Collection[str] = ()) -> None:
-    """Refuse names other than those of tensors and ordered dictionaries, and tuples that explode; run nothing.
+    """Refuse names other than those of tensors and ordered dictionaries, and exponentially large tuples; run nothing.
 
     `also` are further names that the pickle may hold. Raises CheckpointError, and ValueError if `table` is not a valid
     pickle.
@@ -34,7 +34,7 @@ def check_pickle(table: bytes, source: str, also: Collection[str] = ()) -> None:
     for number, (opcode, argument, _) in enumerate(pickletools.genops(table)):
         name = opcode.name
         if number > _MOST_OPCODES:
-            raise CheckpointError(f"{source}: the weights have no table of tensors of a plausible size. Refused.")
+            raise CheckpointError(f"{source}: the weights' table of tensors has an implausible size. Refused.")
         if name in _CALLING and not (name == "GLOBAL" and (_GLOBALS.fullmatch(str(argument)) or argument in also)):
             named = f" ({str(argument)[:100]!r})" if argument is not None else ""
             raise CheckpointError(f"{source}: the weights name code to call{named}. Refused.")

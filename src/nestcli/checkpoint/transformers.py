@@ -31,7 +31,7 @@ _MAX_PARTS = 1_000
 _MAX_NUMBER = 1 << 30
 _KIND = "parakeet_encoder"
 _WITH_ENCODER = {"parakeet_ctc": "ParakeetForCTC", "parakeet_rnnt": "ParakeetForRNNT", "parakeet_tdt": "ParakeetForTDT"}
-# Parts of names, ours and theirs; all other names are the same.
+# Parts of tensor names: ours -> theirs. All other names are the same.
 _NAMES = {
     "pre_encode.conv.": "subsampling.layers.",
     "pre_encode.out.": "subsampling.linear.",

@@ -24,7 +24,7 @@ from nestcli.errors import CheckpointError, ConfigError
 from nestcli.model.count import skeleton
 from nestcli.model.nest import NestModel
 
-MAX_ENTRIES = 20_000  # of a zip of weights; the largest preset has 1,700
+MAX_ENTRIES = 20_000  # maximum entries of a zip of weights; the largest preset has 1,700
 MAX_PICKLE = 16 << 20  # bytes of the table of tensors; the largest preset has 260,000, 1,000,000 with its optimiser
 _ENTRY = re.compile(
     r"[^/]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)"
@@ -163,7 +163,9 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int, source: str) -> No
         raise CheckpointError(f"{source}: the weights claim more bytes than the file has. Refused.")
     tables = [entry.file_size for entry in entries if entry.filename.endswith("/data.pkl")]
     if len(tables) != 1 or tables[0] > MAX_PICKLE:
-        raise CheckpointError(f"{source}: the weights have no table of tensors of a plausible size. Refused.")
+        raise CheckpointError(
+            f"{source}: the weights must have one table of tensors (data.pkl) of at most {MAX_PICKLE:,} bytes. Refused."
+        )
 
 
 def _first_line(error: BaseException) -> str:

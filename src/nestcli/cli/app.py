@@ -31,7 +31,7 @@ from nestcli.errors import NestError
 
 app = typer.Typer(
     name="nest",
-    help="Pretrain speech encoders with NEST: NVIDIA NeMo's model, without NeMo.",
+    help="Pretrain speech encoders on unlabelled audio with NEST, a model of NVIDIA NeMo; NeMo is not needed.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

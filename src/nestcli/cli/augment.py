@@ -29,7 +29,8 @@ def augment(
         list[str] | None,
         typer.Argument(
             metavar="[key=value ...]",
-            help="Augmentation settings: prob, noise_ratio, min_r_speech, max_r_noise, max_num_segments, ...",
+            help="Augmentation settings, such as prob=0.5 (share of the utterances that are changed) or max_r_noise=10 "
+            "(highest speech-to-noise ratio in dB). docs/augmentation.md lists all of them.",
             show_default=False,
         ),
     ] = None,

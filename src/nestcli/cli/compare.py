@@ -25,19 +25,19 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG or CHECKPOINT] [key=value ...]",
-            help="A preset, a YAML file, a .ckpt or a .nemo, followed by overrides.",
+            help="A preset, a YAML file, a .ckpt or a .nemo file; then overrides.",
             show_default=False,
         ),
     ] = None,
     live: Annotated[
-        bool, typer.Option("--nemo", help="Compare with a live NeMo instead of the recorded facts.")
+        bool, typer.Option("--nemo", help="Compare with an installed NeMo instead of the recorded facts.")
     ] = False,
     nemo_python: Annotated[
         str | None,
         typer.Option(
             "--nemo-python",
             metavar="PATH",
-            help="Python of an environment with NeMo; also $NEST_NEMO_PYTHON. Implies --nemo.",
+            help="Python interpreter of an environment with NeMo; also $NEST_NEMO_PYTHON. Implies --nemo.",
             show_default=False,
         ),
     ] = None,
@@ -47,7 +47,7 @@ def compare(
     ] = None,
     audio: Annotated[
         list[Path] | None,
-        typer.Option("--audio", metavar="FILE", help="Speech to compare on; needs --nemo. May be repeated."),
+        typer.Option("--audio", metavar="FILE", help="Speech file for the comparison; needs --nemo. May be repeated."),
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML report.")] = None,
     as_json: AsJson = False,

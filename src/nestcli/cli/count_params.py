@@ -20,20 +20,23 @@ def count_params(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG or CHECKPOINT] [key=value ...]",
-            help="A preset, a YAML file, a .ckpt of `nest pretrain` or a .nemo file, followed by overrides.",
+            help="A preset, a YAML file, a .ckpt of `nest pretrain` or a .nemo file; then overrides.",
             show_default=False,
         ),
     ] = None,
-    depth: Annotated[int, typer.Option("--depth", min=1, max=100, help="Levels of module names to list.")] = 1,
+    depth: Annotated[
+        int, typer.Option("--depth", metavar="N", min=1, max=100, help="Number of levels of module names.")
+    ] = 1,
     seconds: Annotated[
-        float, amount("--seconds", "Length in seconds of the clips for which FLOPs are counted.", most=3600)
+        float, amount("--seconds", "Length of the clips for which FLOPs are counted.", most=3600, metavar="SECONDS")
     ] = 15.0,
     every: Annotated[bool, typer.Option("--all", help="Count every preset.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Count parameters by module and compare with NeMo's count.
 
-    Lists trainable and frozen parameters, the memory that training holds, and FLOPs per second of audio.
+    Lists trainable and frozen parameters, the memory that training holds, and floating-point operations (FLOPs) per
+    second of audio.
     """
     from nestcli.config import PRESETS, split_words
 

@@ -24,13 +24,13 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")] = Path("nest_demo"),
     minutes: Annotated[
         float,
-        amount("--minutes", "Minutes of speech to synthesize.", least=4.0, most=1440.0),
+        amount("--minutes", "Length of the synthetic speech.", least=4.0, most=1440.0, metavar="MINUTES"),
     ] = 12.0,
 ) -> None:
     """Run the whole workflow on synthetic speech.
 
-    Synthesizes speech and noise, then runs prepare, augment, a pretraining of a few minutes, compare and probe.
-    DIR/index.html shows the results.
+    Synthesizes speech and noise, then runs the steps of prepare-data, augment, pretrain (for a few minutes), compare
+    and probe. DIR/index.html shows the results.
     """
     console.note("loading ...")
 

@@ -21,15 +21,15 @@ _STATES = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
 
 
 def doctor(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for results; it need not exist.")] = Path(
-        "nest_experiments"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for results to check; it need not exist.")
+    ] = Path("nest_experiments"),
     nemo_python: Annotated[
         str | None,
         typer.Option(
             "--nemo-python",
             metavar="PATH",
-            help="Python of an environment with NeMo; also $NEST_NEMO_PYTHON.",
+            help="Python interpreter of an environment with NeMo; also $NEST_NEMO_PYTHON.",
             show_default=False,
         ),
     ] = None,

@@ -30,7 +30,7 @@ def export(
         typer.Argument(
             metavar="CHECKPOINT",
             help="A .ckpt of `nest pretrain`, a .nemo or a .safetensors file. For transformers and onnx, also another "
-            "model with a FastConformer encoder (.nemo, or a transformers folder).",
+            "model with a FastConformer encoder (a .nemo file, or a folder of Hugging Face transformers).",
             show_default=False,
         ),
     ],
@@ -39,13 +39,17 @@ def export(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="nemo: the whole model, for NeMo. safetensors: the whole model, without pickle. transformers: a "
-            "folder for ParakeetEncoder. onnx: the encoder as a graph.",
+            help="nemo: the whole model, for NeMo. safetensors: the whole model, in one file without pickle. "
+            "transformers: the encoder, as a folder for Hugging Face transformers (class ParakeetEncoder). onnx: the "
+            "encoder, as an ONNX graph.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="Output file; for transformers, a folder.")],
     part: Annotated[
-        str, typer.Option("--part", help="For onnx. all: takes audio; encoder: takes log-mel features.")
+        str,
+        typer.Option(
+            "--part", metavar="PART", help="Input of an ONNX graph: all (audio) or encoder (log-mel features)."
+        ),
     ] = "all",
     force: Annotated[bool, typer.Option("--force", help="Replace PATH if it exists.")] = False,
     as_json: AsJson = False,

@@ -22,24 +22,34 @@ def extract(
     checkpoint: Annotated[
         str,
         typer.Option(
-            "--checkpoint", metavar="FILE", help="A .nemo, .ckpt or .safetensors file, or a transformers folder."
+            "--checkpoint",
+            metavar="FILE",
+            help="A .nemo, .ckpt or .safetensors file, or a folder of Hugging Face transformers.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for features and manifest.")],
     layers: Annotated[
         str,
         typer.Option(
-            "--layers", help="all, last, or a list such as 0,5,11. -1: the last; input: the input of layer 0."
+            "--layers",
+            metavar="LIST",
+            help="all, last, or layer numbers such as 0,5,11; input is the input of layer 0, -1 the last layer.",
         ),
     ] = "all",
-    format: Annotated[str, typer.Option("--format", help="npy, safetensors, hdf5 or lhotse.")] = "npy",
-    store: Annotated[str, typer.Option("--store", help="Type of stored features: float32 or float16.")] = "float32",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="Output format: npy, safetensors, hdf5 or lhotse.")
+    ] = "npy",
+    store: Annotated[
+        str, typer.Option("--store", metavar="TYPE", help="Type of the stored numbers: float32 or float16.")
+    ] = "float32",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Device to compute on: auto, cpu, cuda or cuda:N.")
+    ] = "auto",
     precision: Annotated[
-        str, typer.Option("--precision", help="Precision of the computation: fp32, bf16 or fp16.")
+        str, typer.Option("--precision", metavar="TYPE", help="Precision of the computation: fp32, bf16 or fp16.")
     ] = "fp32",
     batch_duration: BatchDuration = 120.0,
-    max_duration: Annotated[float, amount("--max-duration", "Reject longer utterances (seconds).")] = 240.0,
+    max_duration: Annotated[float, amount("--max-duration", "Reject longer utterances.", metavar="SECONDS")] = 240.0,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:

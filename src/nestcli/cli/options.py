@@ -15,6 +15,8 @@ def amount(name: str, words: str, *, most: float = 1e6, least: float = 0.1, **mo
 
 
 Patience = Annotated[float, amount("--patience", "Skip a file that does not respond for this long.", metavar="SECONDS")]
-BatchDuration = Annotated[float, amount("--batch-duration", "Seconds of audio per batch, including padding.")]
+BatchDuration = Annotated[
+    float, amount("--batch-duration", "Seconds of audio per batch, including padding.", metavar="SECONDS")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 1 if any input is rejected.")]

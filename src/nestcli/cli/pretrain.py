@@ -21,20 +21,21 @@ def pretrain(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [key=value ...]",
-            help="A preset (small, medium, large, xlarge, xxlarge, demo), a YAML file, or a .ckpt or .nemo to take the "
-            "configuration from (for its weights: init_from_ptl_ckpt=FILE, init_from_nemo=FILE), followed by "
-            "overrides, e.g. model.train_ds.manifest_filepath=train.json trainer.max_steps=1000.",
+            help="A preset (small, medium, large, xlarge, xxlarge, demo), a YAML file, or a .ckpt or .nemo file that "
+            "contains a configuration; then overrides, e.g. model.train_ds.manifest_filepath=train.json "
+            "trainer.max_steps=1000. To start from existing weights, set init_from_ptl_ckpt=FILE or "
+            "init_from_nemo=FILE.",
             show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check configuration, data and devices, run one batch, but do not train."),
+        typer.Option("--dry-run", help="Check configuration, data and devices, and try one batch; do not train."),
     ] = False,
 ) -> None:
     """Pretrain a NEST encoder, or resume a run.
 
-    If the experiment's folder contains a run, it continues from the newest checkpoint.
+    If the experiment's folder already contains a run, the command resumes that run from its newest checkpoint.
     """
     waits = not console.is_first_process()
     if waits:  # a terminal sends Ctrl-C to all processes; the first process stops the others

@@ -18,7 +18,7 @@ _FOREWORD = """\
 Generated from the code by `make docs-cli`; a test checks that it is up to date. `nest COMMAND --help` shows the same.
 
 Exit codes: 0 done; 1 the command ran and the answer is no; 2 the call or its input is wrong; `nest pretrain` exits with
-130 after Ctrl-C and 143 when it was [asked to stop](clusters.md#being-asked-to-stop).
+130 after Ctrl-C and 143 when it was [asked to stop](clusters.md#signals-that-stop-a-run).
 `--debug`, anywhere in a call, shows the traceback of an error.
 """
 

@@ -28,7 +28,7 @@ StepOrder = Literal["filled", "random", "buckets", "shuffled buckets"]
 
 @dataclass(frozen=True)
 class Mixing:
-    """The turns of the data sets: at random with these `shares`, or, if None, one after the other.
+    """Order in which data sets take turns: at random with probabilities `shares`, or, if None, one after the other.
 
     `length` is the number of items in an epoch. Source: NeMo `ConcatDataset`.
     """
@@ -38,7 +38,7 @@ class Mixing:
     seed: int = 0
 
     def parts(self, n_parts: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the data set of each place in an epoch."""
+        """Return the data set of each position in an epoch."""
         if self.shares is None:
             return np.arange(self.length) % n_parts
         rng = np.random.default_rng((seed, epoch, 1 + self.seed))
@@ -46,7 +46,7 @@ class Mixing:
 
 
 def temperature_shares(sizes: Sequence[int], temperature: float) -> tuple[float, ...]:
-    """Return shares proportional to size^(1/temperature): 1 keeps the sizes, a high one draws from all alike."""
+    """Return shares proportional to size^(1/temperature): 1 keeps the proportions, high values make them equal."""
     weights = np.power(np.array(sizes) / np.sum(sizes), 1 / temperature)
     return tuple((weights / weights.sum()).tolist())
 
@@ -112,7 +112,7 @@ class Limits:
     quadratic: float | None = None
 
     def ends(self, durations: Seconds, *, drop_last: bool = False) -> list[int]:
-        """Return the ends of the batches in a sequence of items; `drop_last` drops a last one that is not full."""
+        """Return the end index of each batch in a sequence of items; `drop_last` omits an incomplete last batch."""
         size = self.size or len(durations)
         if self.duration is None:
             ends = list(range(size, len(durations) + 1, size)) if size else []
@@ -190,7 +190,7 @@ class BatchPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest that changes with anything that changes the batches: data, order, sizes, steps in buckets."""
+        """Digest of everything that determines the batches: durations, order, batch limits, steps within one bucket."""
         order = self.order
         digest = blake2b(digest_size=16)
         for column in (self.durations, self.bucket_of, order.part_of, order.shard_of):
@@ -224,7 +224,7 @@ class BatchPlan:
 
     @property
     def _bucket_run(self) -> int:
-        """The number of consecutive batches that must share a bucket; with a single bucket they always do."""
+        """Number of consecutive batches that must share a bucket: those of a step, or 1 if there is one bucket."""
         return self.batches_per_step if len(self.limits) > 1 else 1
 
     def _batches(self, epoch: int, lead: int) -> Batches:

@@ -95,7 +95,7 @@ class DatasetConfig:
         if self.max_duration is not None and (self.min_duration or 0) > self.max_duration:
             raise ValueError(f"min_duration: {self.min_duration} is above max_duration={self.max_duration}.")
         if self.trim_silence:
-            raise ValueError("trim_silence: silence is not trimmed here: trim the files beforehand.")
+            raise ValueError("trim_silence: nest does not trim silence. Trim the files beforehand.")
         try:
             self.channel  # noqa: B018  # the property checks it
         except ValueError as error:
@@ -125,7 +125,7 @@ class DatasetConfig:
             )
         by_bins = self.use_lhotse and sizes is not None
         if self.batch_size is None and self.batch_duration is None and not by_bins:
-            raise ValueError("batch_size: give it, or batch_duration, or bucket_batch_size.")
+            raise ValueError("batch_size is not set. Set it, or batch_duration, or bucket_batch_size.")
 
     @property
     def channel(self) -> Channel | None:
@@ -187,7 +187,7 @@ def read_corpus(config: DictConfig, key: str) -> Corpus:
             parts, nested = _tarred_parts(manifests, tars, settings.is_concat)
         elif settings.is_tarred:
             raise ConfigError(
-                f"{key}.tarred_audio_filepaths is not set: name the tars of the data, or is_tarred=false."
+                f"{key}.tarred_audio_filepaths is not set: name the tars of the data, or set is_tarred=false."
             )
         else:
             parts, nested = _loose_parts(manifests, settings.is_concat, weighted=settings.use_lhotse)
@@ -324,7 +324,9 @@ def _entry_weights(entries: Sequence[dict[str, Any]], temperature: float | None)
     for entry in entries:
         weight = entry.get("weight")
         if not isinstance(weight, int | float) or not weight > 0:
-            raise ConfigError(f"input_cfg: the weight of {entry} must be above 0; give one to all or to none.")
+            raise ConfigError(
+                f"input_cfg: the weight of {entry} must be above 0. Give a weight to all entries or to none."
+            )
         raised.append(float(weight) ** (1.0 if temperature is None else temperature))
     return [weight / sum(raised) for weight in raised]
 

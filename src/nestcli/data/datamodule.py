@@ -24,7 +24,7 @@ from nestcli.data.utterance_audio import NoisePool
 from nestcli.errors import DataError, NestError
 from nestcli.jobs.cores import available_cores
 
-_BYTES_A_SAMPLE, _LARGEST_SLOT = 8, 1 << 28  # of a batch on its way: clean and noisy audio
+_BYTES_A_SAMPLE, _LARGEST_SLOT = 8, 1 << 28  # bytes: a sample of clean and noisy float32 audio; a slot of the ring
 
 
 class NestDataModule(LightningDataModule):
@@ -49,7 +49,7 @@ class NestDataModule(LightningDataModule):
         self._plans: dict[tuple[str, int], BatchPlan] = {}
         self._sampler: ResumableSampler | None = None
         self._restored: Position | None = None
-        self._restored_at = 0  # batches that each process had counted there
+        self._restored_at = 0  # batches that each process had counted at the checkpoint
         self._loaders: WeakSet[Loader] = WeakSet()
 
     # ---- plans and single batches ----
@@ -85,7 +85,7 @@ class NestDataModule(LightningDataModule):
             self._counted(data[Place(0, batches[0])], self._val_skipped)
 
     def check_ready(self, ranks: int = 1, nodes: int = 1) -> None:
-        """Check that the files exist, and tell if cores or memory are short for `ranks` processes. Raises DataError."""
+        """Check that the files exist, and warn if cores or memory are short for `ranks` processes. Raises DataError."""
         for key, corpus, noise in (
             ("model.train_ds", self.train, self.train_noise),
             ("model.validation_ds", self.val, self.val_noise),
@@ -123,7 +123,7 @@ class NestDataModule(LightningDataModule):
         return self._loader(data, sampler, "model.validation_ds")
 
     def teardown(self, stage: str) -> None:
-        """End the loader processes: the run is over."""
+        """Stop the loader processes at the end of the run."""
         for loader in self._loaders:
             loader.close()
 
@@ -172,7 +172,7 @@ class NestDataModule(LightningDataModule):
     # ---- parts ----
 
     def _tell_of_processes(self, before: tuple[int, int], now: tuple[int, int]) -> None:
-        """Tell how a run continues after a change of its processes, or of the batches that each accumulates."""
+        """Report how a run continues after a change of the number of processes or of accumulated batches."""
         batches = [ranks * accumulate for ranks, accumulate in (before, now)]
         means = (
             f"A step still takes {batches[0]} batches, the same that it would have taken."
@@ -186,7 +186,7 @@ class NestDataModule(LightningDataModule):
         )
 
     def _start(self, plan: BatchPlan) -> Position:
-        """Return the position of the next batch."""
+        """Return the epoch of the run's next batch, and the batch's number in that epoch."""
         consumed = self._consumed()
         start = Position(0, 0, 0)  # from the beginning, or from a checkpoint without a position
         if self._restored is not None and self._restored.consumed <= consumed:

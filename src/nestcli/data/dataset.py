@@ -54,7 +54,7 @@ _DEFAULT_MIXER = "nestcli.MultiSpeakerNoiseAugmentation"
 class NoiseBatch:
     """Clean speech, the noise or speech mixed into it, and the mixture. Source: NeMo `AudioNoiseBatch`.
 
-    `sample_ids` are line numbers of the manifest. `counts` is False for a batch that only keeps the ranks in step.
+    `sample_ids` are line numbers of the manifest. `counts` is False for a filler batch: all ranks need equally many.
     `skipped` lists the lines that belong to the batch but could not be read.
     """
 
@@ -86,7 +86,7 @@ def empty(shape: tuple[int, ...]) -> Samples:
 
 
 class NoisySpeech(Dataset[NoiseBatch | NestError]):
-    """Batches by place: clean speech, noise and their mixture.
+    """Data set that returns the batch of a place: clean speech, noise and their mixture.
 
     Audio that cannot be read is left out of its batch and named in it. An error that the user can fix is returned, not
     raised: it is raised in the batch's turn, when the trainer uses it.
@@ -127,7 +127,9 @@ class NoisySpeech(Dataset[NoiseBatch | NestError]):
         if self.augmentation.nemo_exact:
             return self.mix(collate(audios, self._noises(epoch, items, audios), lines), self.augmentation, generator)
 
-        def noise_of(place: int, count: int) -> Samples:  # the same draws, but reads only what is mixed in
+        def noise_of(
+            place: int, count: int
+        ) -> Samples:  # draws as the pool does, but reads only the part that is mixed in
             return self._noise(epoch, items[place], len(audios[place]), count)
 
         clean = collate(audios, None, lines, self.make_array)

@@ -48,14 +48,14 @@ def recording_to_row(recording: dict[str, Any]) -> dict[str, Any]:
 
 
 def _audio_file(recording: dict[str, Any], channel: Any) -> tuple[str, int | None]:
-    """Return the file with a cut's channel, and the channel's number there; None for a file with one channel."""
+    """Return the path of the file that has a cut's channel, and the channel's index there (None if it is mono)."""
     _check_transforms(recording)
     source, place = source_of(recording, channel)
     return _path_of(source), place
 
 
 def source_of(recording: dict[str, Any], channel: Any) -> tuple[dict[str, Any], int | None]:
-    """Return the source of a recording with a cut's channel, and the channel's place in it; None if it has only one.
+    """Return the recording's source that has the channel, and the channel's index in it (None if the source is mono).
 
     Raises ValueError unless exactly one source has the channel.
     """
@@ -85,7 +85,7 @@ def _channels(source: dict[str, Any]) -> list[int]:
     if not isinstance(channels, list) or not channels or any(type(each) is not int for each in channels):
         raise ValueError("the source's channels must be a list of numbers")
     if len(set(channels)) < len(channels):
-        raise ValueError("a channel stands twice in the recording's source")
+        raise ValueError("a channel occurs twice in the recording's source")
     return channels
 
 

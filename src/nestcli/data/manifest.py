@@ -52,7 +52,7 @@ class Source:
         self.path = path
         self.to_row = to_row
         local = addresses.local_copy(path, keep=True) if is_remote(path) else path
-        self.absolute = str(Path(local).absolute())  # workers may have another current folder
+        self.absolute = str(Path(local).absolute())  # worker processes may have a different current folder
         self.folder = path.rpartition("/")[0] if is_remote(path) else str(Path(self.absolute).parent)
         self.unpacked: npt.NDArray[np.uint8] | None = None
         self._descriptor: int | None = None
@@ -112,8 +112,8 @@ class Entry:
 class Manifest:
     """The lines of one or more manifests, in their order; may be pickled to other processes.
 
-    `durations` and `offsets` are in seconds, float64, one a line. A duration that the line does not state is
-    NaN, where `read_manifests` was told to let that pass. `shard_of` tells the tar in `shards` that holds a line's
+    `durations` and `offsets` are in seconds, float64, one per line. A missing duration is NaN, if
+    `read_manifests` was told to accept it. `shard_of` tells the tar in `shards` that holds a line's
     audio, -1 for a loose file.
     """
 
@@ -174,7 +174,7 @@ class Manifest:
         """Yield a line's entry. A loader process notes that it reads this line until the block ends."""
         page = activity.own
         if page is not None:
-            page.begin(self, index)  # before the entry: a relative path is looked for, which can hang too
+            page.begin(self, index)  # before `entry`, which looks for a relative path and can hang too
         try:
             yield self.entry(index)
         finally:
@@ -192,7 +192,7 @@ def joined(manifests: Sequence[Manifest]) -> Manifest:
     columns = {name: np.concatenate([getattr(each, name) for each in manifests]) for name in _COLUMNS}
     sources: list[Source] = []
     shards: list[str] = []
-    first_of: dict[int, int] = {}  # by identity: the manifests of a data set share one tuple with all its tars
+    first_of: dict[int, int] = {}  # key: identity of a tuple of tars, which the manifests of a data set share
     start = 0
     for each in manifests:
         part = slice(start, start := start + len(each))
@@ -275,7 +275,7 @@ def _once(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _TwiceError(f"{_short(next(key for key in keys if keys.count(key) > 1))} stands twice in one object")
+        raise _TwiceError(f"{_short(next(key for key in keys if keys.count(key) > 1))} occurs twice in one object")
     return row
 
 
@@ -311,7 +311,7 @@ def check_path(path: object) -> None:
     if path.startswith("file:"):
         path = user_path(path)
     if "\0" in path:
-        raise ValueError(f'"audio_filepath" is {_short(path)}, with a zero byte, as no file has in its name')
+        raise ValueError(f'"audio_filepath" is {_short(path)}, with a zero byte, which no file name can contain')
     if path.startswith(("pipe:", "|")) or path.endswith("|"):
         raise ValueError(f'"audio_filepath" is {_short(path)}, a command; only files are read')
     if "://" in path:

@@ -157,7 +157,7 @@ def scan(path: str, *, require_duration: bool = True, to_row: ToRow = to_row) ->
 
 
 def _no_manifest(source: Source, line: int, *, packed: bool | None = None) -> str:
-    """Return what kind of file it is instead of a manifest, if its first line is the bad one; else an empty text."""
+    """Say what kind of file this is instead of a manifest; return "" if the bad line is not the first."""
     packed = source.path.endswith(".gz") if packed is None else packed
     try:
         with gzip.open(source.absolute, "rb") if packed else Path(source.absolute).open("rb") as file:
@@ -307,7 +307,9 @@ def _check_expansion(path: str, file: Path) -> None:
         while piece := packed.read(1 << 20):
             size += len(piece)
             if size > limit:
-                raise DataError(f"{path}: unpacked it has more than {limit:,} bytes, as no manifest has. Refused.")
+                raise DataError(
+                    f"{path} unpacks to more than {limit:,} bytes, which is too large for a manifest. Refused."
+                )
 
 
 def _keep(row: Row, found: Scan) -> tuple[int, int]:
@@ -315,7 +317,7 @@ def _keep(row: Row, found: Scan) -> tuple[int, int]:
     kept = json.dumps(row, ensure_ascii=True).encode()
     start = len(found.unpacked)
     if start + len(kept) > _MAX_UNPACKED:
-        raise DataError(f"{found.source.path} holds more than {_MAX_UNPACKED >> 30} GiB. Unpack it with gunzip.")
+        raise DataError(f"{found.source.path} unpacks to more than {_MAX_UNPACKED >> 30} GiB. Unpack it with gunzip.")
     found.unpacked += kept
     return start, len(kept)
 
@@ -333,7 +335,7 @@ def _check_file(path: str) -> None:
 
 
 def _prepared(path: str) -> str:
-    """Return a hint at the manifest that `nest prepare-data` has written near a wrong path; empty if none."""
+    """Return a hint that names a manifest of `nest prepare-data` near a wrong path; "" if there is none."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)  # noqa: PTH112, PTH120  (pathlib raises for some)
     there = os.path.join(folder, "train_manifest.json")  # noqa: PTH118
     return f". Did you mean {there}?" if os.path.isfile(there) else ""  # noqa: PTH113

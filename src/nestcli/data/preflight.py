@@ -16,7 +16,7 @@ from nestcli.errors import DataError
 from nestcli.files import is_remote
 from nestcli.jobs.cores import available_cores
 
-_ALL_UP_TO, _SAMPLE = 10_000, 1_000  # lines: up to here all files are checked; of longer manifests, this many
+_ALL_UP_TO, _SAMPLE = 10_000, 1_000  # lines: check all files of manifests up to this size, a sample of longer ones
 _JUDGED_FROM = 100  # utterances; with fewer, one corrupt file is a large share
 _THREADS, _PIECE = 16, 64  # file servers answer slowly, but many requests at a time
 _SURE = 3  # standard deviations
@@ -54,7 +54,7 @@ def check_noise(manifest: Manifest, key: str, max_failed_share: float) -> str | 
     found = look_for_files(manifest, len(manifest) if len(manifest) <= _ALL_UP_TO else _SAMPLE)
     if found.missing and found.exceeds(max_failed_share):
         raise DataError(
-            f"{key}.noise_manifest: {found}. {_remedy(manifest)} {key}.noise_manifest=null goes without noise."
+            f"{key}.noise_manifest: {found}. {_remedy(manifest)} Set {key}.noise_manifest=null to train without noise."
         )
     return f"{key}.noise_manifest: {found}. Other noise is taken instead." if found.missing else None
 

@@ -37,7 +37,7 @@ _SEQUENCES: dict[str, StepOrder] = {
 
 @dataclass(frozen=True)
 class Place:
-    """One batch of a run: its items in an epoch. A batch that does not count only keeps the processes in step."""
+    """One batch of a run: its items in an epoch. `counts` is False for a filler: all processes need equally many."""
 
     epoch: int
     items: Items
@@ -174,7 +174,7 @@ def _mixing(corpus: Corpus, settings: DatasetConfig, key: str) -> Mixing | None:
     if not sizes.all():
         raise DataError(
             f"{key}: data set {int(np.argmin(sizes)) + 1} of {n_parts} has no utterance between min_duration and "
-            "max_duration. Take it out, or change these."
+            "max_duration. Remove it, or change these limits."
         )
     if corpus.weights is not None:
         return Mixing(tuple(np.array(corpus.weights) / np.sum(corpus.weights)), int(sizes.sum()))
@@ -191,7 +191,7 @@ def _shares(sizes: list[int], settings: DatasetConfig, key: str) -> tuple[float,
     shares = settings.concat_sampling_probabilities or (1 / len(sizes),) * len(sizes)
     if len(shares) != len(sizes):
         raise ConfigError(
-            f"{key}.concat_sampling_probabilities: {len(shares)} numbers for {len(sizes)} data sets; give one each."
+            f"{key}.concat_sampling_probabilities: {len(shares)} numbers for {len(sizes)} data sets; give one for each."
         )
     return shares
 

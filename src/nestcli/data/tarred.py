@@ -111,7 +111,7 @@ def _shar_files(path: str | dict[str, Any]) -> tuple[list[str], list[str]]:
     if isinstance(path, str):
         if is_remote(path):
             raise DataError(
-                f"{path}: a remote folder is not listed; name its files: shar_path={{cuts: "
+                f"{path}: nest does not list remote folders; name the files: shar_path={{cuts: "
                 ".../cuts._OP_000000..000007_CL_.jsonl.gz, recording: .../recording._OP_000000..000007_CL_.tar}"
             )
         folder = Path(user_path(path))

@@ -37,7 +37,7 @@ from nestcli.storage.tar_members import TarMembers, open_shard
 
 _NO_AUDIO = (".json", ".jsonl", ".txt", ".lab")  # files beside the audio in shards, under the same name
 ATTEMPTS = 20
-_NEMO_PLACES = 100  # places tried in one file
+_NEMO_PLACES = 100  # random positions to try in one file
 WHITE_NOISE_DB = (-90, -46)  # replaces silent clips: an integer in dBFS, upper end excluded
 
 
@@ -185,7 +185,7 @@ class NoisePool:
     def __init__(self, manifest: Manifest, sample_rate: int) -> None:
         self.manifest, self.sample_rate = manifest, sample_rate
         self._skipped: list[Skipped] = []
-        self._durations = manifest.durations.copy()  # completed by those that were looked up
+        self._durations = manifest.durations.copy()  # missing ones are filled in when they are looked up
 
     def draw(self, n_samples: int, rng: random.Random, keep: int | None = None) -> Clip:
         """Return a clip of `n_samples`, or a whole shorter line; with `keep`, only its first samples.
@@ -236,7 +236,7 @@ class NoisePool:
 
     def _load_like_nemo(self, entry: Entry, line: int, n_samples: int, state: np.random.RandomState) -> Clip:
         wanted = n_samples / self.sample_rate
-        if not entry.duration > wanted:  # nor if it is NaN: then the whole file is read, and cut afterwards
+        if not entry.duration > wanted:  # also for NaN: the whole file is read, and cut afterwards
             return Clip(read_audio(entry, sample_rate=self.sample_rate), line, entry.offset)
         for _ in range(_NEMO_PLACES):
             offset = state.uniform(0, entry.duration - wanted)

@@ -32,7 +32,7 @@ class Results:
 
     corpus: CorpusSummary
     speech: PrepareSummary
-    noisy: tuple[Path, ...]  # pictures of noisy copies
+    noisy: tuple[Path, ...]  # paths of the pictures of noisy copies
     run: RunResult
     learned: Learned
     report: Report
@@ -49,7 +49,7 @@ class Results:
 
     @property
     def pictures(self) -> tuple[Path, Path]:
-        """The probe's pictures: confusions, and layer weights."""
+        """Paths of the probe's pictures: confusion matrix and layer weights."""
         return self.out / "probe" / "confusion.png", self.out / "probe" / "layers.png"
 
     @property
@@ -57,7 +57,7 @@ class Results:
         return self.out / "index.html"
 
     def files(self) -> list[tuple[str, Path]]:
-        """Return a title and a path for each file worth opening."""
+        """Return a title and a path for each file that the page links to."""
         named = [
             ("comparison with NeMo", self.comparison),
             ("best checkpoint", self.run.best),

@@ -202,10 +202,10 @@ def main() -> None:
     here = Path(__file__).parent
     sys.path[:] = [
         entry for entry in sys.path if Path(entry or ".").resolve() != here
-    ]  # `import audio` must not find ours
+    ]  # so that `import audio` does not find our audio.py
     requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # libraries must not read requests
-    os.dup2(2, 1)  # libraries may print: not into the answers
+    os.dup2(2, 1)  # libraries may print, which must not mix with the answers
     for request in requests:
         name, _, argument = json.loads(request)["trial"].partition(":")
         answer: dict[str, Any]

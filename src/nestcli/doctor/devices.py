@@ -55,7 +55,7 @@ def devices_checks(answers: Mapping[str, Answer]) -> Iterator[Check]:
 
 
 def cores_check(allowed: int, present: int, quota: float | None, environ: Mapping[str, str]) -> Check:
-    """Compare the usable cores with the container's CPU limit: threads beyond the limit wait for each other."""
+    """Compare the usable cores with the container's CPU limit: more threads than that wait for each other."""
     found = f"{allowed} of {present}" if allowed < present else f"{allowed}"
     if quota is None or quota >= allowed:
         return _check("cores", "ok", found)

@@ -19,7 +19,7 @@ from nestcli.files import atomic_file
 
 _check = partial(Check, "disk")
 _MIB, _GIB = 1 << 20, 1 << 30
-_LARGE = 7 * _GIB  # a run of `large` keeps three checkpoints of 1.4 GB, writes a fourth, and a .nemo
+_LARGE = 7 * _GIB  # a run of `large` keeps three checkpoints of 1.4 GB while it writes a fourth and a .nemo
 Usage = Callable[[Path], "tuple[int, int, int]"]
 
 
@@ -122,7 +122,7 @@ def _folds_case(folder: Path) -> bool:
 
 
 def cache_check(cache: Path, folder: Path) -> Check:
-    """Check the folder where torch.compile writes libraries and loads them."""
+    """Check that torch.compile can write libraries to its cache folder and load them from there."""
     name, remedy = (
         "compiled code",
         "Needed only for model.encoder.compile=true: set TORCHINDUCTOR_CACHE_DIR to another folder.",

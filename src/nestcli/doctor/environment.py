@@ -139,7 +139,7 @@ def jail_check(environ: Mapping[str, str]) -> Iterator[Check]:
 
 
 def cache_check(environ: Mapping[str, str]) -> Iterator[Check]:
-    """Check the cache of remote files: its folder is writable (~ needs a home), and its size limit is a number."""
+    """Check that the cache folder for remote files is writable and that its size limit is a number."""
     from nestcli.errors import NestError
     from nestcli.storage import cache
 
@@ -153,7 +153,7 @@ def cache_check(environ: Mapping[str, str]) -> Iterator[Check]:
     try:
         there = next(each for each in (folder.expanduser().absolute(), *folder.expanduser().parents) if each.exists())
         writable = os.access(there, os.W_OK | os.X_OK)
-    except RuntimeError:  # no home
+    except RuntimeError:  # `~` without a home folder
         writable = False
     if not writable:
         remedy = f"Needed only for data on S3 and other servers: set {cache.CACHE_VARIABLE} to a writable folder."

@@ -1,7 +1,7 @@
-"""Work in many processes: pools, their journal, and what is known about a process from outside.
+"""Run tasks in many processes, keep their results, and watch the processes.
 
-In go functions and tasks, out come results in order, or the task that killed or blocked its process. `pool.py` is the
-file to open first; `ray_pool` offers the same on a Ray cluster. `journal` keeps finished results for the next start,
-`patience` says how long a file may take, `prefetch_thread` works one item ahead, `activity` notes what a loader process
-is reading.
+The input is a function and its tasks; the output is the results in order, with a note in place of the result if a task
+killed or blocked its process. Start with `pool.py`; `ray_pool` does the same on a Ray cluster. `journal` keeps finished
+results for the next start, `patience` sets the time limit of a file, `prefetch_thread` fetches one item ahead,
+`activity` records what each loader process is reading.
 """

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _NOTE = struct.Struct("=Qdqh?")  # the fields of Note
-_SINCE, _SINCE_AT = struct.Struct("=d"), 8  # its time alone, and the offset of that field
+_SINCE, _SINCE_AT = struct.Struct("=d"), 8  # the field `since` alone, and its offset
 _ATTEMPTS = 10
 
 
@@ -78,10 +78,10 @@ class Notes:
         return note
 
 
-own: Page | None = None  # of this process, if it is a loader's
+own: Page | None = None  # the page of this process, if it is a loader process
 
 
 def moved() -> None:
-    """Note that what is being read, from far away, is still coming in."""
+    """Note that data of a remote file is still arriving."""
     if own is not None:
         own.moved()

@@ -1,7 +1,7 @@
-"""Processes that work through tasks and may die doing so: a decoder that crashes costs one file, not the run.
+"""Pool of worker processes. A worker that crashes, such as in a decoder, costs one file and not the whole run.
 
-Workers are fresh interpreters that talk over sockets. Nothing is forked, so it does not matter which threads the caller
-has, and nothing of the caller's is imported but what a task needs.
+Each worker is a new Python process that communicates over a socket. Nothing is forked, so threads of the caller do no
+harm, and a worker imports only the modules that its tasks need.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Limit = Callable[[Task], float] | None
 
-_AHEAD = 8  # tasks for each worker that may wait for an earlier one's result
-_LOOK = 1.0  # s between looks at tasks that may take too long
-_ENDING = 5.0  # s for a killed process to go
-_SMALL = 1 << 15  # bytes of a task that may wait in a socket while its worker is busy
+_AHEAD = 8  # finished tasks per worker that may wait because an earlier task is not finished
+_LOOK = 1.0  # s between checks of the time limits
+_ENDING = 5.0  # s to wait for a killed process to end
+_SMALL = 1 << 15  # bytes; a smaller task may be sent to a busy worker, where it waits in the socket
 _DONE, _RAISED = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """Stands for the result of a task whose process died: a crash in a decoder, a kill, no memory.
+    """Result of a task whose process died, for example by a crash in a decoder, a kill, or a lack of memory.
 
-    `timed_out`: it was ended because the task took longer than it may.
+    `timed_out` is True if the pool killed the process because the task exceeded its time limit.
     """
 
     detail: str
@@ -46,17 +46,17 @@ class Died:
 
 
 class Pool(Protocol):
-    """Works through tasks, in processes of this machine or of a cluster. A context manager."""
+    """Runs tasks in processes of this machine or of a cluster. Use it as a context manager."""
 
     jobs: int
 
     def in_order(
         self, work: Callable[[Task], Result], tasks: Iterable[Task], limit: Limit[Task] = None
     ) -> Iterator[Result | Died]:
-        """Results in the order of the tasks, whatever finishes first; few are ever waiting.
+        """Yield the results in the order of the tasks, whichever finishes first; only a few wait in memory.
 
-        `work` is a function of a module; what it raises is raised here. `limit` tells the seconds after which the
-        process of a task is ended; without it a task may take for ever.
+        `work` must be a module-level function; its exceptions are raised here. `limit` returns the time limit of a
+        task in seconds, after which its process is killed; without `limit`, a task may take any time.
         """
 
     def __enter__(self) -> Pool: ...
@@ -67,7 +67,7 @@ class Pool(Protocol):
 
 
 def local_pool(jobs: int) -> Pool:
-    """A pool of `jobs` processes on this machine; none is started before there is a task for it."""
+    """Return a pool of up to `jobs` processes on this machine. A process starts when there is a task for it."""
     return _LocalPool(jobs)
 
 
@@ -88,7 +88,7 @@ class _LocalPool:
         self, work: Callable[[Task], Result], tasks: Iterable[Task], limit: Limit[Task] = None
     ) -> Iterator[Result | Died]:
         waiting = enumerate(tasks)
-        again: deque[_Sent] = deque()  # tasks behind one that its worker died of
+        again: deque[_Sent] = deque()  # tasks to send again: they waited behind the one that killed their worker
         results: dict[int, Result | Died] = {}
         turn = 0
         more = True
@@ -103,7 +103,7 @@ class _LocalPool:
                         number, content = next(waiting, (-1, None))
                         more = number >= 0
                         if more:
-                            seconds = math.inf if limit is None else limit(content)  # type: ignore[arg-type]  # of this call's tasks
+                            seconds = math.inf if limit is None else limit(content)  # type: ignore[arg-type]  # a task of this call
                             task = _Sent(number, pickle.dumps((work, content)), seconds)
                     if task is None:
                         break
@@ -112,7 +112,7 @@ class _LocalPool:
                 if busy:
                     began = time.monotonic()
                     ready = wait(list(busy), None if limit is None else _LOOK)
-                    passed = min(time.monotonic() - began, 2 * _LOOK)  # more: this process was stopped, perhaps all
+                    passed = min(time.monotonic() - began, 2 * _LOOK)  # it is longer only if processes were suspended
                     for connection, worker in busy.items():
                         if connection in ready:
                             self._take(worker, results, again)
@@ -124,7 +124,7 @@ class _LocalPool:
             self._drop(worker for worker in self._workers if worker.given)
 
     def _free(self) -> Iterator[_Worker]:
-        """Workers that may be given a task: idle ones first, new ones, then such as have little waiting for them."""
+        """Yield the workers that can take a task: idle ones first, then new ones, then ones with room for one more."""
         while True:
             idle = next((worker for worker in self._workers if not worker.given), None)
             if idle is None and len(self._workers) < self.jobs:
@@ -137,7 +137,7 @@ class _LocalPool:
             yield idle
 
     def _take(self, worker: _Worker, results: dict[int, Any], again: deque[_Sent]) -> None:
-        """Receive a result, or find out that the worker died of its first task."""
+        """Receive a result, or find out that the worker's first task has killed it."""
         try:
             outcome, value = pickle.loads(worker.connection.recv_bytes())  # noqa: S301  (our own process)
         except (EOFError, OSError):
@@ -149,7 +149,7 @@ class _LocalPool:
         results[task.number] = value
 
     def _end(self, worker: _Worker, results: dict[int, Any], again: deque[_Sent]) -> None:
-        """End a worker whose first task has taken too long."""
+        """Kill a worker whose first task has exceeded its time limit."""
         seconds = worker.given[0].seconds
         self._lose(worker, Died(f"there was no answer after {seconds:.0f} s", timed_out=True), results, again)
 
@@ -173,23 +173,23 @@ class _Sent:
 
 
 class _Worker:
-    """A process and the tasks that it was given, the first of which it works on."""
+    """A process and the tasks that were sent to it; it works on the first one."""
 
     def __init__(self) -> None:
         self.connection, theirs = Pipe()
-        self._alive, life = os.pipe()  # closed when this process ends, however it does
+        self._alive, life = os.pipe()  # the kernel closes it when this process ends in any way; the worker notices
         os.set_inheritable(self._alive, False)
         self.given: deque[_Sent] = deque()
-        self._worked = 0.0  # s on the first of them
+        self._worked = 0.0  # s spent on the first task
         code = f"from nestcli.jobs.pool import serve; serve({theirs.fileno()}, {self._alive})"
         self._life = life
         self._process = subprocess.Popen(  # noqa: S603  (ourselves)
             interpreter.command(code),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # what C libraries have to say about damaged files
+            stderr=subprocess.DEVNULL,  # C libraries print warnings about damaged files
             pass_fds=(theirs.fileno(), self._alive),
-            start_new_session=True,  # so that it can be ended with the decoders that it has started
+            start_new_session=True,  # so that `stop` also kills the decoders that it has started
             env=interpreter.environment(),
         )
         theirs.close()
@@ -201,11 +201,11 @@ class _Worker:
 
     def give(self, task: _Sent) -> None:
         self.given.append(task)
-        with contextlib.suppress(OSError):  # dead: its end of the socket tells
+        with contextlib.suppress(OSError):  # the worker is dead; `_take` will notice
             self.connection.send_bytes(task.content)
 
     def done(self) -> _Sent:
-        """Take away the first task."""
+        """Remove and return the first task, which is finished."""
         self._worked = 0.0
         return self.given.popleft()
 
@@ -229,13 +229,13 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a dead disk ends when that answers
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a dead disk cannot end yet
             self._process.wait(_ENDING)
 
 
 def serve(connection_descriptor: int, alive_descriptor: int) -> None:
-    """Run a worker: do tasks until there are none left, or until the caller is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who then ends us
+    """Run a worker: process tasks until the caller closes the connection or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and then kills its workers
     threading.Thread(target=_end_with_the_caller, args=(alive_descriptor,), daemon=True).start()
     connection: Connection[Any, Any] = Connection(connection_descriptor)
     while True:
@@ -246,7 +246,7 @@ def serve(connection_descriptor: int, alive_descriptor: int) -> None:
         try:
             work, task = pickle.loads(content)  # noqa: S301  (from our caller)
             reply = pickle.dumps((_DONE, work(task)), pickle.HIGHEST_PROTOCOL)
-        except Exception as error:  # goes to the caller, whatever it is
+        except Exception as error:  # of any kind: the caller raises it
             reply = _raised(error)
         connection.send_bytes(reply)
 
@@ -254,7 +254,7 @@ def serve(connection_descriptor: int, alive_descriptor: int) -> None:
 def _raised(error: Exception) -> bytes:
     try:
         reply = pickle.dumps((_RAISED, error))
-        pickle.loads(reply)  # noqa: S301  (exceptions with arguments of their own may not come back)
+        pickle.loads(reply)  # noqa: S301  (an exception whose constructor needs arguments may not unpickle)
     except Exception:
         return pickle.dumps((_RAISED, RuntimeError(f"{type(error).__name__}: {error}")))
     return reply

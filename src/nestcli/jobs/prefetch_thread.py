@@ -1,4 +1,4 @@
-"""An iterator that is worked through by a thread, one item ahead of who uses it."""
+"""Run an iterator in a thread that is one item ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
-_LOOK = 0.1  # s between looks whether the items are still wanted
+_LOOK = 0.1  # s between checks that the consumer still wants items
 _ITEM, _ERROR, _END = range(3)
 
 
 def ahead(items: Iterator[Item], prepare: Callable[[], object] = lambda: None) -> Iterator[Item]:
-    """The same items and the same error; `prepare` is called first in the thread.
+    """Yield the items of an iterator, and raise its error; the thread first calls `prepare`.
 
-    When this iterator is closed or let go, the thread ends with the item that it has in hand.
+    When this generator is closed or garbage-collected, the thread finishes its current item and ends.
     """
     made: queue.Queue[tuple[int, Any]] = queue.Queue(1)
     unwanted = threading.Event()
@@ -31,10 +31,10 @@ def ahead(items: Iterator[Item], prepare: Callable[[], object] = lambda: None) -
             if kind == _ERROR:
                 raise item
             yield item
-            del item  # not kept while the next one is waited for
+            del item  # frees its memory while the thread waits for the next item
     finally:
         unwanted.set()
-        if not sys.is_finalizing():  # when threads no longer run
+        if not sys.is_finalizing():  # threads no longer run when the interpreter shuts down
             thread.join()
 
 

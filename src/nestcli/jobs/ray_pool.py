@@ -1,7 +1,7 @@
-"""A pool of processes on a Ray cluster, for preparations that are too large for one machine.
+"""Pool of processes on a Ray cluster, for preparing corpora that are too large for one machine.
 
-The workers need this package, and must see the audio and the output folder under the same paths, for example through a
-shared file system.
+nestcli must be installed on the workers. The audio and the output folder must have the same paths on every machine, for
+example on a shared file system.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 from nestcli.errors import DataError, MissingDependencyError
 from nestcli.jobs.pool import Died, Limit, Pool, Result, Task, local_pool
 
-_RETRIES = 3  # of a task whose process or machine is lost
-_AHEAD = 4  # tasks per processor that may be submitted ahead of the oldest unfinished one
-_PATIENCE = 10.0  # s for the cluster's address to respond
+_RETRIES = 3  # for a task whose process or machine was lost
+_AHEAD = 4  # tasks per processor that are submitted before the oldest one has finished
+_PATIENCE = 10.0  # s to wait for a connection to the cluster's address
 
 
 def ray_pool(address: str) -> Pool:
     """Return a pool on the cluster at `address`: HOST:PORT, ray://HOST:PORT, auto (this machine's) or local (new).
 
-    Raises MissingDependencyError and DataError when it is entered.
+    Entering the pool (`with`) raises MissingDependencyError without Ray, and DataError if the connection fails.
     """
     return _RayPool(address)
 
@@ -85,14 +85,15 @@ class _RayPool:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        except ray.exceptions.RayError as error:  # its process died in every retry
+        except ray.exceptions.RayError as error:  # the task's process died in every attempt
             return Died(f"its process was lost {1 + _RETRIES} times on the cluster ({type(error).__name__})")
 
 
 def _within(work: Callable[[Task], Result], task: Task, seconds: float) -> Result | Died:
-    """Run a task on a machine of the cluster, in a process that is killed after `seconds`; 0 for no limit.
+    """Run a task on a machine of the cluster.
 
-    The process is kept for the next task; it ends together with the Ray worker that started it.
+    With a limit (`seconds` above 0), a child process of the Ray worker runs the task and is killed after that time.
+    The child stays for further tasks, and ends together with the Ray worker.
     """
     if not seconds:
         return work(task)
@@ -105,7 +106,7 @@ def _own_process() -> Pool:
 
 
 def _check_reachable(address: str) -> None:
-    """Check that something listens at the address, as Ray itself would retry for minutes. Raises DataError."""
+    """Raise DataError if nothing listens at the address: Ray itself would retry for minutes."""
     host, found, port = address.removeprefix("ray://").rpartition(":")
     if address in ("local", "auto"):
         return

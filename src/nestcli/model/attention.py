@@ -58,7 +58,9 @@ class RelativePositions(nn.Module):
         """Return the frames, scaled and with dropout, and the table's rows for their length (R, M)."""
         rows_RM = self.dropout_table(self._rows(frames_BSM.size(1), frames_BSM.device).to(frames_BSM.dtype))
         scaled_BSM = frames_BSM if self.scale == 1.0 else frames_BSM * self.scale
-        return self.dropout(scaled_BSM), rows_RM  # the frames' dropout is drawn after the table's, as in NeMo
+        return self.dropout(
+            scaled_BSM
+        ), rows_RM  # as in NeMo, dropout is drawn for the table first, then for the frames
 
     def _rows(self, n_frames: int, device: torch.device) -> Tensor:
         if torch.compiler.is_exporting():  # a kept table would limit the length of an exported graph's input

@@ -228,13 +228,13 @@ class EncoderConfig:
 
     @property
     def conv_norm_groups(self) -> int:
-        """Groups of group_normN; 0 for every other norm."""
+        """Number of groups of group_normN; 0 for every other norm."""
         groups = self.conv_norm_type.removeprefix("group_norm")
         return int(groups) if groups.isdecimal() and groups != self.conv_norm_type else 0
 
     @property
     def conv_padding(self) -> tuple[int, ...]:
-        """Frames that the depthwise convolution sees to the left and to the right; () if the text is unknown."""
+        """Frames that the depthwise convolution sees on the left and on the right; () for an invalid value."""
         if self.conv_context_size is None:
             return ((self.conv_kernel_size - 1) // 2,) * 2
         if isinstance(self.conv_context_size, str):

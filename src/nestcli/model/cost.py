@@ -21,9 +21,7 @@ from nestcli.model.masking import disjoint_blocks, overlapping_blocks
 
 _MOMENTS = 2  # numbers that AdamW keeps for every parameter, in the parameter's type
 _STEP_BYTES = 4  # AdamW's step count, one fp32 number for each parameter tensor
-_FRAMES_DRAWN = (
-    400_000  # masked to find the share of predicted tokens; a rough share will do, the decoder is little work
-)
+_FRAMES_DRAWN = 400_000  # frames to mask when estimating the share of predicted tokens; a rough share is enough
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Work:
 
     @property
     def step(self) -> float:
-        """Work of a training step without the optimiser's, which does not depend on the audio."""
+        """Work of forward and backward pass. The optimiser's is excluded: it does not depend on the audio."""
         return self.forward + self.backward
 
     def __add__(self, other: Work) -> Work:
@@ -107,8 +105,8 @@ def batch_size(config: DictConfig) -> int:
 def batch_work(nest: NestConfig, samples: int, batch: int, selected: float) -> dict[str, Work]:
     """Return the work of each part for `batch` clips of `samples` samples with `selected` predicted tokens.
 
-    The gradient of each factor of a product costs as much as the product. Features and the table of positions have no
-    gradient; the table is projected once for the whole batch.
+    In the backward pass, the gradient of each factor of a product costs as much as the product. Features and the table
+    of positions have no gradient; the table is projected once for the whole batch.
     """
     encoder, quantizer, decoder = nest.encoder, nest.quantizer, nest.decoder
     frames = 1 + samples // nest.preprocessor.hop_length

@@ -1,4 +1,4 @@
-"""The faster variants of the model's operations, each beside its plain twin; the first section chooses between them.
+"""Faster variants of the model's operations, each next to its plain variant; the first section chooses between them.
 
 The rest of the model calls the first section only. The variants of an operation give the same numbers, apart from
 rounding; the two kinds of dropout differ in their draws. tests/model/test_fast_paths.py compares them.
@@ -64,9 +64,9 @@ def compile_layer(layer: nn.Module, *, hashes_dropout: bool) -> None:
 
 @contextmanager
 def running_layers(compiled: bool, positions_RM: Tensor, *others: tuple[Tensor, int]) -> Iterator[Tensor]:
-    """Prepare the inputs of compiled layers and yield the positions to use; plain layers need no preparation.
+    """Mark the dynamic axes of compiled layers' inputs, and yield the positions to use; plain layers need nothing.
 
-    `others` are the other inputs, each with the number of its leading axes whose sizes differ between batches.
+    `others` are the other inputs, each with the number of leading axes whose sizes differ between batches.
     """
     if not compiled:
         yield positions_RM
@@ -87,7 +87,7 @@ _KEPT = 0.9
 
 
 def convolved_whole(layers: Sequence[nn.Module], features_BTD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply layer after layer to the whole batch: the plain twin."""
+    """Apply each layer to the whole batch: the plain variant."""
     x_BCTD = features_BTD[:, None]
     for layer in layers:
         if halves(layer):
@@ -165,7 +165,7 @@ def _stretch(x_TDC: Tensor, begins: int, span: tuple[int, int], length: int) -> 
 
 
 def _applied(layer: nn.Module, x_TDC: Tensor) -> Tensor:
-    """Apply a layer without padding in time."""
+    """Apply a layer without padding the time axis."""
     if not isinstance(layer, nn.Conv2d):
         return x_TDC.relu_()
     if layer.kernel_size == (1, 1):
@@ -242,7 +242,7 @@ def _between(x_TD1: Tensor, weight: Tensor, bias: Tensor, outside: tuple[int, in
     return windows_NK, result_TDC
 
 
-# ---- the depthwise convolution of a Conformer layer; its plain twin is F.conv1d ----
+# ---- the depthwise convolution of a Conformer layer; the plain variant is F.conv1d ----
 
 
 def depthwise_of_image(x_BSM: Tensor, weight_M1K: Tensor, bias_M: Tensor | None, padding: tuple[int, ...]) -> Tensor:
@@ -270,7 +270,7 @@ def depthwise_by_taps(x_BSM: Tensor, weight_M1K: Tensor, bias_M: Tensor | None, 
 
 
 def relative_shift_by_padding(scores_BHSR: Tensor) -> Tensor:
-    """Make rows start one place later by a column of padding: the plain twin, for graphs of any length."""
+    """Shift each row by one place with a column of padding: the plain variant, for graphs of any length."""
     S, R = scores_BHSR.shape[-2:]
     padded = F.pad(scores_BHSR, (1, 0)).flatten(-2)
     return padded[..., S:].unflatten(-1, (S, R))[..., :S]
@@ -292,7 +292,7 @@ _FP32_MARGIN, _TF32_MARGIN = 4e-6, 4e-3
 
 
 def nearest_in_fp64(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
-    """Compare with every code in fp64: the plain twin."""
+    """Compare with every code in fp64: the plain variant."""
     return (unit_ME.to(codes_CE.dtype) @ codes_CE.t().contiguous()).argmax(-1)
 
 
@@ -323,7 +323,7 @@ _SPREAD, _FIRST, _SECOND = -1640531527, 0x7FEB352D, -2073254261
 
 
 def dropout_drawn(x: Tensor, p: float, channels_first: bool) -> Tensor:
-    """Draw from torch's generator, for an input (B, S, M) in the order (B, M, S) if asked to: the plain twin."""
+    """Draw from torch's generator, for an input (B, S, M) in the order (B, M, S) if asked to: the plain variant."""
     if channels_first:
         return F.dropout(x.transpose(1, 2).contiguous(), p).transpose(1, 2)
     return F.dropout(x, p)

@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 
 from nestcli.model.quantizer import RandomProjectionQuantizer
 
-STACKS_A_CODE = 10  # with fewer, centroids follow single stacks
-_POWERS = (0.0, 0.25)  # of the components' variances, in turn, so that codebooks differ; 0.5 would whiten
+STACKS_A_CODE = 10  # minimum stacks per code; with fewer, centroids follow single stacks
+_POWERS = (0.0, 0.25)  # exponents of the variances, in turn, so that codebooks differ; 0.5 would whiten
 _ITERATIONS = 40
 _ROWS = 8_192  # stacks that are compared with all codes at once
 
@@ -47,9 +47,9 @@ def fit_codes(quantizer: RandomProjectionQuantizer, stacks_SW: Tensor) -> None:
 
 
 def spherical_centroids(unit_SE: Tensor, n_codes: int, seed: int) -> Tensor:
-    """Return the unit centroids (C, E) of k-means on the unit sphere; `seed` draws the stacks that it starts from.
+    """Return the unit centroids (C, E) of k-means on the unit sphere, started from random stacks (see `seed`).
 
-    A centroid that no stack is nearest to starts again from a random stack.
+    An empty cluster starts again from a random stack.
     """
     generator = torch.Generator().manual_seed(seed)
     centroids_CE = unit_SE[torch.randperm(len(unit_SE), generator=generator)[:n_codes]].clone()

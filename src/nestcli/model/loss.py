@@ -26,7 +26,7 @@ class MultiSoftmaxDecoder(nn.Module):
 
     @property
     def layer(self) -> nn.Conv1d:
-        """The only layer; NeMo's checkpoints have it in a list."""
+        """The decoder's only layer. It is in a list because NeMo's checkpoints have it in one."""
         layer = self.decoder_layers[0]
         assert isinstance(layer, nn.Conv1d)
         return layer

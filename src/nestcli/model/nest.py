@@ -127,7 +127,7 @@ def check_memory(nest: NestConfig) -> None:
     """Raise ConfigError if the model's weights alone are larger than this machine's memory."""
     encoder, quantizer = nest.encoder, nest.quantizer
     layers = encoder.n_layers * (4 * encoder.ff_expansion_factor + 8) * encoder.d_model**2
-    stacked = quantizer.code_dim + encoder.d_model  # numbers for each class: in the codebook and in the decoder
+    stacked = quantizer.code_dim + encoder.d_model  # parameters per code: in the codebook and in the decoder
     needed = 4 * (layers + quantizer.num_books * quantizer.num_classes * stacked)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:

@@ -62,7 +62,7 @@ class SpeechEncoder(nn.Module):
         return len(self.encoder.layers)
 
     def chosen(self, layers: Layers) -> list[int]:
-        """Return the places of layers in [input, layer 0, layer 1, ...]. Raises ValueError if a layer is missing."""
+        """Return the indices of layers in [input, layer 0, layer 1, ...]. Raises ValueError for an unknown one."""
         if layers == "all":
             return list(range(1, self.n_layers + 1))
         if layers == "last":
@@ -73,7 +73,7 @@ class SpeechEncoder(nn.Module):
         if layer == "input":
             return 0
         if not isinstance(layer, int) or not -self.n_layers <= layer < self.n_layers:
-            raise ValueError(f"there is no layer {layer}: the {self.n_layers} layers are 0 to {self.n_layers - 1}.")
+            raise ValueError(f"layer {layer} does not exist: the {self.n_layers} layers are 0 to {self.n_layers - 1}.")
         return layer % self.n_layers + 1
 
     def forward(self, audio: Tensor, lengths: Tensor | None = None, *, layers: Layers | None = None) -> Encoded:

@@ -1,7 +1,7 @@
 """Statistics of the quantizer's targets, computed from audio before training.
 
-They tell how evenly the codes are used, how stable the tokens are, and how much of a hidden target the frames that stay
-visible explain. The draws come from generators of their own, so that those of training stay the same.
+They show how evenly the codes are used, how stable the tokens are, and how much of a hidden target is explained by the
+visible frames. Separate random generators are used, so that the draws of training do not change.
 
 Axes: N samples, D features, T frames, S tokens (of all utterances in a row), W width of a stack of frames, P principal
 components, G codebooks, E code width, Y = G * E, B utterances, H hidden tokens that count.
@@ -23,12 +23,12 @@ from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import disjoint_blocks, overlapping_blocks
 from nestcli.model.nest import NestModel
 
-SHIFT_SECONDS, NOISE_DB = 0.005, 20.0  # changes that a stable token should survive
+SHIFT_SECONDS, NOISE_DB = 0.005, 20.0  # changes (time shift; noise at this SNR) that should not change a stable token
 _COMPONENTS, _RIDGE = 32, 0.03  # of the linear model; more components or less ridge overfit five minutes of audio
-_ENOUGH = 500  # places that the linear model needs
-_FAR = 5  # tokens; visible frames beyond explain nothing
+_ENOUGH = 500  # minimum number of tokens to fit the linear model
+_FAR = 5  # tokens; visible frames that are farther away explain nothing
 _TOKENS_A_CODE = 10  # with fewer, many codes have no token by chance
-_MASKED_UTTERANCES = 256  # drawn for the distances
+_MASKED_UTTERANCES = 256  # utterances with random masks for the statistics of distances
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TargetStatistics:
 
 
 class Targets:
-    """The way of a model's targets from clean audio, without dither: stacks of frames, unit vectors, tokens."""
+    """Compute a model's targets from clean audio, without dither: stacks of frames, then unit vectors, then tokens."""
 
     def __init__(self, model: NestModel) -> None:
         self.model, self.quantizer = model, model.quantizer
@@ -208,8 +208,8 @@ def explained_variance(inputs_SP: Tensor, targets_SY: Tensor, utterance_S: Tenso
 def hidden_distances(frames_B: Tensor, masking: MaskingConfig, loss: MaskedTokenLoss) -> tuple[Tensor, Tensor]:
     """Draw masks for utterances of `frames_B` frames; return the distances (H,) of the tokens that count.
 
-    They are those to the nearest visible frames on the left and on the right, in tokens: 1 if the frame beside the
-    token is visible, infinite if no frame on that side is.
+    A distance is a pair, to the nearest visible frames on the left and on the right, in tokens: 1 if the adjacent
+    frame is visible, infinite if no frame on that side is visible.
     """
     frames_B = frames_B.repeat(-(-_MASKED_UTTERANCES // len(frames_B)))
     steps = loss.config.combine_time_steps

@@ -1,6 +1,7 @@
 """The private names of PyTorch that the model uses, as they are in torch 2.13.0; no other file here uses any.
 
-Open this file when a new PyTorch breaks the model. tests/model/test_torch_private.py names what has gone.
+Open this file when a new PyTorch breaks the model. tests/model/test_torch_private.py lists the names that no longer
+exist.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Context:
 
     @cached_property
     def built(self) -> Answer:
-        """Build NeMo's model of the same configuration; return checksums of its initial weights.
+        """Checksums of the initial weights of NeMo's model. The first access builds it from the same configuration.
 
         Afterwards NeMo's model has the subject's weights.
         """

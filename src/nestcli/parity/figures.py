@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 Picture = npt.NDArray[Any]
 
-# Lightness goes one way in the first two: they read in grey too. A mask's colours are none of those of the page:
-# pixels are the same in its dark scheme, and so must their scale be.
+# The lightness of the first two colour maps is monotonic, so that they also work in grey. A mask's colours are not
+# those of the page: the page's dark scheme does not change the pixels of a picture, so it must not change their scale.
 FEATURES, DIFFERENCE, MASK = "magma", "OrRd", ("#dee2e7", "#2e6db5")
 NOT_FINITE = "#00a08c"
 
 SECONDS_PER_FRAME = 0.01
-MOST_COLUMNS = 600  # more than a panel has pixels
+MOST_COLUMNS = 600  # a panel has fewer pixels
 _WIDTH = 4.7  # inches of 72 units
 
 
@@ -146,7 +146,7 @@ def _picture(
     mel: bool,
     keep_largest: bool = False,
 ) -> Figure:
-    """Values (rows, columns) over time, with the colour scale below; `ends` words its low end, its high end, its unit.
+    """Draw values (rows, columns) over time, with a colour scale below; `ends` labels its low end, high end and unit.
 
     Rows are mel bins from the bottom, or utterances from the top.
     """
@@ -171,7 +171,7 @@ def _picture(
 
 
 def _no_picture(values: Picture, *lines: str, mel: bool) -> tuple[Figure, str]:
-    """A panel of the same size that says why it shows none, and its description."""
+    """Return an empty panel of the same size that says why there is no picture, and its description."""
     figure, axes = _axes_over_time(values, mel=mel)
     axes.text(0.5, 0.5, "\n".join(lines), transform=axes.transAxes, ha="center", va="center")
     return figure, ", ".join(lines)
@@ -191,9 +191,9 @@ def _axes_over_time(values: Picture, *, mel: bool) -> tuple[Figure, Axes]:
 
 
 def draw_curve(values: Sequence[float], tolerance: float | None, decades: tuple[int, int]) -> Figure:
-    """Differences by layer on a log scale, below which exact zeros stand on a line of their own.
+    """Draw differences by layer on a logarithmic scale, with a separate line for exact zeros below it.
 
-    What is beyond the tolerance is a cross; what is not finite stands at the top.
+    Values beyond the tolerance are crosses; values that are not finite are drawn at the top.
     """
     low, high = decades
     figure = new_figure(_WIDTH, 3.0)
@@ -223,7 +223,7 @@ def draw_curve(values: Sequence[float], tolerance: float | None, decades: tuple[
 
 
 def scientific(number: float | None) -> str:
-    """Two digits and an exponent; whole numbers as they are; infinity for NaN."""
+    """Format a number with two digits and an exponent, or an integer in full; NaN becomes ∞."""
     if number is None:
         return "–"
     if not math.isfinite(number):
@@ -254,7 +254,7 @@ def curve_in_words(values: Sequence[float], tolerance: float | None) -> str:
 
 
 def shared_decades(curves: Sequence[Sequence[float]], tolerances: Sequence[float | None]) -> tuple[int, int]:
-    """Powers of ten between which all positive values and tolerances lie, with room above for a word."""
+    """Return two exponents of 10 whose range holds all positive values and tolerances, with room above for a label."""
     numbers = [*(value for curve in curves for value in curve), *(limit or 0.0 for limit in tolerances)]
     powers = [math.log10(number) for number in numbers if number > 0 and math.isfinite(number)]
     low = math.floor(min([-7.5, *powers]))
@@ -262,7 +262,7 @@ def shared_decades(curves: Sequence[Sequence[float]], tolerances: Sequence[float
 
 
 def pooled(values: Picture, *, largest: bool = False) -> Picture:
-    """At most MOST_COLUMNS columns: the mean of neighbours, or the largest, so that no difference gets lost."""
+    """Reduce a picture to MOST_COLUMNS columns: the mean of neighbours or, with `largest`, the largest of them."""
     group = -(-values.shape[1] // MOST_COLUMNS)
     if group <= 1:
         return values

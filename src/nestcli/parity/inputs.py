@@ -21,7 +21,7 @@ from nestcli.parity.report import Check, Section, close, equal, same_elements, w
 from nestcli.parity.subject import Subject
 
 FEATURES = 1e-5  # tolerance
-TIE = 1e-6  # margin in a token's dot product below which rounding decides
+TIE = 1e-6  # if two codes' dot products differ by less, rounding decides between them
 TRAIN_SEED, _MASK_SEED = 7, 11
 
 

@@ -1,6 +1,6 @@
-"""A comparison as one HTML page: it needs nothing beside itself, and can be printed or sent.
+"""Write a comparison as one self-contained HTML page, which can be printed or sent.
 
-Everything that comes from the report is escaped. What a colour says, a word or a shape says too.
+All text from the report is escaped. A word or a shape repeats the meaning of each colour.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _GOOD, _BAD = '<span class="good">✓ same</span>', '<span class="bad">✗ diffe
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Write the report as an HTML page; an existing file is replaced only by a whole one. Raises NestError."""
+    """Write the report as an HTML page, atomically. Raises NestError."""
     document = document_of(report, datetime.now(timezone.utc))
     with atomic_file(path, remedy="Name a file in a folder of yours.") as file:
         file.write(document.encode("utf-8", errors="replace"))
 
 
 def document_of(report: Report, date: datetime) -> str:
-    """The whole page."""
+    """Return the page of a report as HTML."""
     parts = [_head(report, date), _overview(report)]
     parts += [curves_figure(section) for section in report.sections if section.curves]
     parts += [pictures_figure(section) for section in report.sections if section.pictures]
@@ -45,7 +45,7 @@ def document_of(report: Report, date: datetime) -> str:
 
 
 def html_page(title: str, body: str) -> str:
-    """A page in the style of ours; `title` and `body` are HTML already."""
+    """Return an HTML page in nest's style; `title` and `body` must already be HTML."""
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -79,7 +79,7 @@ def _head(report: Report, date: datetime) -> str:
 
 
 def _verdict(report: Report, n_checks: int, left_out: Sequence[str]) -> tuple[str, str]:
-    """The sentence, and what follows it as HTML."""
+    """Return the verdict as a sentence of plain text, and the details as HTML."""
     nemo = f"NeMo {report.nemo_version}"
     if report.first_divergence is not None:
         section, check = report.first_divergence
@@ -158,7 +158,7 @@ def _checks(report: Report) -> str:
 
 
 def _section(section: Section, first: Check | None) -> str:
-    """One section's checks; a note that many of them share stands once below the table."""
+    """Return one section's checks; a note that more than two checks share appears once, below the table."""
     counts = Counter(check.note for check in section.checks if check.note)
     shared = {
         note: mark for mark, note in zip("abcdefgh", [n for n, count in counts.items() if count > 2], strict=False)
@@ -204,7 +204,7 @@ def _known_differences(differences: Sequence[KnownDifference]) -> str:
         described = words[difference.reproduced] if difference.reproduced is not None else "not tried"
         told = [escape(difference.nemo), escape(difference.ours)]
         rows.append([escape(difference.name), *told, switch, escape(_cut(difference.shown or "–")), described])
-    columns = ["what", "NeMo", "nest", "switch to NeMo's way", "shown just now", "reproduced"]
+    columns = ["what", "NeMo", "nest", "switch to NeMo's behaviour", "shown just now", "reproduced"]
     caption = "Where nest departs from NeMo on purpose. The comparison itself runs with NeMo's behaviour switched on."
     return f"<section>\n<h2>Known differences</h2>\n{_table(caption, columns, rows)}\n</section>"
 
@@ -213,7 +213,7 @@ def _known_differences(differences: Sequence[KnownDifference]) -> str:
 
 
 def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, quiet: bool = False) -> str:
-    """A table of HTML cells whose first column names the rows; columns named '>...' are aligned to the right."""
+    """Return a table of HTML cells. The first column names the rows; columns named '>...' are aligned to the right."""
     right = [' class="n"' if column.startswith(">") else "" for column in columns]
     names = [column.removeprefix(">") for column in columns]
     head = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in zip(names, right, strict=True))
@@ -232,17 +232,17 @@ def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], 
 
 
 def _prose(words: str) -> str:
-    """Words in which an option is set as code, so that it does not break after its dashes."""
+    """Escape a text and format its options as code, so that a line does not break after their dashes."""
     return re.sub(r"(?<!\S)(--\w[\w-]*)", r"<code>\1</code>", escape(words))
 
 
 def _name(name: str) -> str:
-    """A name that may break after its dots, not within a word or a number."""
+    """Escape a name and allow line breaks after dots, but not within a word or a number."""
     return re.sub(r"([.=:])(?=[^\W\d])", r"\1<wbr>", escape(name))
 
 
 def _value(value: Any, other: Any) -> str:
-    """A value for people; a long list from the first place at which it parts from the other side's."""
+    """Format a value for display; show a long list from the first place at which it differs from the other side's."""
     if isinstance(value, (list, tuple)):
         words = _name(_list(value, other if isinstance(other, (list, tuple)) else value))
         return f'<span class="whole">{words}</span>' if len(words) <= _LONGEST_VALUE // 2 else words

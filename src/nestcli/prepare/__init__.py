@@ -1,7 +1,7 @@
-"""`nest prepare-data`: from folders, lists and manifests of audio to checked manifests, and shards if wanted.
+"""`nest prepare-data`: turn folders, lists and manifests of audio into checked manifests and, on request, shards.
 
-In come paths in any supported form, out go train and validation manifests, a list of rejected files with reasons, and a
-summary. `pipeline.py` is the file to open first; it calls the stages in order: `inputs` (with `kaldi`) collects
+The input is paths in any supported form. The output is train and validation manifests, a list of rejected files with
+reasons, and a summary. Start with `pipeline.py`, which calls the stages in order: `inputs` (with `kaldi`) collects
 utterances, `check` decodes every file, `select` accepts or rejects, `segment` cuts and converts, `split` takes the
 validation part, `write_shards` writes tars, `summary_picture` draws the result.
 """

@@ -37,7 +37,7 @@ def check_files(
     for file in files:
         why = allowed_folders.outside(file[0])
         known = None if why else _from_json(journal.get(_version(file)))
-        if why:  # not in the journal: the next run may allow other folders
+        if why:  # not stored in the journal, because the next run may allow other folders
             reports[file] = AudioReport(reason=allowed_folders.REASON, detail=why)
         elif known is None:
             todo.append(file)
@@ -64,7 +64,7 @@ def _checked(todo: Sequence[File], pool: Pool, patience: float) -> Iterator[tupl
     for results in pool.in_order(_inspect_all, _noting(_batches(todo), sent), limit):
         batch = sent.popleft()
         if isinstance(results, Died):
-            again.extend(batch)  # one of them is the cause; find out which, one by one
+            again.extend(batch)  # one file is the cause: check them one by one to find it
         else:
             yield from ((file, *result) for file, result in zip(batch, results, strict=True))
     for file, result in zip(again, pool.in_order(_inspect, again, lambda file: limit([file])), strict=True):

@@ -23,8 +23,8 @@ class PrepareOptions:
 
     `val_fraction` None means 0.05 for speech and 0 for noise. `jobs` None means one process per core; `ray` is the
     address of a Ray cluster to use instead. `channel` applies to files whose manifest chooses none; None averages all
-    channels. `sample_rate` (Hz) is the rate of converted files and shards. `patience` is the time in seconds after
-    which a file that does not respond is given up.
+    channels. `sample_rate` (Hz) is the rate of converted files and shards. A file that does not respond within
+    `patience` seconds is skipped.
     """
 
     kind: Literal["speech", "noise"] = "speech"

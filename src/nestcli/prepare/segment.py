@@ -83,7 +83,7 @@ def shape(
         lambda task: patience + seconds_for(file_size(task.path), task.offset + task.duration),
     )
     for number, result in _filled(len(tasks), todo, results):
-        if result is None:  # looked up again: a list of all pieces would be as long as the corpus
+        if result is None:  # read from the journal again: a list of all pieces would be as long as the corpus
             yield _made_before(journal, tasks[number]) or "it changed during the run; run the same command again"
             continue
         if isinstance(result, Died):
@@ -222,7 +222,7 @@ def _cut(blocks: Iterable[Samples], duration: float, segment: float, rate: int) 
 def _end_of_piece(samples: Samples, left: int, longest: int, rate: int) -> int:
     """Return the end of the first piece of `left` remaining samples; `samples` holds at least `longest` of them."""
     first = int(3 * _LEAST * left / math.ceil(left / longest))
-    last = min(longest, int(left - _LEAST * longest))  # leaves a rest that is long enough to use
+    last = min(longest, int(left - _LEAST * longest))  # leaves a remainder that is long enough to use
     return min(longest, first + _quietest(samples[first:last], rate))
 
 

@@ -40,7 +40,7 @@ class Accepted:
     sample_rate: int
     rms_db: float
     channel: int | None = None  # None for the average of all channels, or for the only one
-    path: str | None = None  # of the converted file
+    path: str | None = None  # path of the converted file
 
     @property
     def audio(self) -> str:

@@ -1,4 +1,4 @@
-"""The picture of a prepared corpus: how much of it, how long its utterances are, how loud."""
+"""Draw a summary of a prepared corpus: amount of audio, durations of utterances, levels."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nestcli.prepare.select import Accepted
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_QUIETEST = -72.0  # dBFS; what is below counts as that
+_QUIETEST = -72.0  # dBFS; lower levels count as this one
 _MOST_LABELS = 12
 
 
 def draw_summary(path: Path, kind: str, accepted: Sequence[Accepted]) -> None:
-    """Write the picture; none where nothing was accepted or matplotlib is missing, which loses no preparation."""
+    """Write the picture. Write none if nothing was accepted, or without matplotlib, which is not an error."""
     if not accepted:
-        path.unlink(missing_ok=True)  # of an earlier run
+        path.unlink(missing_ok=True)  # the picture of an earlier run
         return
     durations = np.array([each.duration for each in accepted])
     levels = np.array([each.rms_db for each in accepted])
@@ -43,7 +43,7 @@ def draw_summary(path: Path, kind: str, accepted: Sequence[Accepted]) -> None:
 
 
 def duration_bins(durations: np.ndarray, most: int = 24) -> tuple[list[str], list[float]]:
-    """Labels in seconds, and the hours of the utterances up to each; at most `most` where that is possible."""
+    """Return the upper limits of duration bins (labels in seconds), and the hours in each; `most` bins if possible."""
     longest = float(durations.max())
     step = next(size for size in (0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, math.inf) if longest / size <= most)
     n_bins = max(1, math.ceil(longest / step)) if math.isfinite(step) else 1
@@ -54,7 +54,7 @@ def duration_bins(durations: np.ndarray, most: int = 24) -> tuple[list[str], lis
 
 
 def level_bins(levels: np.ndarray, step: float = 3.0) -> tuple[list[str], list[float]]:
-    """Labels in dBFS, and the number of utterances up to each."""
+    """Return the upper limits of level bins (labels in dBFS), and the number of utterances in each."""
     edges = np.arange(_QUIETEST, 0.1, step)
     bins = np.searchsorted(edges, np.clip(levels, edges[0], edges[-1]), side="left")
     counts = np.bincount(bins, minlength=len(edges)).astype(float)
@@ -62,7 +62,7 @@ def level_bins(levels: np.ndarray, step: float = 3.0) -> tuple[list[str], list[f
 
 
 def _bars(axes: Axes, what: str, unit: str, labels: list[str], values: list[float]) -> None:
-    """A bar for each value, which ends on the right where its label stands."""
+    """Draw a bar for each value; its label marks the right edge."""
     places = range(1, len(values) + 1)
     every = math.ceil(len(labels) / _MOST_LABELS)
     axes.bar(places, values, width=-0.9, align="edge", color=BLUE)

@@ -57,9 +57,9 @@ def make(copy: Path, size: int | None, limit: int, write: Callable[[BinaryIO], b
         while not _is_whole(copy, size):
             with _locked(part) as file:
                 if file is None:
-                    moved()  # the process that writes it is watched too
+                    moved()  # tells the trainer that this process makes progress: the writing process is watched itself
                     time.sleep(_POLL)
-                elif not _is_whole(copy, size):  # it may have been finished before we had the lock
+                elif not _is_whole(copy, size):  # another process may have finished it before we got the lock
                     _make_room(copy.parent, size or 0, limit)
                     if not _fill(file, part, copy, write):
                         return False

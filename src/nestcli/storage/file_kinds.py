@@ -141,16 +141,16 @@ _SEPARATORS = (("\t", "tabs (TSV)"), (",", "commas (CSV)"), (";", "semicolons (C
 
 
 def no_manifest(path: str, head: bytes, *, packed: bool = False) -> str:
-    """Say what a file with these first bytes is and what to do; empty for JSON lines and unknown files."""
+    """Describe a file with these first bytes, with a remedy; return "" for JSON lines and unknown files."""
     file, inside = (path.removesuffix(".gz"), "unpacked ") if packed else (path, "")
     form = _form_of(file, head)
     return "" if form is None or not form.manifest else f"{path} is {inside}{_words(form, form.manifest, file)}."
 
 
 def foreign(path: str | os.PathLike[str], head: bytes | None = None) -> str:
-    """Say what a file that is not audio is and what to do; empty for unknown files and those that may be audio.
+    """Describe a file that is not audio, with a remedy; return "" for unknown files and files that may be audio.
 
-    If the first bytes are not given, they are read; only regular files are opened.
+    Without `head`, reads the first bytes itself; opens only regular files.
     """
     path = os.fspath(path)
     form = _form_of(path, _head(path) if head is None else head)
@@ -158,7 +158,7 @@ def foreign(path: str | os.PathLike[str], head: bytes | None = None) -> str:
 
 
 def known_ending(name: str) -> str:
-    """Describe the files of this ending that hold audio but are not read; empty for other endings."""
+    """Describe audio files with this extension that nest does not read; return "" for other extensions."""
     form = _FORMS.get(_BY_ENDING.get(name.rpartition(".")[2].lower(), ""))
     return f"{form.what}. {form.audio}" if form is not None and form.holds_audio else ""
 

@@ -4,5 +4,5 @@ A configuration comes in. A `RunResult` and a folder come out, with config.yaml,
 metrics.jsonl, bad_batches.jsonl and the loggers' curves. Batches come from `nestcli.data`; the model, its loss and its
 optimiser from `nestcli.model`; `nestcli.checkpoint` reads and writes checkpoint files.
 
-Open run.py first: `Pretraining` names every other file in the order in which a run needs it.
+Start with run.py: `Pretraining` uses the other files in the order in which a run needs them.
 """

@@ -23,7 +23,7 @@ from nestcli.model.module import NestModule
 from nestcli.training.lightning_internals import OpenModelCheckpoint
 from nestcli.training.settings import CheckpointConfig, Length
 
-LAST_KEPT = 2  # newest checkpoints: if one is damaged, the one before it remains
+LAST_KEPT = 2  # number of newest checkpoints to keep: if one is damaged, the other remains
 _MONITORS = ("val_loss", "val_masked_accuracy", "train_loss", "masked_accuracy")
 _PER_PROCESS = ("train_loss", "masked_accuracy")  # values that each process logs of its own batches
 _FIELD = re.compile(r"(?:[A-Za-z_/]+=)?\{(?P<name>[\w/-]+)(?::[^{}]*)?\}[-_ ]?")
@@ -102,17 +102,17 @@ class NestCheckpoint(OpenModelCheckpoint):
     def __init__(
         self, folder: Path, filename: str, *, monitor: str | None, nemo: Path | None = None, **options: Any
     ) -> None:
-        if options.get("save_last") == "link":  # its target is removed when a better one comes
+        if options.get("save_last") == "link":  # the link's target is removed when a better model is saved
             options["save_last"] = True
         if options.get("save_top_k", 1) not in (0, 1) and not _HAS_STEP.search(filename):
-            filename = f"{filename}-{{step}}"  # several best models need several names
+            filename = f"{filename}-{{step}}"  # distinguishes several best models
         super().__init__(dirpath=folder, filename=filename, monitor=monitor, enable_version_counter=False, **options)
         step = "{step}" if self.auto_insert_metric_name else "step={step}"
         self.CHECKPOINT_NAME_LAST = f"{filename}-last" if filename.endswith(step) else f"{filename}-{step}-last"
         self.nemo = nemo
         self._best_before: set[str] = set()
         self._unknown = torch.tensor(-math.inf if self.mode == "max" else math.inf)  # the monitor before it has a value
-        self._left_over: list[str] = []  # names of former best ones that a kill may have kept from being removed
+        self._left_over: list[str] = []  # former best checkpoints that remain if a kill interrupted their removal
 
     def state_dict(self) -> dict[str, Any]:
         outdated = self._best_before - {*self.best_k_models, self.best_model_path}
@@ -155,7 +155,7 @@ class NestCheckpoint(OpenModelCheckpoint):
             self.write_last(trainer, self.candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.take_deferred() and self.is_due(trainer):  # due on the last batch, which no validation followed
+        if self.take_deferred() and self.is_due(trainer):  # the last batch, without a validation
             self.write_best(trainer, self.candidates(trainer))
             self.write_last(trainer, self.candidates(trainer))
         super().on_train_end(trainer, pl_module)
@@ -170,7 +170,7 @@ class NestCheckpoint(OpenModelCheckpoint):
         return Path(self.last_model_path)
 
     def write(self, trainer: Trainer, filepath: str) -> None:
-        """Write the .nemo file first: after a kill between the two, the resumed run writes both again."""
+        """Write the .nemo file first: a run that is killed before the checkpoint writes both again on resume."""
         try:
             self._write_nemo(trainer, filepath)
         finally:
@@ -209,12 +209,12 @@ class NestCheckpoint(OpenModelCheckpoint):
         return previous != current and inside and not previous.endswith("-last.ckpt")
 
     def candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        """Return Lightning's values, made equal in all processes: they must agree on the best model and its name."""
+        """Return the values for monitor and file names, equal in all processes: all must choose the same model."""
         candidates = super().candidates(trainer)
         for name in _PER_PROCESS:
             if name in candidates:
                 candidates[name] = trainer.strategy.reduce(candidates[name], reduce_op="mean")
-        if self.monitor is not None:  # before the first validation any model may be the best
+        if self.monitor is not None:  # without a value before the first validation, any model may be the best
             candidates.setdefault(self.monitor, self._unknown)
         return candidates
 
@@ -228,7 +228,7 @@ class NestCheckpoint(OpenModelCheckpoint):
 
 
 def _outdated(newest: Path) -> list[Path]:
-    """Return the last checkpoints to remove once `newest` is written: all older ones but the newest of them."""
+    """Return the `-last` checkpoints to remove once `newest` is written: all older ones, except the newest of these."""
     others = [path for path in newest.parent.glob("*-last.ckpt") if path != newest]
     keyed = sorted(((step_in_name(path) or -1, path.stat().st_mtime_ns, path) for path in others), reverse=True)
     before = [path for step, _, path in keyed if step <= (step_in_name(newest) or 0)]

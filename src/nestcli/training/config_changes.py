@@ -69,7 +69,7 @@ _BEST = tuple(
     f"exp_manager.checkpoint_callback_params.{key}"
     for key in ("monitor", "mode", "every_n_train_steps", "every_n_epochs")
 )  # if one of them changes, Lightning does not restore the best models
-_SHOWN = 8  # keys in a message
+_SHOWN = 8  # maximum number of keys in a message
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Changes:
 
 
 def record_initial_weights(config: DictConfig, former: Mapping[str, Any] | None) -> None:
-    """Make the configuration of a resumed run name the weights that it began with, the only ones."""
+    """Make the configuration of a resumed run name the initial weights that the run began with, and no others."""
     if former is None:
         return
     for key in START_KEYS:

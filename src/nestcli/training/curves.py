@@ -1,6 +1,6 @@
-"""The curves of a run's metrics.jsonl as a picture: `python -m nestcli.training.curves RUN_FOLDER [OUT.png]`.
+"""Draw the curves of a run's metrics.jsonl: `python -m nestcli.training.curves RUN_FOLDER [OUT.png]`.
 
-The ending of the picture's name chooses PNG, SVG or PDF. No run draws them itself.
+The file extension chooses PNG, SVG or PDF. Runs do not draw curves themselves.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...] = (
     ("gradient norm", (("gradient_norm", "", False),)),
     ("parameter norm", (("parameter_norm", "", False),)),
 )
-_WIDE_RANGE = 50.0  # largest over smallest value of a panel, from where on its scale is logarithmic
+_WIDE_RANGE = 50.0  # ratio of a panel's largest to its smallest value above which its scale is logarithmic
 
 
 def read_lines(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, or of the one in a run's folder. Raises ConfigError if there are none."""
+    """Read the lines of a metrics.jsonl, or of the one in a run's folder. Raises ConfigError if there are none."""
     path = metrics / "metrics.jsonl" if metrics.is_dir() else metrics
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -64,9 +64,9 @@ def read_lines(metrics: Path) -> list[dict[str, Any]]:
 
 @styled()
 def draw_curves(lines: Lines, path: Path, title: str = "") -> str:
-    """Draw every panel for which there are numbers. Raises MissingDependencyError without matplotlib.
+    """Draw every panel that has data. Raises MissingDependencyError without matplotlib.
 
-    Returns a sentence about letters of the title that no font has, or nothing.
+    Returns a sentence about letters of the title that no font has, or an empty string.
     """
     panels = [panel for panel in _PANELS if any(_points(lines, key)[0] for key, _, _ in panel[1])]
     rows = -(-len(panels) // 2)
@@ -99,7 +99,7 @@ def _panel(axes: Axes, name: str, curves: Sequence[tuple[str, str, bool]], lines
 
 
 def _points(lines: Lines, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the lines that have a finite number under a key."""
+    """Return steps and values of the lines that have a finite number under a key."""
     points = [(line["step"], line[key]) for line in lines if line.get(key) is not None and np.isfinite(line[key])]
     return [step for step, _ in points], [value for _, value in points]
 

@@ -72,7 +72,7 @@ def find_resume(folder: Path, config: DictConfig, model: nn.Module) -> Resume:
     if not manager.resume_if_exists:
         if there:
             raise ConfigError(
-                f"{folder} holds a run already, and exp_manager.resume_if_exists is false. A new one would "
+                f"{folder} already contains a run, and exp_manager.resume_if_exists is false. A new run would "
                 "overwrite it. Set another exp_manager.name, or exp_manager.resume_if_exists=true to resume it."
             )
         return Resume()
@@ -80,7 +80,7 @@ def find_resume(folder: Path, config: DictConfig, model: nn.Module) -> Resume:
         return _newest_whole(checkpoints, config, model)
     if not manager.resume_ignore_no_checkpoint:
         raise ConfigError(
-            f"exp_manager.resume_if_exists: there is no checkpoint in {checkpoints}. "
+            f"exp_manager.resume_if_exists: {checkpoints} contains no checkpoint. "
             "Set exp_manager.resume_ignore_no_checkpoint=true to start from the beginning."
         )
     return Resume()

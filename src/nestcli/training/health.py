@@ -23,10 +23,10 @@ from nestcli.training.lightning_internals import is_step_complete
 from nestcli.training.step_guard import StepGuard
 
 # Thresholds of a collapse. Measured examples: docs/health.md
-_FEW_CODES = 0.01  # perplexity of the predictions over that of the targets, both less 1
+_FEW_CODES = 0.01  # ratio of (perplexity - 1) of the predictions to that of the targets
 _FLAT_RANK = 1.5  # effective rank
-_NO_BETTER = 0.98  # loss over that of the unigram baseline, in a run with one of the signs above
-_LONG = 2.0  # warm-ups after which a loss above the baseline alone is a sign
+_NO_BETTER = 0.98  # ratio of the loss to the unigram baseline's, in a run with one of the signs above
+_LONG = 2.0  # after this many warm-ups, a loss above the baseline is a sign by itself
 _KEYS = ("train_loss", "unigram_loss", "predicted_perplexity", "target_perplexity", "effective_rank")
 _ADVICE = (
     "Lower model.optim.lr or lengthen model.optim.sched.warmup_steps, set trainer.gradient_clip_val=1.0, and start "
@@ -158,7 +158,7 @@ class HealthMonitor(Callback):
         self.guard = guard
         self.codes = CodeCounts(n_books, n_codes)
         self._validation = CodeCounts(n_books, n_codes)  # only `local` and `window` are used
-        self._local, self._window = (torch.zeros(4, dtype=torch.int64) for _ in range(2))  # samples, room, masked, of
+        self._local, self._window = (torch.zeros(4, dtype=torch.int64) for _ in range(2))  # the four sums of `_sizes`
         self._open: _Step | None = None
         self._last: _Step | None = None  # whole, not yet read
 

@@ -26,7 +26,7 @@ from nestcli.model.target_statistics import Targets
 from nestcli.training.target_check import read_sample
 
 ENCODER_KEY = "init_from_encoder"
-FIT_SECONDS = 3600.0  # of audio that the quantizer is fitted to
+FIT_SECONDS = 3600.0  # amount of audio that the quantizer is fitted to
 # Keys that change an encoder's function but not the shapes of its weights.
 _FUNCTION = (
     *(f"model.preprocessor.{key}" for key in ("sample_rate", "window_size", "window_stride", "n_fft")),

@@ -1,9 +1,9 @@
 """The processes of a run: check how many were started and by what, start them on this machine, end them together.
 
-A launcher that starts more processes than the trainer expects would make several trainings in one folder; one that
-starts fewer leaves processes waiting. Lightning starts the others on this machine as copies of this command. Its own
-observer also kills the main process, which then prints nothing; without it, a process that has lost another may wait
-for half an hour, or report the connection as the cause.
+A launcher that starts more processes than the trainer expects would run several trainings in one folder; with fewer,
+the processes would wait for others that never start. On one machine, Lightning starts the other processes as copies of
+this command. Its own observer would also kill the main process, which then prints nothing. Without any observer, a
+process that has lost another one may wait for half an hour, or report the lost connection as the cause.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "GROUP_RANK", "NODE_RANK")
 _LAUNCHER = "NEST_LAUNCHER_PID"  # set in the processes that this one starts
 _POLL_SECONDS = 0.5
-_DEATH_SECONDS = 10.0  # from losing a connection to finding the process that died
+_DEATH_SECONDS = 10.0  # to find the process that died after a connection is lost
 
 
 class PeerLostError(RunFailedError):
@@ -252,7 +252,7 @@ def _remove_left_over(processes: int, nodes: int) -> None:
     """Remove ranks that other programs left in the environment; one would keep the only process silent."""
     needed = {"NODE_RANK", "GROUP_RANK"} if nodes > 1 else set()
     if processes > 1:
-        needed.add("LOCAL_RANK")  # for processes that a person starts
+        needed.add("LOCAL_RANK")  # set by the user who starts the processes by hand
     for name in set(_RANKS) - needed:
         os.environ.pop(name, None)
 

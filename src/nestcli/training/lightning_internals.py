@@ -137,7 +137,7 @@ class OpenLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher of this machine's processes, without its observer, which kills the main process too."""
 
     def start(self) -> None:
-        """Start the other processes, where that is for this one to do."""
+        """Start the other processes, if this process must do so."""
         # _call_children_scripts: repeats the command with the variables of each rank; launch() has no part to override.
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
@@ -159,5 +159,5 @@ def replace_launcher(trainer: Trainer, kind: type[Launcher]) -> Launcher | None:
     if not isinstance(given, _SubprocessScriptLauncher):
         return None
     ours = kind(given.cluster_environment, given.num_processes, given.num_nodes)
-    trainer.strategy._launcher = ours  # strategies choose a launcher and take none
+    trainer.strategy._launcher = ours  # a strategy chooses its launcher itself; none can be passed in
     return ours

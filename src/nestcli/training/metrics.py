@@ -36,7 +36,7 @@ class StepReport:
     learning_rate: float
     audio_per_second: float  # this and the fields after seconds_left: NaN until a step is logged
     seconds_left: float | None
-    unigram_loss: float = math.nan  # of guessing by code frequency
+    unigram_loss: float = math.nan  # loss of guessing by code frequency
     unigram_accuracy: float = math.nan
     data_wait_share: float = math.nan
 
@@ -103,8 +103,8 @@ class MetricsWriter(Callback):
         self._started = _Totals()  # when this process began
         self._first_step = 0
         self._shown: dict[str, float] = {}  # the values of the last reading that the display shows
-        self._message: str | None = None  # of the collapse detector, not yet reported
-        self._plateau_message: str | None = None  # of the plateau detector, not yet reported
+        self._message: str | None = None  # message of the collapse detector that is not yet reported
+        self._plateau_message: str | None = None  # message of the plateau detector that is not yet reported
         self._row: dict[str, Any] = {}  # the line of the newest step that was read
 
     # ---- Lightning's hooks ----

@@ -48,11 +48,11 @@ class ResumedCounts(Callback):
             count_step_for_loggers(loops)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # the 1 from above
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # removes the 1 set above
 
 
 def _complete_step(loops: dict[str, Any]) -> bool:
-    """Count a step that had ended but was not completed when the checkpoint was written; whether there was one."""
+    """Count a step that had ended but was not counted when the checkpoint was written; return True if there was one."""
     counts = loops[_BATCHES]
     if counts["total"]["completed"] == counts["total"]["processed"]:
         return False
@@ -82,7 +82,7 @@ class SameResume(Callback):
 
 
 class ConfiguredOptimizer(Callback):
-    """Gives the optimiser and the schedule the configuration's values in a resumed run; moments and steps are kept.
+    """Sets the optimiser's and the schedule's options from the configuration on resume; keeps moments and step counts.
 
     Lightning restores all options from the checkpoint.
     """
@@ -98,7 +98,7 @@ class ConfiguredOptimizer(Callback):
         self._options = {key: value for key, value in group.items() if key not in ("params", "lr")}
         self._schedule = {
             key: getattr(schedule, key) for key in ("base_lrs", "d_model", "warmup_steps", "min_lr")
-        }  # before the checkpoint's state replaces them
+        }  # saved before the checkpoint's state replaces them
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.ckpt_path:
@@ -118,9 +118,10 @@ class ConfiguredOptimizer(Callback):
 
 
 def place_steps(optimizer: Optimizer) -> None:
-    """Move the optimiser's step counts to the device that its options need: fused ones to the weights', others to CPU.
+    """Move the optimiser's step counters to the right device: with a fused optimiser the weights' device, else the CPU.
 
-    PyTorch follows the checkpoint's options. On a GPU a fused step would then fail, and another would wait for it.
+    PyTorch places them by the options in the checkpoint, which may differ from the current ones. On a GPU, a fused step
+    would then fail, and a plain step would wait for the device.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -29,7 +29,7 @@ def check_folder(folder: Path) -> None:
     for wanted in (folder, folder / "checkpoints"):
         existing = _existing(wanted)
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ConfigError(f"the experiment's folder {wanted} is not writable. Set exp_manager.exp_dir.")
+            raise ConfigError(f"the experiment's folder {wanted} is not writable. Set exp_manager.exp_dir to another.")
 
 
 def check_space(folder: Path, checkpoints: NestCheckpoint | None, model: nn.Module) -> None:
@@ -112,7 +112,9 @@ def experiment_folder(config: DictConfig) -> Path:
     manager = config.exp_manager
     name = str(manager.name)
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"exp_manager.name: {name[:100]!r} leads out of exp_manager.exp_dir. Give a plain name.")
+        raise ConfigError(
+            f"exp_manager.name: {name[:100]!r} leads outside exp_manager.exp_dir. Give a relative name without `..`."
+        )
     return Path(user_path(str(manager.exp_dir or DEFAULT_EXP_DIR))) / name
 
 
@@ -135,6 +137,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"the experiment's folder {folder} cannot be created: {error.strerror}. Set exp_manager.exp_dir."
+            f"the experiment's folder {folder} cannot be created: {error.strerror}. Set exp_manager.exp_dir to another."
         ) from None
     check_folder(folder)

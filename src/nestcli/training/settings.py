@@ -35,8 +35,8 @@ _NOT_PASSED = (
     "enable_checkpointing", "logger", "enable_progress_bar", "max_epochs", "max_steps", "limit_train_batches",
     "val_check_interval", "check_val_every_n_epoch",
 )  # fmt: skip
-_PROCESSES = 16  # allowed on a CPU, even if it has fewer cores
-_ENDLESS = 1 << 40  # steps of a run without an end
+_PROCESSES = 16  # number of processes that is always allowed on a CPU, even with fewer cores
+_ENDLESS = 1 << 40  # steps of a run without a limit
 _TIME = re.compile(r"\d{1,5}:\d\d:\d\d:\d\d")
 _TIME_PARTS = ("weeks", "days", "hours", "minutes", "seconds")
 _STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "fsdp2")
@@ -231,7 +231,7 @@ class Length:
                 raise ConfigError(
                     f"trainer.max_epochs={trainer.max_epochs}: {batches} batches are fewer than the "
                     f"trainer.accumulate_grad_batches={accumulate} of one step"
-                    f"{f' on {processes} devices' if processes > 1 else ''}. Raise the one or lower the other."
+                    f"{f' on {processes} devices' if processes > 1 else ''}. Raise the first or lower the second."
                 )
             ends.append(batches // (accumulate * processes))
         interval = 1.0 if trainer.val_check_interval is None else trainer.val_check_interval

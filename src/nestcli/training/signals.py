@@ -26,7 +26,7 @@ from nestcli.training.lightning_internals import is_step_complete
 
 STOPPED = 143  # exit code of a run that was stopped and can be resumed: the shell's for SIGTERM
 INTERRUPTED = 130  # exit code after Ctrl-C
-_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # if processes got different ones, the last of these wins
+_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # of different signals in one run, the last one here counts
 _SCONTROL_SECONDS = 30
 
 
@@ -72,7 +72,7 @@ class StopSignals(Callback):
             raise KeyboardInterrupt
         if not self.signum and is_first_process():
             again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
-            # print is not reentrant: the signal may have interrupted one
+            # print is not reentrant, and the signal may have interrupted a print
             os.write(2, f"\n{_name(signum)}: stopping after this step and saving{again}\n".encode())
         self.signum = signum
 

@@ -20,10 +20,10 @@ from nestcli.model.module import NestModule
 from nestcli.training.jsonl import append_line, drop_lines_after
 from nestcli.training.lightning_internals import copy_tensors
 
-_MEDIAN_OF = 100  # good steps whose losses give the usual loss
-_MEDIAN_FROM = 20  # good steps before a loss can count as exploding
-_WINDOW = 100  # steps in which `max_bad_steps` end the run
-_FILES = 1000  # most names in a line
+_MEDIAN_OF = 100  # number of good steps whose median loss is the usual loss
+_MEDIAN_FROM = 20  # minimum number of good steps before a loss can count as exploding
+_WINDOW = 100  # number of latest steps in which `max_bad_steps` bad ones end the run
+_FILES = 1000  # maximum number of file names in a line
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -51,10 +51,10 @@ class StepGuard(Callback):
         self.max_bad_steps, self.explode_factor = max_bad_steps, explode_factor
         self.bad_steps = 0
         self.gradient_norm = torch.full((), math.nan)  # of the newest step, before clipping, on the device
-        self._recent: list[int] = []  # bad steps of the last _WINDOW
+        self._recent: list[int] = []  # bad steps among the last _WINDOW steps
         self._usual: list[float] = []  # losses of good steps
         self._statistics = _Statistics()
-        self._ids: list[tuple[int, ...]] = []  # of this step's batches
+        self._ids: list[tuple[int, ...]] = []  # line numbers of the utterances in this step's batches
         self._losses: list[Tensor] = []
 
     # ---- Lightning's hooks ----

@@ -180,7 +180,7 @@ def test_two_passes_at_once_are_refused() -> None:
     first, second = iter(loader), iter(loader)
     next(first)
     assert same(next(second), batch_of(0))
-    with pytest.raises(RuntimeError, match="one at a time"):
+    with pytest.raises(RuntimeError, match="only one can run at a time"):
         next(first)
 
 

@@ -1,9 +1,9 @@
-"""The training loader: processes that make batches, and the memory that carries them to the trainer.
+"""Training loader: worker processes that make batches, and shared memory that carries the batches to the trainer.
 
-In come a data set, which makes the batch of a place, and a sampler, which names the places. Out come the batches, in
-the sampler's order, the same for any number of processes.
+The input is a data set and a sampler. The sampler yields places (a `Place` of `data/sampler.py` describes one batch of
+a run), and the data set makes the batch of a place. The output is the batches in the sampler's order, the same for any
+number of processes.
 
-Open `loader.py` first: it starts the processes, hands out places and delivers batches. `worker.py` is one such
-process. `ring.py` is the shared memory that batches lie in. `watch.py` tells which process died or hangs, and over
-which file.
+Start with `loader.py`: it starts the processes, sends them places and delivers batches. `worker.py` is one such
+process. `ring.py` is the shared memory. `watch.py` reports a process that died or hangs, and the file it was reading.
 """

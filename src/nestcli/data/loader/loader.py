@@ -31,18 +31,18 @@ from nestcli.data.loader.worker import SIGNALS, Failure, WorkerTraceback, work
 from nestcli.errors import RunFailedError
 from nestcli.jobs.prefetch_thread import ahead
 
-PREFETCHED = 2  # batches that each process may be ahead
-_POLL = 1.0  # s between looks at the processes while a batch is waited for
-_ENDING = 5.0  # s for killed processes to go
+PREFETCHED = 2  # batches that each process may make in advance
+_POLL = 1.0  # s between checks of the processes while the trainer waits for a batch
+_ENDING = 5.0  # s to wait for killed processes to end
 
 
 def slots(workers: int, prefetched: int = PREFETCHED) -> int:
-    """Return how many slots the ring has: one for each batch under way, and one that is being copied out."""
+    """Return the number of slots: one for each batch in progress, and one for the batch that is being copied out."""
     return workers * prefetched + 1 if workers else 0
 
 
 class Batches(Protocol):
-    """A data set: returns the batch of a place, or another small object, and makes its arrays by `make_array`."""
+    """Data set that returns the batch of a place, or another small object; it allocates arrays with `make_array`."""
 
     make_array: Empty
 
@@ -50,7 +50,7 @@ class Batches(Protocol):
 
 
 class Places(Sized, Iterable[Any], Protocol):
-    """A sampler: the places of one pass."""
+    """Sampler that yields the places of one pass."""
 
 
 class Loader:
@@ -91,17 +91,17 @@ class Loader:
         yield from batches if self.device is None else ahead(batches, partial(_settle, self.device))
 
     def close(self) -> None:
-        """End the processes. The next pass starts new ones."""
+        """Stop the worker processes. The next pass starts new ones."""
         self._end()
 
 
 class _Crew:
-    """Running loader processes, and which batches they have been given and have delivered."""
+    """The running loader processes, with counts of the batches requested from them and received."""
 
     def __init__(self, data: Batches, ring: Ring, watch: Watch, workers: int) -> None:
         self.ended = False
         self._ring, self._watch, self._parent = ring, watch, os.getpid()
-        self._given = self._taken = 0  # batches, over all passes
+        self._given = self._taken = 0  # batches requested and received, over all passes
         self._pass = 0
         self._channels: list[Connection] = []
         self._processes: list[BaseProcess] = []
@@ -119,7 +119,7 @@ class _Crew:
                 self._channels.append(ours)
                 process.start()
                 self._processes.append(process)
-                theirs.close()  # or the next process would keep it open, and nobody notice the end of this one
+                theirs.close()  # otherwise the next process inherits it, and the end of this process goes unnoticed
         except OSError as error:
             self.end()
             raise RunFailedError(
@@ -131,10 +131,10 @@ class _Crew:
         watch.processes = self._processes
 
     def batches(self, places: Iterable[Any], under_way: int, *, pin: bool) -> Iterator[Any]:
-        """The batches of `places` in their order, of which `under_way` are given out at a time."""
+        """Yield the batches of `places` in order; up to `under_way` of them are in progress at a time."""
         self._pass += 1
         this_pass = self._pass
-        while self._taken < self._given:  # left over from a pass that ended early
+        while self._taken < self._given:  # discard batches of a pass that ended early
             self._next_answer()
         coming = iter(places)
         for place in islice(coming, under_way):
@@ -143,16 +143,16 @@ class _Crew:
             number, answer = self._taken, self._next_answer()
             if isinstance(answer, Failure):
                 raise answer.error from WorkerTraceback(f"\n{answer.trace}")
-            for place in islice(coming, 1):  # before the copy, so that the processes need not wait for it
+            for place in islice(coming, 1):  # sent before the copy, so that the processes do not wait for it
                 self._give(place)
             batch = self._ring.take(number, answer, pin=pin) if isinstance(answer, Sent) else answer
             yield batch
-            del batch  # not kept while the next one is waited for
+            del batch  # frees its memory while the next one is made
             if self._pass != this_pass:
-                raise RuntimeError("another pass over this loader has begun: one at a time")
+                raise RuntimeError("another pass over this loader has begun; only one can run at a time")
 
     def _give(self, place: Any) -> None:
-        with suppress(ConnectionError):  # that process is dead; the next look tells
+        with suppress(ConnectionError):  # the process is dead; `_watch.look` will report it
             self._channels[self._given % len(self._channels)].send((self._given, place))
         self._given += 1
 
@@ -171,14 +171,14 @@ class _Crew:
             try:
                 answer = channel.recv()
             except (EOFError, ConnectionError):
-                self._processes[worker].join(_POLL)  # it is about to be gone
+                self._processes[worker].join(_POLL)  # its connection is closed, so it is about to end
                 continue
             self._taken += 1
             return answer
 
     def end(self) -> None:
-        """Kill all processes, wherever they are: they hold nothing that must be put away."""
-        if self.ended or os.getpid() != self._parent:  # a process that was forked meanwhile must not end its siblings
+        """Kill all processes at any point of their work: they hold nothing that must be saved."""
+        if self.ended or os.getpid() != self._parent:  # a process forked from this one must not kill its siblings
             return
         self.ended = True
         for process in self._processes:
@@ -186,12 +186,12 @@ class _Crew:
         deadline = time.monotonic() + _ENDING
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():  # in the kernel, where no signal arrives; Python would wait for it at its end
+            if process.is_alive():  # blocked in the kernel, where no signal arrives; Python would wait at exit
                 getattr(multiprocessing.process, "_children", set()).discard(process)
 
 
 def _settle(device: torch.device) -> None:
-    """Prepare a thread for copying: on its own process's GPU, and without taking all cores for it."""
-    torch.set_num_threads(1)  # of this thread alone
+    """Prepare a thread for copying: select the GPU of its process, and use one core only."""
+    torch.set_num_threads(1)  # affects this thread only
     if device.type == "cuda":
         torch.cuda.set_device(device)

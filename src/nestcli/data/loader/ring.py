@@ -1,7 +1,7 @@
-"""The memory that carries batches from loader processes to the trainer: slots, allocated once and used in turn.
+"""Ring buffer that carries batches from loader processes to the trainer: slots that are allocated once and reused.
 
-Fresh memory for every batch would cost as much time as decoding the audio: the kernel hands out, clears and takes back
-each page. A process makes a batch in its slot, and the trainer copies it out.
+Fresh memory for every batch would cost as much time as decoding the audio, because the kernel allocates, clears and
+frees each page. A loader process makes a batch in its slot, and the trainer copies it out.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ class Lies:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A batch on its way: its tensors, in their slot or (if the slot is too small) as arrays; and its other fields."""
+    """A batch in transit: its tensors (places in the slot, or arrays if the slot is too small) and its other fields."""
 
     tensors: dict[str, Lies | npt.NDArray[Any]]
     others: dict[str, Any]
 
 
 class Ring:
-    """`n_slots` slots of `n_bytes` each, which this process shares with those that it forks.
+    """Shared memory of `n_slots` slots of `n_bytes` each, used by this process and the processes forked from it.
 
-    Batch `number` of a loader takes slot `number % n_slots`, so at most `n_slots` batches may be under way. Memory is
-    taken when it is first written to: a large slot costs what its largest batch took. A ring without slots sends whole
-    batches, for processes that are not forked.
+    Batch `number` of a loader takes slot `number % n_slots`, so at most `n_slots` batches may be in progress. The
+    kernel allocates a page when it is first written: a large slot costs only what its largest batch used. A ring
+    without slots sends whole batches, for processes that are not forked.
     """
 
     def __init__(self, n_slots: int, n_bytes: int) -> None:
         self.n_bytes = n_bytes
         self._slots = [mmap.mmap(-1, n_bytes) for _ in range(n_slots)] if n_bytes else []
-        self._slot: mmap.mmap | None = None  # of the batch that this process makes
-        self._end = 0  # bytes of it that are taken
+        self._slot: mmap.mmap | None = None  # slot of the batch that this process is making
+        self._end = 0  # bytes of the slot that are in use
 
     # ---- in a loader process ----
 
     def begin(self, number: int) -> None:
-        """Use the slot of batch `number` from its first byte on, for `array` and `put`."""
+        """Start batch `number`: `array` and `put` fill its slot from the first byte."""
         self._slot = self._slots[number % len(self._slots)] if self._slots else None
         self._end = 0
 
     def array(self, shape: tuple[int, ...]) -> Samples:
-        """Return an array of any content for the batch that is being made: in its slot, if there is room."""
+        """Return an uninitialised float32 array for the current batch: in its slot, if there is room."""
         start = self._room_for(4 * math.prod(shape))
         if start is None or self._slot is None:
             return np.empty(shape, np.float32)
@@ -69,10 +69,10 @@ class Ring:
         return array
 
     def put(self, batch: NoiseBatch) -> Sent:
-        """Copy into the slot what was not made there, and return what the trainer needs to find the batch."""
+        """Copy tensors that are not in the slot yet into it; return the places that the trainer needs."""
         values = {field.name: getattr(batch, field.name) for field in fields(batch)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        made = self._end  # bytes of arrays that were made here
+        made = self._end  # bytes of arrays that `array` allocated in the slot
         placed = {name: self._placed(tensor, made) for name, tensor in tensors.items()}
         return Sent(placed, {name: value for name, value in values.items() if name not in tensors})
 
@@ -91,7 +91,7 @@ class Ring:
         return lies
 
     def _room_for(self, n_bytes: int) -> int | None:
-        """Take `n_bytes` of the slot and return the first; None if they do not fit."""
+        """Reserve `n_bytes` of the slot; return the position of the first, or None if they do not fit."""
         start = self._end
         if self._slot is None or start + n_bytes > self.n_bytes:
             return None
@@ -101,9 +101,9 @@ class Ring:
     # ---- in the process that trains ----
 
     def take(self, number: int, sent: Sent, *, pin: bool = False) -> NoiseBatch:
-        """Copy batch `number` out of its slot, which is free then; into page-locked memory, if `pin` is set.
+        """Copy batch `number` out of its slot, which frees the slot; with `pin`, into page-locked memory.
 
-        PyTorch keeps page-locked blocks for the next batches, and gives none out before its transfer has ended.
+        PyTorch caches page-locked blocks, and reuses a block only after its transfer has ended.
         """
         copies: dict[str, Any] = {}
         for name, there in sent.tensors.items():

@@ -1,7 +1,7 @@
-"""Watches loader processes while the trainer waits for them: who died or hangs, and over which file.
+"""Watch the loader processes while the trainer waits for a batch; report a process that died or hangs, and its file.
 
-A process that dies ends the run when the next batch is asked for, or is waited for. A process that stays with the same
-file for too long, or does nothing while its batch is waited for, ends the run too.
+The run ends with an error at the next batch if a process died, reads the same file for too long, or does nothing
+although its batch is late.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nestcli.files import is_remote
 from nestcli.jobs.activity import NOTHING, Note, Notes
 from nestcli.storage import fetch
 
-# Forked processes share memory with the trainer, so it sees what they do. Spawned ones (macOS) are only seen to die.
+# Forked processes write notes into memory that the trainer reads. Of spawned ones (macOS), only the death is noticed.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
-_GRACE = 2.0  # s that a process may take to move again: all may have been stopped and continued together
-_REMOTE = 300.0  # s without a byte of a remote file at least: those who fetch it try four times
+_GRACE = 2.0  # s for a suspected process to progress: all processes may have been suspended and resumed together
+_REMOTE = 300.0  # minimum time limit in s without a byte of a remote file: a download makes four attempts
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 _STATES = {"T": "It is stopped (SIGSTOP). ", "D": "It waits for a disk or a file server. "}
 
@@ -39,7 +39,7 @@ class Watch:
         self.notes = Notes(workers, manifests) if forked else None
         self.key, self.timeout, self.manifests = key, timeout if forked else None, manifests
         self.processes: Sequence[BaseProcess] = ()
-        self._suspected: dict[int, tuple[int, float]] = {}  # by process: the note that is too old, and when it was seen
+        self._suspected: dict[int, tuple[int, float]] = {}  # process -> number of its overdue note, time of the finding
 
     def look(self, awaited: int | None = None, waited: float = 0.0) -> None:
         """Raise RunFailedError if a process has died or hangs. `awaited` is late with its batch by `waited` seconds."""
@@ -63,7 +63,7 @@ class Watch:
         return NOTHING if self.notes is None else self.notes.of(number)
 
     def _patience(self, note: Note) -> float:
-        """Return the seconds that what a note tells of may take."""
+        """Return the time limit in seconds for the activity that a note describes."""
         assert self.timeout is not None
         return max(self.timeout, _REMOTE) if note.reading and self._is_remote(note) else self.timeout
 

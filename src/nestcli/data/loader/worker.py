@@ -1,7 +1,7 @@
-"""One loader process: it receives places, makes their batches in the ring, and answers where they lie.
+"""One loader process: it receives places, makes their batches in the ring, and replies with their positions there.
 
-Whoever stops a run signals all its processes, but the trainer decides when loader processes end. So they block Ctrl-C,
-SIGTERM and SIGUSR1 (Slurm), except a SIGTERM from the trainer itself. They never outlive the trainer.
+A signal to stop a run reaches all its processes, but the trainer decides when loader processes end. So they block
+Ctrl-C, SIGTERM and SIGUSR1 (Slurm), except a SIGTERM from the trainer itself. They never outlive the trainer.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from nestcli.data.dataset import NoiseBatch
 from nestcli.data.loader.ring import Ring
 from nestcli.jobs.activity import Notes
 
-SIGNALS = {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM}  # blocked before the fork: none gets through in between
+SIGNALS = {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM}  # blocked before the fork, so that the child never sees one
 
-_LOOK = 5.0  # s between looks at the parent, where the kernel does not end this process with it
+_LOOK = 5.0  # s between checks of the parent, on systems whose kernel does not kill this process with it
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error in a loader process, and its traceback there."""
+    """An error in a loader process, with its traceback as text."""
 
     error: Exception
     trace: str
@@ -42,7 +42,7 @@ class WorkerTraceback(Exception):  # noqa: N818  # no error of its own: the caus
 
 
 def work(number: int, data: Any, channel: Connection, ring: Ring, notes: Notes | None, parent: int, dies: bool) -> None:
-    """Answer each (batch number, place) of `channel` with a Sent, a Failure, or what else the data set returned.
+    """Answer each (batch number, place) of `channel` with a Sent, a Failure, or the data set's other object.
 
     `dies`: the process was forked by the main thread, so the kernel can end it with its parent. (The kernel would take
     the end of any other thread for the parent's.)
@@ -82,14 +82,14 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_with(parent: int) -> None:
-    """End this process at a SIGTERM from the parent: Python sends one to processes that are left when it ends."""
+    """End this process on a SIGTERM from the parent: Python sends one at exit to child processes that still run."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel end this process when its parent goes, even while it reads a file that never ends."""
+    """Have the kernel kill this process when its parent ends, even during an endless read."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went just now
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)

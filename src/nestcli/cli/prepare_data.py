@@ -14,7 +14,7 @@ from nestcli.cli.options import AsJson, Patience, Strict
 from nestcli.errors import DataError, RunFailedError
 
 if TYPE_CHECKING:
-    from nestcli.prepare.pipeline import PrepareSummary
+    from nestcli.prepare.summary import PrepareSummary
 
 
 Inputs = Annotated[

@@ -32,8 +32,16 @@ from nestcli.errors import ConfigError
 from nestcli.keys import EXTRA_KEYS, START_KEYS, START_PARTS, foreign, is_off
 from nestcli.targets import CLASSES, PLACES, TARGETS
 
+
+def config_dir() -> Path:
+    """Return the folder of the presets: inside the installed package, or at the top of the source tree."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
+
+
 BASE = "nest_fast-conformer"
-PRESETS = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")
+_SHIPPED = (BASE, "small", "medium", "large", "xlarge", "xxlarge", "demo")  # listed in this order, before others
+PRESETS = (*_SHIPPED, *sorted({path.stem for path in config_dir().glob("[!.]*.yaml")} - {*_SHIPPED}))
 
 # A standalone file (without `base:`) may omit these. Any other missing key is an error, because NeMo's own defaults
 # differ from the values in this configuration.
@@ -46,12 +54,6 @@ _NULL_IF_ABSENT = (
 NEMO_VARIABLE = "USE_NEMO_CONFORMER"  # sets model.encoder.backend
 
 T = TypeVar("T")
-
-
-def config_dir() -> Path:
-    """Return the folder of the presets: inside the installed package, or at the top of the source tree."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def load_config(name_or_path: str = BASE, overrides: Iterable[str] = ()) -> DictConfig:

@@ -21,8 +21,7 @@ from nestcli.cli import export as command
 from nestcli.cli.app import main
 from nestcli.config import load_config
 from nestcli.model import masking
-from nestcli.model.config import NestConfig
-from nestcli.model.cost import selected_share
+from nestcli.model.config import MaskingConfig, NestConfig
 from nestcli.model.nest import NestModel
 
 PAGE = "CONTRIBUTING.md"
@@ -95,18 +94,17 @@ def test_run_one_test() -> None:
 def test_add_a_preset(copy: Path) -> None:
     text = recipe("Add a preset")
     assert f"`{PRESET.splitlines()[0]}`" in text
-    (_, presets), (_, sizes) = places(text)
-    (copy / "configs" / "tiny.yaml").write_text(PRESET, encoding="utf-8")
-    edited(copy / presets, r'^(PRESETS = \(.*)"demo"\)', r'\1"demo", "tiny")')
     nest = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(copy / 'src')!r}); "]
     nest[-1] += "import nestcli.cli.app as a; print(a.__file__, file=sys.stderr); a.main()"
+    unknown = run([*nest, "count-params", "tiny", "--json"], copy)
+    assert unknown.returncode == 2
+    assert "'tiny' is not a configuration" in unknown.stderr
 
+    (copy / "configs" / "tiny.yaml").write_text(PRESET, encoding="utf-8")
     counted = run([*nest, "count-params", "tiny", "--json"], copy)
     assert counted.returncode == 0, counted.stderr
     assert str(copy) in counted.stderr
     assert 500_000 < json.loads(counted.stdout)["total"] < 2_000_000
-    assert run([*nest, "compare", "tiny", "--only", "config"], copy).returncode != 0  # the third step is needed
-    edited(copy / sizes, r'(not in \(BASE, "demo")\)', r'\1, "tiny")')
     compared = run([*nest, "compare", "tiny", "--only", "config"], copy)
     assert compared.returncode == 0, compared.stdout + compared.stderr
 
@@ -118,13 +116,12 @@ def test_change_the_masking(monkeypatch: pytest.MonkeyPatch) -> None:
     audio, length = torch.randn(1, 16000), torch.tensor([16000])
     before = model(audio, length, audio, length).mask_BT
 
-    def first_half(_: masking.RandomBlockMasking, features_BDT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        mask_BT = torch.arange(features_BDT.size(2)) < lengths_B[:, None] // 2
-        return features_BDT.masked_fill(mask_BT[:, None, :], 0.0), mask_BT
+    def first_half(lengths_B: Tensor, n_frames: int, _: MaskingConfig) -> Tensor:
+        return torch.arange(n_frames) < lengths_B[:, None] // 2
 
     (changed, file), *_ = places(recipe("Change the masking"))
-    assert (changed, ROOT / file) == ("RandomBlockMasking", Path(str(masking.__file__)))
-    monkeypatch.setattr(getattr(masking, changed), "forward", first_half)
+    assert (changed, ROOT / file) == ("draw_mask", Path(str(masking.__file__)))
+    monkeypatch.setattr(masking, changed, first_half)
     output = model(audio, length, audio, length)
     half = int(output.mask_BT.sum())
     assert output.mask_BT[0, :half].all()
@@ -133,26 +130,40 @@ def test_change_the_masking(monkeypatch: pytest.MonkeyPatch) -> None:
     assert output.loss.isfinite()
 
 
-def test_the_cost_follows_a_changed_choice_of_frames(copy: Path) -> None:
-    """Both functions that the recipe names, at their place in a copy."""
-    text = recipe("Change the masking")
-    assert "`overlapping_blocks` or `disjoint_blocks` in that file" in text
+def test_estimates_and_checks_follow_a_changed_choice_of_frames(copy: Path) -> None:
+    """The function that the recipe names, at its place in a copy, masks every frame."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import json, numpy, torch\n"
         "from nestcli.config import load_config\n"
-        "from nestcli.model.cost import selected_share\n"
         "from nestcli.model.config import NestConfig\n"
-        "print(selected_share(NestConfig.from_config(load_config('small', sys.argv[2:])), 160000))\n"
+        "from nestcli.model.cost import selected_share\n"
+        "from nestcli.model.loss import MaskedTokenLoss\n"
+        "from nestcli.model.target_statistics import hidden_distances\n"
+        "from nestcli.training.config_checks import check_masks\n"
+        "for overlap in ('true', 'false'):\n"
+        "    words, notes = [f'model.masking.allow_overlap={overlap}'], []\n"
+        "    nest = NestConfig.from_config(load_config('small', words))\n"
+        "    left, _ = hidden_distances(torch.tensor([400]), nest.masking, MaskedTokenLoss(nest.loss))\n"
+        "    none = load_config('small', [*words, 'model.masking.mask_prob=0'])\n"
+        "    check_masks(none, 'model.validation_ds', numpy.array([2.0]), notes.append)\n"
+        "    print(json.dumps([selected_share(nest, 160000), left.isinf().double().mean().item(), len(notes)]))\n"
     )
-    for name, overlap in (("overlapping_blocks", "true"), ("disjoint_blocks", "false")):
-        words = [f"model.masking.allow_overlap={overlap}"]
-        was = selected_share(NestConfig.from_config(load_config("small", words)), 160000)
-        (_, file), *_ = places(text)
-        body = "\\g<0>    return torch.arange(n_frames).expand(len(lengths_B), -1) < lengths_B[:, None]\n"
-        edited(copy / file, rf'^def {name}\(.*\n    """(?:(?!""").|\n)*"""\n', body)
-        done = run([sys.executable, "-c", program, str(copy / "src"), *words], copy)
+
+    def found(source: Path) -> list[list[float]]:
+        done = run([sys.executable, "-c", program, str(source)], copy)
         assert done.returncode == 0, done.stderr
-        assert was < 0.6 < 0.99 < float(done.stdout)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    before = found(ROOT / "src")
+    (name, file), *_ = places(recipe("Change the masking"))
+    body = "\\g<0>    return torch.arange(n_frames).expand(len(lengths_B), -1) < lengths_B[:, None]\n"
+    edited(copy / file, rf'^def {name}\(.*\n    """(?:(?!""").|\n)*"""\n', body)
+    for was, now in zip(before, found(copy / "src"), strict=True):
+        assert was[0] < 0.6 < 0.99 < now[0]  # the share of tokens that is predicted
+        assert was[1] < 0.5 < 0.99 < now[1]  # hidden tokens without a visible frame on their left
+        assert (was[2], now[2]) == (1, 0)  # notes that nothing is masked
+    assert len(before) == 2
 
 
 def test_add_a_key_of_the_masking(copy: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from nestcli.config import load_config
 from nestcli.model.config import LossConfig, MaskingConfig, NestConfig
 from nestcli.model.loss import MaskedTokenLoss
-from nestcli.model.masking import disjoint_blocks, overlapping_blocks
+from nestcli.model.masking import draw_mask
 from nestcli.model.nest import NestModel
 from nestcli.model.target_statistics import (
     Targets,
@@ -144,9 +144,8 @@ def counted(mask_T: torch.Tensor, steps: int) -> list[tuple[float, float]]:
 def test_distances_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch, overlap: bool, steps: int) -> None:
     config = masking(allow_overlap=overlap, mask_prob=0.03 if overlap else 0.4, block_size=20)
     frames = torch.tensor([400, 80, 240])
-    draw = overlapping_blocks if overlap else disjoint_blocks
-    mask = draw(frames.repeat(86), 400, config)
-    monkeypatch.setattr(f"nestcli.model.target_statistics.{draw.__name__}", lambda *_: mask)
+    mask = draw_mask(frames.repeat(86), 400, config)
+    monkeypatch.setattr("nestcli.model.target_statistics.draw_mask", lambda *_: mask)
     left, right = hidden_distances(frames, config, loss(steps))
     lengths = frames.repeat(86)
     expected = [pair for row, length in zip(mask, lengths, strict=True) for pair in counted(row[:length], steps)]
@@ -157,7 +156,7 @@ def test_distances_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch, ov
 def test_a_block_alone_leaves_neighbours_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     block = torch.zeros(256, 120, dtype=torch.bool)
     block[:, 40:80] = True  # five tokens
-    monkeypatch.setattr("nestcli.model.target_statistics.overlapping_blocks", lambda *_: block)
+    monkeypatch.setattr("nestcli.model.target_statistics.draw_mask", lambda *_: block)
     left, right = hidden_distances(torch.tensor([120]), masking(), loss())
     assert left[:5].tolist() == [1, 2, 3, 4, 5]
     assert right[:5].tolist() == [5, 4, 3, 2, 1]

@@ -14,64 +14,72 @@ from nestcli.errors import ConfigError
 _SECTIONS = ("loader", "scale", "train_step", "quantizer", "precisions", "buckets")
 
 
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [key=value ...]",
+        help="A preset, a YAML file, a .ckpt or a .nemo, followed by overrides, e.g. "
+        "model.train_ds.manifest_filepath=train.json model.train_ds.noise_manifest=noise.json.",
+        show_default=False,
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="SECTION", help=f"One of {', '.join(_SECTIONS)}. May be repeated."),
+]
+NemoPython = Annotated[
+    str | None,
+    typer.Option(
+        "--nemo-python",
+        metavar="PATH",
+        envvar="NEST_NEMO_PYTHON",
+        help="Python of an environment with NeMo; measures NeMo too.",
+        show_default=False,
+    ),
+]
+Rounds = Annotated[
+    int | None, typer.Option("--rounds", min=1, max=1000, help="Measurements of each side; the sides take turns.")
+]
+Seconds = Annotated[float | None, amount("--seconds", "Section loader: seconds per side and round.", most=3600)]
+Lines = Annotated[
+    list[int] | None,
+    typer.Option("--lines", min=1, max=10**8, help="Section scale: lines of a manifest. May be repeated."),
+]
+Buckets = Annotated[
+    int, typer.Option("--buckets", min=1, max=1000, help="Section buckets: maximum number of duration bins.")
+]
+Memory = Annotated[
+    float | None,
+    amount(
+        "--memory",
+        "Section buckets: GiB that a training step may use. Default: 90% of the free GPU memory, "
+        "or 80% of the free main memory.",
+        most=1e5,
+        show_default=False,
+    ),
+]
+AudioSeconds = Annotated[
+    list[float] | None,
+    amount(
+        "--audio-seconds",
+        "Section precisions: seconds of audio per batch. May be repeated.",
+        least=1,
+        most=1e5,
+        show_default=False,
+    ),
+]
+
+
 def bench(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG] [key=value ...]",
-            help="A preset, a YAML file, a .ckpt or a .nemo, followed by overrides, e.g. "
-            "model.train_ds.manifest_filepath=train.json model.train_ds.noise_manifest=noise.json.",
-            show_default=False,
-        ),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", metavar="SECTION", help=f"One of {', '.join(_SECTIONS)}. May be repeated."),
-    ] = None,
-    nemo_python: Annotated[
-        str | None,
-        typer.Option(
-            "--nemo-python",
-            metavar="PATH",
-            envvar="NEST_NEMO_PYTHON",
-            help="Python of an environment with NeMo; measures NeMo too.",
-            show_default=False,
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option("--rounds", min=1, max=1000, help="Measurements of each side; the sides take turns.")
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        amount("--seconds", "Section loader: seconds per side and round.", most=3600),
-    ] = None,
-    lines: Annotated[
-        list[int] | None,
-        typer.Option("--lines", min=1, max=10**8, help="Section scale: lines of a manifest. May be repeated."),
-    ] = None,
-    buckets: Annotated[
-        int, typer.Option("--buckets", min=1, max=1000, help="Section buckets: maximum number of duration bins.")
-    ] = 30,
-    memory: Annotated[
-        float | None,
-        amount(
-            "--memory",
-            "Section buckets: GiB that a training step may use. Default: 90% of the free GPU memory, "
-            "or 80% of the free main memory.",
-            most=1e5,
-            show_default=False,
-        ),
-    ] = None,
-    audio_seconds: Annotated[
-        list[float] | None,
-        amount(
-            "--audio-seconds",
-            "Section precisions: seconds of audio per batch. May be repeated.",
-            least=1,
-            most=1e5,
-            show_default=False,
-        ),
-    ] = None,
+    words: Words = None,
+    only: Only = None,
+    nemo_python: NemoPython = None,
+    rounds: Rounds = None,
+    seconds: Seconds = None,
+    lines: Lines = None,
+    buckets: Buckets = 30,
+    memory: Memory = None,
+    audio_seconds: AudioSeconds = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the speed and memory of training on this machine.

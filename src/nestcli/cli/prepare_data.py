@@ -14,85 +14,93 @@ from nestcli.cli.options import AsJson, Patience, Strict
 from nestcli.errors import DataError, RunFailedError
 
 if TYPE_CHECKING:
-    from nestcli.prepare.pipeline import PrepareSummary
+    from nestcli.prepare.summary import PrepareSummary
+
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help="Audio folders, audio files, globs, manifests, Lhotse cuts or recordings, Kaldi data folders.",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the manifests.")]
+Kind = Annotated[Literal["speech", "noise"], typer.Option("--kind", help="Type of audio.")]
+ValFraction = Annotated[
+    float | None,
+    typer.Option("--val-fraction", help="Share for validation. Default: 0.05 for speech, 0 for noise."),
+]
+SplitBy = Annotated[
+    Literal["utterance", "speaker"],
+    typer.Option("--split-by", help="speaker: no speaker is in both training and validation."),
+]
+SpeakerPattern = Annotated[
+    str | None,
+    typer.Option(
+        "--speaker-pattern",
+        metavar="REGEX",
+        help="A group in it finds the speaker in a path: '/([^/]+)/[^/]+$' takes the folder's name.",
+    ),
+]
+MinDuration = Annotated[float | None, typer.Option("--min-duration", metavar="SECONDS", help="Reject shorter files.")]
+MaxDuration = Annotated[float | None, typer.Option("--max-duration", metavar="SECONDS", help="Reject longer files.")]
+MaxClipped = Annotated[
+    float,
+    typer.Option("--max-clipped", metavar="SHARE", help="Reject files with a larger share of clipped samples."),
+]
+Segment = Annotated[
+    float | None,
+    typer.Option("--segment", metavar="SECONDS", help="Cut longer files into pieces, at quiet places."),
+]
+Convert = Annotated[bool, typer.Option("--convert", help="Write the parts that are used to DIR/audio, as mono FLAC.")]
+SampleRate = Annotated[
+    int, typer.Option("--sample-rate", metavar="HZ", help="Sample rate of converted files and shards.")
+]
+Channel = Annotated[
+    int | None,
+    typer.Option(
+        "--channel",
+        metavar="N",
+        help="Use this channel (from 0) instead of the average of all. A manifest's own choice has priority.",
+    ),
+]
+Shards = Annotated[
+    int | None, typer.Option("--shards", metavar="N", help="Also pack the audio into N tar files for training.")
+]
+ShardFormat = Annotated[
+    Literal["nemo-tar", "shar"],
+    typer.Option("--format", help="Format of the shards: NeMo's tar files or Lhotse's Shar."),
+]
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", metavar="N", help="Worker processes. Default: one per core.")]
+Ray = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS", help="Run on a Ray cluster: local, auto or HOST:PORT.")
+]
+OnlyBelow = Annotated[
+    Path | None,
+    typer.Option("--jail", metavar="DIR", help="Read audio only below this folder, links resolved; also $NEST_JAIL."),
+]
 
 
 def prepare_data(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT...",
-            help="Audio folders, audio files, globs, manifests, Lhotse cuts or recordings, Kaldi data folders.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the manifests.")],
-    kind: Annotated[Literal["speech", "noise"], typer.Option("--kind", help="Type of audio.")] = "speech",
-    val_fraction: Annotated[
-        float | None,
-        typer.Option("--val-fraction", help="Share for validation. Default: 0.05 for speech, 0 for noise."),
-    ] = None,
-    split_by: Annotated[
-        Literal["utterance", "speaker"],
-        typer.Option("--split-by", help="speaker: no speaker is in both training and validation."),
-    ] = "utterance",
-    speaker_pattern: Annotated[
-        str | None,
-        typer.Option(
-            "--speaker-pattern",
-            metavar="REGEX",
-            help="A group in it finds the speaker in a path: '/([^/]+)/[^/]+$' takes the folder's name.",
-        ),
-    ] = None,
-    min_duration: Annotated[
-        float | None, typer.Option("--min-duration", metavar="SECONDS", help="Reject shorter files.")
-    ] = None,
-    max_duration: Annotated[
-        float | None, typer.Option("--max-duration", metavar="SECONDS", help="Reject longer files.")
-    ] = None,
-    max_clipped: Annotated[
-        float,
-        typer.Option("--max-clipped", metavar="SHARE", help="Reject files with a larger share of clipped samples."),
-    ] = 0.01,
-    segment: Annotated[
-        float | None,
-        typer.Option("--segment", metavar="SECONDS", help="Cut longer files into pieces, at quiet places."),
-    ] = None,
-    convert: Annotated[
-        bool, typer.Option("--convert", help="Write the parts that are used to DIR/audio, as mono FLAC.")
-    ] = False,
-    sample_rate: Annotated[
-        int, typer.Option("--sample-rate", metavar="HZ", help="Sample rate of converted files and shards.")
-    ] = 16000,
-    channel: Annotated[
-        int | None,
-        typer.Option(
-            "--channel",
-            metavar="N",
-            help="Use this channel (from 0) instead of the average of all. A manifest's own choice has priority.",
-        ),
-    ] = None,
-    shards: Annotated[
-        int | None, typer.Option("--shards", metavar="N", help="Also pack the audio into N tar files for training.")
-    ] = None,
-    shard_format: Annotated[
-        Literal["nemo-tar", "shar"],
-        typer.Option("--format", help="Format of the shards: NeMo's tar files or Lhotse's Shar."),
-    ] = "nemo-tar",
-    jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", "-j", metavar="N", help="Worker processes. Default: one per core."),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option("--ray", metavar="ADDRESS", help="Run on a Ray cluster: local, auto or HOST:PORT."),
-    ] = None,
+    inputs: Inputs,
+    out: Out,
+    kind: Kind = "speech",
+    val_fraction: ValFraction = None,
+    split_by: SplitBy = "utterance",
+    speaker_pattern: SpeakerPattern = None,
+    min_duration: MinDuration = None,
+    max_duration: MaxDuration = None,
+    max_clipped: MaxClipped = 0.01,
+    segment: Segment = None,
+    convert: Convert = False,
+    sample_rate: SampleRate = 16000,
+    channel: Channel = None,
+    shards: Shards = None,
+    shard_format: ShardFormat = "nemo-tar",
+    jobs: Jobs = None,
+    ray: Ray = None,
     patience: Patience = 120.0,
-    only_below: Annotated[
-        Path | None,
-        typer.Option(
-            "--jail", metavar="DIR", help="Read audio only below this folder, links resolved; also $NEST_JAIL."
-        ),
-    ] = None,
+    only_below: OnlyBelow = None,
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from nestcli.demo.corpus import CorpusSummary
 from nestcli.evaluation.probes.results import ProbeResult
 from nestcli.parity.report import Report
-from nestcli.prepare.pipeline import PrepareSummary
+from nestcli.prepare.summary import PrepareSummary
 from nestcli.training.run import RunResult
 
 COMPARISON = "compare.html"

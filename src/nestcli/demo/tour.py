@@ -33,7 +33,8 @@ from nestcli.parity.compare import Request, compare
 from nestcli.parity.nemo import RecordedNemo
 from nestcli.parity.page import write_page
 from nestcli.parity.report import Report
-from nestcli.prepare.pipeline import PrepareOptions, PrepareSummary, prepare
+from nestcli.prepare.pipeline import PrepareOptions, prepare
+from nestcli.prepare.summary import PrepareSummary
 from nestcli.training.metrics import Reporter
 from nestcli.training.run import Pretraining, RunResult
 

@@ -17,7 +17,7 @@ from nestcli.errors import ConfigError
 from nestcli.model.config import NestConfig
 from nestcli.model.count import skeleton
 from nestcli.model.loss import MaskedTokenLoss
-from nestcli.model.masking import disjoint_blocks, overlapping_blocks
+from nestcli.model.masking import draw_mask
 
 _MOMENTS = 2  # numbers that AdamW keeps for every parameter, in the parameter's type
 _STEP_BYTES = 4  # AdamW's step count, one fp32 number for each parameter tensor
@@ -173,9 +173,8 @@ def selected_share(nest: NestConfig, samples: int) -> float:
     if nest.mask_after_subsampling:
         factor = nest.encoder.subsampling_factor
         frames, padded = -(-frames // factor), padded // factor
-    draw = overlapping_blocks if nest.masking.allow_overlap else disjoint_blocks
     clips = min(256, max(8, _FRAMES_DRAWN // padded))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        mask_BT = draw(torch.full((clips,), frames), padded, nest.masking)
+        mask_BT = draw_mask(torch.full((clips,), frames), padded, nest.masking)
     return float(MaskedTokenLoss(nest.loss).select(mask_BT).float().mean())

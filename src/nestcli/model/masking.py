@@ -33,10 +33,15 @@ class RandomBlockMasking(nn.Module):
 
     def forward(self, features_BDT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return masked features (B, D, T) and the mask (B, T), True where a frame was replaced."""
-        draw = overlapping_blocks if self.config.allow_overlap else disjoint_blocks
-        mask_BT = draw(lengths_B, features_BDT.size(2), self.config)
+        mask_BT = draw_mask(lengths_B, features_BDT.size(2), self.config)
         embedding_1D1 = self.mask_embedding.to(features_BDT.dtype)[None, :, None]
         return torch.where(mask_BT[:, None, :], embedding_1D1, features_BDT), mask_BT
+
+
+def draw_mask(lengths_B: Tensor, n_frames: int, config: MaskingConfig) -> Tensor:
+    """Choose the frames to mask, from the generator of the lengths' device; return the mask (B, T), padding False."""
+    draw = overlapping_blocks if config.allow_overlap else disjoint_blocks
+    return draw(lengths_B, n_frames, config)
 
 
 def overlapping_blocks(lengths_B: Tensor, n_frames: int, config: MaskingConfig) -> Tensor:

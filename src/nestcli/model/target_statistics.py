@@ -20,7 +20,7 @@ from nestcli.model.config import MaskingConfig
 from nestcli.model.features import LogMelPreprocessor
 from nestcli.model.health import count_codes, dead_codes
 from nestcli.model.loss import MaskedTokenLoss
-from nestcli.model.masking import disjoint_blocks, overlapping_blocks
+from nestcli.model.masking import draw_mask
 from nestcli.model.nest import NestModel
 
 SHIFT_SECONDS, NOISE_DB = 0.005, 20.0  # changes (time shift; noise at this SNR) that should not change a stable token
@@ -214,10 +214,9 @@ def hidden_distances(frames_B: Tensor, masking: MaskingConfig, loss: MaskedToken
     frames_B = frames_B.repeat(-(-_MASKED_UTTERANCES // len(frames_B)))
     steps = loss.config.combine_time_steps
     n_frames = -(-int(frames_B.max()) // steps) * steps
-    draw = overlapping_blocks if masking.allow_overlap else disjoint_blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        mask_BT = draw(frames_B, n_frames, masking)
+        mask_BT = draw_mask(frames_B, n_frames, masking)
     place_T = torch.arange(n_frames).double()
     visible_BT = ~mask_BT & (place_T < frames_B[:, None])
     before_BT = torch.where(visible_BT, place_T, -math.inf).cummax(1).values

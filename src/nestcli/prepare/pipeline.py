@@ -6,20 +6,14 @@ Every step is a function over items in input order; the result depends only on t
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from nestcli.audio.load import CHANNEL_KEY, kept_channel
 from nestcli.data.manifest import write_manifest
@@ -34,47 +28,15 @@ from nestcli.prepare.options import PrepareOptions, checked_fraction, speaker_fi
 from nestcli.prepare.segment import Piece, ShapeOptions, ShapeTask, shape
 from nestcli.prepare.select import Accepted, DurationLimits, Rejected, judge, length_fault
 from nestcli.prepare.split import for_validation
-from nestcli.prepare.summary_picture import draw_summary, duration_bins, level_bins
+from nestcli.prepare.summary import PrepareSummary, summarise
+from nestcli.prepare.summary_picture import draw_summary
 from nestcli.prepare.write_shards import ShardSet, write_shards
 from nestcli.storage.file_kinds import known_ending
 
-__all__ = ["SHORT", "PrepareOptions", "PrepareSummary", "first_rejection", "prepare"]
-
-SHORT = 1.0  # s; `nest pretrain` skips shorter utterances by default
+__all__ = ["PrepareOptions", "first_rejection", "prepare"]
 
 _write_rows = partial(write_manifest, error=RunFailedError, remedy=REMEDY)
 Progress = Callable[..., None]  # (done, total, doing)
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareSummary:
-    """Content of summary.json; durations in seconds, levels in dBFS.
-
-    `shards` holds the keys of `model.train_ds` and `model.validation_ds` that make `nest pretrain` read the shards.
-    `not_packed` counts utterances that had become unreadable when the shards were written; skipped.jsonl in the
-    shards' folder lists them.
-    """
-
-    kind: str
-    accepted: int
-    rejected: int
-    hours: float
-    manifests: dict[str, str | None]
-    utterances: dict[str, int]
-    rejections: dict[str, int]
-    speakers: int
-    without_speaker: int
-    durations: dict[str, float]
-    levels: dict[str, float]
-    histograms: dict[str, dict[str, float]]
-    shorter_than_1s: int
-    sample_rates: dict[int, int]
-    passed_over: int
-    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
-    not_packed: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def prepare(
@@ -117,7 +79,7 @@ def prepare(
         _write_rows(folder / "rejected.jsonl", (_rejected_row(each) for each in rejected))
         manifests = _write(folder, accepted, in_val)
         shards = _packed(folder, manifests, options, pool, progress) if options.shards else {}
-        summary = _summarise(options.kind, accepted, rejected, in_val, manifests, collection.passed_over)
+        summary = summarise(options.kind, accepted, rejected, in_val, manifests, collection.passed_over)
         summary = replace(
             summary,
             shards={side: made.config for side, made in shards.items()},
@@ -351,53 +313,3 @@ def _row(utterance: Accepted) -> dict[str, Any]:
 
 def _rejected_row(rejected: Rejected) -> dict[str, Any]:
     return {"audio_filepath": rejected.item.path, "reason": rejected.reason, "detail": rejected.detail}
-
-
-def _count_reasons(rejected: Sequence[Rejected]) -> dict[str, int]:
-    return dict(sorted(Counter(each.reason for each in rejected).items()))
-
-
-def _summarise(
-    kind: str,
-    accepted: Sequence[Accepted],
-    rejected: Sequence[Rejected],
-    in_val: Sequence[bool],
-    manifests: dict[str, str | None],
-    passed_over: int,
-) -> PrepareSummary:
-    durations = [each.duration for each in accepted] or [0.0]
-    levels = [each.rms_db for each in accepted] or [0.0]
-    return PrepareSummary(
-        kind=kind,
-        accepted=len(accepted),
-        rejected=len(rejected),
-        hours=round(math.fsum(durations) / 3600, 6),
-        manifests=manifests,
-        utterances={"train": len(accepted) - sum(in_val), "val": sum(in_val)},
-        rejections=_count_reasons(rejected),
-        speakers=len({each.speaker for each in accepted} - {None}),
-        without_speaker=sum(each.speaker is None for each in accepted),
-        durations=_spread(durations),
-        levels=_spread(levels),
-        histograms=_histograms(np.array(durations), np.array(levels)) if accepted else {},
-        shorter_than_1s=sum(each.duration < SHORT for each in accepted),
-        sample_rates=dict(sorted(Counter(each.sample_rate for each in accepted).items())),
-        passed_over=passed_over,
-    )
-
-
-def _histograms(durations: npt.NDArray[np.float64], levels: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
-    """Return coarse histograms for the terminal: hours by duration bin (s), utterances by level bin (dBFS).
-
-    A bin is named by its upper end.
-    """
-    hours = zip(*duration_bins(durations, most=12), strict=True)
-    counts = zip(*level_bins(levels, step=6.0), strict=True)
-    return {
-        "hours_by_seconds": {label: round(value, 6) for label, value in hours},
-        "utterances_by_dbfs": dict(counts),
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}

@@ -18,7 +18,7 @@ from nestcli.data.mixing import AugmentationConfig
 from nestcli.errors import ConfigError
 from nestcli.model.config import NestConfig, OptimizerConfig, ScheduleConfig
 from nestcli.model.loss import MaskedTokenLoss
-from nestcli.model.masking import disjoint_blocks, overlapping_blocks
+from nestcli.model.masking import draw_mask
 from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
 
 _TRIED, _AT_A_TIME = 4096, 64  # utterances for trial masks, until one has a masked token
@@ -101,7 +101,7 @@ def check_masks(config: DictConfig, key: str, durations: npt.NDArray[np.float64]
 def _any_token_masked(nest: NestConfig, frames: npt.NDArray[np.int64]) -> bool:
     """Return True if trial masks of the longest and of random utterances mask enough of any token."""
     masking, steps = nest.masking, nest.loss.combine_time_steps
-    loss, draw = MaskedTokenLoss(nest.loss), overlapping_blocks if masking.allow_overlap else disjoint_blocks
+    loss = MaskedTokenLoss(nest.loss)
     tried = _TRIED if masking.max_mask_ratio is None else _TRIED_WITH_LIMIT
     rng, longest = np.random.default_rng(0), np.sort(frames)[-_AT_A_TIME:]
     with torch.random.fork_rng(devices=[]):
@@ -109,7 +109,7 @@ def _any_token_masked(nest: NestConfig, frames: npt.NDArray[np.int64]) -> bool:
         for start in range(0, tried, _AT_A_TIME):
             lengths = torch.from_numpy(longest if start == 0 else rng.choice(frames, _AT_A_TIME))
             n_frames = -(-int(lengths.max()) // steps) * steps
-            if bool(loss.select(draw(lengths, n_frames, masking)).any()):
+            if bool(loss.select(draw_mask(lengths, n_frames, masking)).any()):
                 return True
     return False
 

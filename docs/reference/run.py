@@ -2,9 +2,10 @@
 
 python docs/reference/run.py SPEECH NOISE OUT [--probe DIR] [--control] [key=value ...]
 
-SPEECH and NOISE are folders of audio. A `manifest.tsv` in SPEECH (columns path, duration_s, speaker, language, text) names the
-speakers; without one, the folder of a file is its speaker. `--probe` names a folder with labelled speech and such a
-table (columns label, phones); `--control` also trains NeMo's settings on as much audio. Keys change the recipe.
+SPEECH and NOISE are folders of audio. A `manifest.tsv` in SPEECH (columns path, duration_s, speaker, language, text)
+names the speakers; without one, the folder of a file is its speaker. `--probe` names a folder with labelled speech and
+such a table (columns task, label, phones); `--control` also trains NeMo's settings on as much audio. Keys change the
+recipe.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def buckets_section(context: BenchContext) -> SectionReport:
             "set trainer.precision=bf16-mixed, or raise --memory."
         )
     padding = {
-        "plain": padding_of_plain(durations, batch_size(config)),
+        "plain": padding_of_plain(durations, batch_size(config, float(durations.mean()))),
         "buckets": padding_of_buckets(durations, bins, sizes),
     }
     return _reported(bins, sizes, counts.tolist(), search.trials, padding, device, memory)

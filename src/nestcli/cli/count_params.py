@@ -91,7 +91,7 @@ def _flops(config: DictConfig, seconds: float) -> dict[str, Any]:
     whole = sum(parts.values(), start=Work(0, 0))
     return {
         "clip_seconds": seconds,
-        "batch_size": batch_size(config),
+        "batch_size": batch_size(config, seconds),
         "forward": round(whole.forward),
         "training_step": round(whole.step),
         "parts": {

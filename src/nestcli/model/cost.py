@@ -88,15 +88,18 @@ def work_per_second(config: DictConfig, seconds: float) -> dict[str, Work]:
     """Return the work of each part of the model per second of audio, in full batches of clips of `seconds`."""
     nest = NestConfig.from_config(config)
     samples = round(seconds * nest.preprocessor.sample_rate)
-    batch = batch_size(config)
+    batch = batch_size(config, seconds)
     selected = batch * tokens_of(nest, samples) * selected_share(nest, samples)
     parts = batch_work(nest, samples, batch, selected)
     return {part: work * (1 / (batch * seconds)) for part, work in parts.items()}
 
 
-def batch_size(config: DictConfig) -> int:
-    """Return the number of clips in a training batch. Raises ConfigError."""
+def batch_size(config: DictConfig, seconds: float) -> int:
+    """Return the number of clips of `seconds` in a training batch, at least 1. Raises ConfigError."""
     size = OmegaConf.select(config, "model.train_ds.batch_size", throw_on_missing=False)
+    duration = OmegaConf.select(config, "model.train_ds.batch_duration", throw_on_missing=False)
+    if size is None and isinstance(duration, int | float):
+        return max(1, int(duration // seconds))
     if not isinstance(size, int) or size < 1:
         raise ConfigError(f"model.train_ds.batch_size: {size!r} is not a number of utterances, give at least 1.")
     return size

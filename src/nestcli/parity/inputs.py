@@ -158,7 +158,8 @@ def quantizer_section(context: Context, section: Section) -> None:
         )
     )
 
-    settings = {**vars(config), "num_books": 4 if config.num_books == 1 else 1, "dist_fn": "l2"}
+    known = {key: value for key, value in vars(config).items() if key != "init"}  # a key of our own
+    settings = {**known, "num_books": 4 if config.num_books == 1 else 1, "dist_fn": "l2"}
     label = f"books: {settings['num_books']}"
     request = {"quantizer": settings, "seed": TRAIN_SEED}
     theirs = context.nemo.ask("tokens", request, {"features": features_BDT})

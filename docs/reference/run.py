@@ -74,7 +74,7 @@ def pretrained(name: str, speech: Path, noise: Path, out: Path, keys: Iterable[s
         "pretrain", config, f"model.train_ds.manifest_filepath={speech / 'train_manifest.json'}",
         f"model.validation_ds.manifest_filepath={speech / 'val_manifest.json'}",
         *(f"model.{part}_ds.noise_manifest={noise / 'train_manifest.json'}" for part in ("train", "validation")),
-        f"exp_manager.exp_dir={out / name}", *keys,
+        f"exp_manager.exp_dir={out / name}", "model.encoder.compile=true", *keys,
     )  # fmt: skip
 
 

@@ -21,8 +21,10 @@ from nestcli.training.initial_weights import weight_sources
 from nestcli.training.run_folder import experiment_folder
 
 COMMANDS = typer.main.get_command(app).commands
-NO_PATHS = {"SECTION", "FORMAT", "FIELD", "ADDRESS", "REGEX", "[key=value ...]"}  # texts with another meaning
-WORDS = {"layers", "format", "store", "device", "precision", "split", "part"}  # without a metavar
+NO_PATHS = {  # texts with another meaning
+    "SECTION", "FORMAT", "FIELD", "ADDRESS", "REGEX", "LIST", "PART", "DEVICE", "TYPE", "[key=value ...]",
+}  # fmt: skip
+WORDS = {"format", "store", "device", "precision", "split", "task"}  # without a metavar
 
 
 def values_of(name):

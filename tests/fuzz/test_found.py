@@ -143,7 +143,7 @@ def test_a_number_of_many_digits(tmp_path: Path) -> None:
 def test_a_file_that_is_a_number_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("3")
-    with pytest.raises(ConfigError, match=r"a\.yaml: a configuration must be a mapping of keys, this is a single val"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: a configuration must be a mapping of keys, not a single val"):
         load_config(str(path))
     with pytest.raises(CheckpointError, match=r"a\.nemo: .* a single value"):
         plain_yaml(b"3", "a.nemo")

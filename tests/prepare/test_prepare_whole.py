@@ -276,7 +276,7 @@ def test_converting(tmp_path):
     assert np.abs(left - load_audio(stereo, sample_rate=16000, channel=1)).max() < 1e-4
     prepare([tmp_path / "in" / "y"], tmp_path / "none", PrepareOptions(val_fraction=0, convert=True, channel=1))
     assert rejections(tmp_path / "none") == {"a b.wav": "no_such_channel"}
-    assert "no channel 1: there are 1, from 0" in rows(tmp_path / "none" / "rejected.jsonl")[0]["detail"]
+    assert "channel 1 does not exist: the file has 1, from 0" in rows(tmp_path / "none" / "rejected.jsonl")[0]["detail"]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestcli.cli import console
-from nestcli.cli.options import AsJson, BatchDuration
+from nestcli.cli.options import AsJson, BatchDuration, amount
 
 if TYPE_CHECKING:
     from nestcli.evaluation.probes.options import ProbeOptions
@@ -50,8 +50,13 @@ def probe(
     ] = None,
     snr: Annotated[
         float | None,
-        typer.Option(
-            "--snr", metavar="DB", help="Level of the speech above the noise. Default: 5.", show_default=False
+        amount(
+            "--snr",
+            "Level of the speech above the noise. Default: 5.",
+            least=-200.0,
+            most=200.0,
+            metavar="DB",
+            show_default=False,
         ),
     ] = None,
     split: Annotated[

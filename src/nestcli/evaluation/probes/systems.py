@@ -34,7 +34,7 @@ Reduce: TypeAlias = Callable[[Tensor], Tensor]  # what a task keeps of an uttera
 class Systems:
     """Computes what a task keeps of each utterance, system by system.
 
-    Audio is read and turned into features once; features are kept in memory, 115 MB for an hour with 80 mel bins. The
+    Audio is read and turned into features once; features are kept in memory, 230 MB for an hour with 80 mel bins. The
     untrained encoder has the same configuration and freshly drawn weights, different for each seed.
     """
 
@@ -54,7 +54,7 @@ class Systems:
         self.rejected = 0
         self._reduce: Reduce = pooled
         self._stack = 1
-        self._log_mel: list[Tensor] = []  # of each utterance, (1, T, D)
+        self._log_mel: list[Tensor] = []  # of each utterance, (T, D)
         self._normalised: list[Tensor] = []
         self._known: dict[str, list[Tensor]] = {}
 

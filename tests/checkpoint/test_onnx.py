@@ -65,6 +65,7 @@ def test_a_graph_from_audio_of_any_shape(tmp_path: Path, words: tuple[str, ...])
     assert onnx_difference(tmp_path / "a.onnx", encoder) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_graph_from_features_on_real_speech(shared_audio: Path, tmp_path: Path) -> None:
     encoder = encoder_of()
     write_onnx(tmp_path / "a.onnx", encoder, "encoder")

@@ -167,6 +167,7 @@ def _train(overrides: list[str], tmpdir: str) -> None:
     Pretraining(load_config("small", overrides), Silent()).fit()
 
 
+@pytest.mark.slow
 def test_three_kills_change_nothing(corpus: dict[str, Path], tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nestcli.training.run", "test_kills"])

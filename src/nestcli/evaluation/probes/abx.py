@@ -19,7 +19,7 @@ from torch.nn.functional import normalize, pad
 
 from nestcli.errors import ConfigError, DataError
 from nestcli.evaluation.probes.asked import of_classes
-from nestcli.evaluation.probes.layer_choice import Errors, halves, judged
+from nestcli.evaluation.probes.layer_choice import Errors, halves, judged, reported
 from nestcli.evaluation.probes.options import ProbeOptions
 from nestcli.evaluation.probes.results import SYSTEMS, Outcome, ProbeResult
 from nestcli.evaluation.probes.splits import Indices
@@ -47,18 +47,7 @@ def ask(systems: Systems, options: ProbeOptions) -> ProbeResult:
         ]
         values, weights = zip(*found, strict=True)
         outcomes.append(Outcome(name, "frames", values, systems.layers(name), weights))
-    return ProbeResult(
-        label=options.label,
-        split=f"half of the {key}s chooses the layer",
-        classes=tuple(sorted(set(asked.labels))),
-        utterances=len(asked.labels),
-        rejected=systems.rejected,
-        chance=0.5,
-        outcomes=tuple(outcomes),
-        notes=asked.notes,
-        task=options.task,
-        measure=MEASURE,
-    )
+    return reported(systems, options, asked, outcomes, MEASURE, key)
 
 
 def _speakers(systems: Systems, lines: Sequence[int], key: str) -> list[str]:

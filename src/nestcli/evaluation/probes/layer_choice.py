@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nestcli.errors import DataError
+from nestcli.evaluation.probes.asked import Asked
+from nestcli.evaluation.probes.options import ProbeOptions
+from nestcli.evaluation.probes.results import Outcome, ProbeResult
 from nestcli.evaluation.probes.splits import Indices
+from nestcli.evaluation.probes.systems import Systems
 
 Errors = Callable[[Indices, Sequence[int], int], list[float]]  # utterances, layers, a seed: the layers' error rates
 
@@ -31,3 +35,21 @@ def judged(errors: Errors, n_layers: int, groups: Sequence[str], seed: int) -> t
     layer = int(np.argmin(errors(chooses, range(n_layers), seed))) if n_layers > 1 else 0
     (measured,) = errors(judges, [layer], seed)
     return measured, tuple(float(place == layer) for place in range(n_layers))
+
+
+def reported(
+    systems: Systems, options: ProbeOptions, asked: Asked, outcomes: Sequence[Outcome], measure: str, key: str
+) -> ProbeResult:
+    """Return the result of such a task; `key` is the field whose values were halved."""
+    return ProbeResult(
+        label=options.label,
+        split=f"half of the {key}s chooses the layer",
+        classes=tuple(sorted(set(asked.labels))),
+        utterances=len(asked.labels),
+        rejected=systems.rejected,
+        chance=0.5,
+        outcomes=tuple(outcomes),
+        notes=asked.notes,
+        task=options.task,
+        measure=measure,
+    )

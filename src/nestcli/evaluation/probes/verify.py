@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from nestcli.errors import DataError
 from nestcli.evaluation.probes.asked import of_classes
-from nestcli.evaluation.probes.layer_choice import Errors, halves, judged
+from nestcli.evaluation.probes.layer_choice import Errors, halves, judged, reported
 from nestcli.evaluation.probes.options import ProbeOptions
 from nestcli.evaluation.probes.results import SYSTEMS, UNTRAINED, Outcome, ProbeResult
 from nestcli.evaluation.probes.splits import Indices
@@ -48,18 +48,7 @@ def ask(systems: Systems, options: ProbeOptions) -> ProbeResult:
             ]
             values, weights = zip(*found, strict=True)
             outcomes.append(Outcome(name, pool, values, systems.layers(name), weights))
-    return ProbeResult(
-        label=options.label,
-        split=f"half of the {options.label}s chooses the layer",
-        classes=tuple(sorted(set(asked.labels))),
-        utterances=len(asked.labels),
-        rejected=systems.rejected,
-        chance=0.5,
-        outcomes=tuple(outcomes),
-        notes=asked.notes,
-        task=options.task,
-        measure=MEASURE,
-    )
+    return reported(systems, options, asked, outcomes, MEASURE, options.label)
 
 
 def _errors(features_ULP: Tensor, pool: str, labels: Sequence[str]) -> Errors:

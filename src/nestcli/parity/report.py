@@ -161,9 +161,21 @@ def same_elements(name: str, ours: Tensor, nemo: Tensor, *, note: str | None = N
 
 
 def close(
-    name: str, ours: Tensor, nemo: Tensor, tolerance: float, *, relative: bool = False, note: str | None = None
+    name: str,
+    ours: Tensor,
+    nemo: Tensor,
+    tolerance: float,
+    *,
+    relative: bool = False,
+    rounding: Tensor | None = None,
+    note: str | None = None,
 ) -> Check:
-    """Check the largest difference of two tensors, absolute or as a share of NeMo's value; show the values there."""
+    """Check the largest difference of two tensors, absolute or as a share of NeMo's value; show the values there.
+
+    `rounding` is how far our own numbers move when the input changes in its last bits; it has, or broadcasts to, their
+    shape. Where ten times as much is more than the tolerance, it is the limit instead, and the difference is scaled to
+    it.
+    """
     if ours.shape != nemo.shape:
         shapes = tuple(ours.shape), tuple(nemo.shape)
         return Check(name, False, str(shapes[0]), str(shapes[1]), None, tolerance, "the shapes differ", note)
@@ -173,6 +185,8 @@ def close(
     differences = (ours - nemo).abs()
     if relative:
         differences = differences / nemo.abs().clamp_min(1e-30)
+    if rounding is not None:
+        differences = differences / (ROUNDINGS * rounding.double() / tolerance).clamp_min(1.0)
     same = (ours == nemo) | (ours.isnan() & nemo.isnan())
     differences = torch.where(same, 0.0, differences).nan_to_num(nan=math.inf)
     largest = int(differences.argmax())

@@ -38,7 +38,7 @@ SOURCES = (
      "adults and children", 2.63, "free for commercial and non-commercial use; Apache-2.0 on Hugging Face"),
     ("Kerstin, github.com/rhasspy/dataset-voice-kerstin @f731271", "German sentences, one speaker", 1.76, "CC0-1.0"),
     ("GCompris voices, github.com/gcompris/GCompris-voices @c0e8a743", "instructions, words and letters in 43 "
-     "languages, about 60 contributors, whom its file LICENSE names", 5.19, "GPL-3.0-or-later"),
+     "languages and variants, about 60 contributors, whom its file LICENSE names", 5.19, "GPL-3.0-or-later"),
     ("GCompris voices, the same version", "some of these files", 0.52, "public domain"),
     ("GCompris voices, the same version", "files of Smart4Kids.com and www.art4apps.org", 0.35, "CC BY-SA"),
     ("GCompris voices, the same version", "5 files of Baptiste Wijas and Thibault Ayanides", 0.01, "GFDL"),

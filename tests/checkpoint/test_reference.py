@@ -142,7 +142,7 @@ def test_it_predicts_hidden_tokens_of_real_speech(shared_audio: Path) -> None:
     loaded = load_checkpoint("reference")
     model = NestModel(NestConfig.from_config(loaded.config)).eval()
     model.load_state_dict(loaded.state_dict)
-    paths = sorted((shared_audio / "speech" / "speechocean").rglob("*.flac"))[::3]  # one of each speaker
+    paths = sorted((shared_audio / "speech" / "speechocean").rglob("*.flac"))[::6]  # one of every second speaker
     audios = [torch.from_numpy(sf.read(path, dtype="float32")[0]) for path in paths]
     lengths_B = torch.tensor([len(each) for each in audios])
     audio_BN = torch.nn.utils.rnn.pad_sequence(audios, batch_first=True)

@@ -10,9 +10,11 @@ import pytest
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("matplotlib")
 
+from nestcli.checkpoint import load
+from nestcli.cli.demo import _show
 from nestcli.demo import corpus, tour
 from nestcli.demo.tour import take_tour
-from nestcli.errors import RunFailedError
+from nestcli.errors import CheckpointError, RunFailedError
 from nestcli.training.metrics import Reporter, StepReport
 
 
@@ -45,7 +47,9 @@ SHORT = [
 ]  # fmt: skip
 
 
-def test_the_tour_learns_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tour_learns_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(corpus, "VOICES", corpus.VOICES[:4])  # several utterances of each in little speech
     guide = Silent()
     results = take_tour(tmp_path, SHORT, guide, minutes=1.5)
@@ -58,13 +62,20 @@ def test_the_tour_learns_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "log-mel",
         "log-mel-normalised",
     }
+    assert results.reference.layers == ("input", *"012345")
+    assert len(results.reference.values) == len(results.probe.outcomes[0].values)
     assert 1 <= len(results.noisy) <= tour.PREVIEWS
     for picture in (results.learned.curve, results.spectrograms, *results.noisy, *results.pictures):
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = results.page.read_text(encoding="utf-8")
+    assert re.search(rf"reference encoder</th><td>[a-z+]+</td><td[^>]*>{results.reference.mean:.1%}<", page)
     named = [unquote(name) for name in re.findall(r'(?:src|href)="([^"]+)"', page)]
     assert len(named) >= 10
     assert all((tmp_path / name).exists() for name in named), named
+    _show(results)
+    assert f"the reference encoder that comes with nest {results.reference.mean:.1%}, this one " in " ".join(
+        capsys.readouterr().err.split()
+    )
     rows = [json.loads(line) for line in results.run.metrics.read_text().splitlines()]
     assert rows[-1]["step"] == 25
     assert results.run.last is not None
@@ -78,3 +89,10 @@ def test_a_loss_that_does_not_fall_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(corpus, "VOICES", corpus.VOICES[:4])
     with pytest.raises(RunFailedError, match="It should have fallen"):
         take_tour(tmp_path, [*SHORT, "trainer.max_steps=2", "model.optim.lr=1e-6"], Silent(), minutes=1.5)
+
+
+def test_a_package_without_its_encoder_is_told_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_PACKAGED", tmp_path / "none")
+    with pytest.raises(CheckpointError, match="lacks"):
+        take_tour(tmp_path / "demo", SHORT, Silent(), minutes=1.5)
+    assert not (tmp_path / "demo").exists()

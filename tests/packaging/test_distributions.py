@@ -23,6 +23,7 @@ from nestcli import __version__
 ROOT = Path(__file__).parents[2]
 WHEEL, SDIST = f"nestcli-{__version__}-py3-none-any.whl", f"nestcli-{__version__}.tar.gz"
 INFO = f"nestcli-{__version__}.dist-info"
+LICENCES = ["LICENSE", "THIRD_PARTY.md", "src/nestcli/reference/LICENSE"]
 
 
 def build(source: Path, out: Path, what: str) -> None:
@@ -58,13 +59,15 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions: Path) -> No
     package = {name.removeprefix("src/") for name in in_tree("src/nestcli")}
     configs = {f"nestcli/{name}" for name in in_tree("configs")}
     about = {f"{INFO}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt")}
-    notices = {f"{INFO}/licenses/{name}" for name in ("LICENSE", "THIRD_PARTY.md")}
+    notices = {f"{INFO}/licenses/{name}" for name in LICENCES}
     assert found.keys() == package | configs | about | notices
     for name in ("configs/nest_fast-conformer.yaml", "configs/small.yaml", "parity/page.css", "py.typed"):
         assert f"nestcli/{name}" in found
     assert {"answers.json", "answers.safetensors", "config.json", "presets.json", "subject.safetensors"} == {
         name.rpartition("/")[2] for name in found if name.startswith("nestcli/parity/facts/")
     }
+    for name in ("encoder.safetensors", "README.md", "LICENSE"):
+        assert found[f"nestcli/reference/{name}"] == (ROOT / "src/nestcli/reference" / name).read_bytes()
     assert found[f"{INFO}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
 
 
@@ -91,8 +94,8 @@ def test_metadata(distributions: Path) -> None:
     known = Metadata.from_email(raw)  # every field is checked, as an index does
     message: Message = BytesParser().parsebytes(raw)
     assert (message["Metadata-Version"], message["Version"]) == ("2.4", __version__)
-    assert known.license_expression == "Apache-2.0"
-    assert known.license_files == ["LICENSE", "THIRD_PARTY.md"]
+    assert known.license_expression == "Apache-2.0 AND GPL-3.0-only"
+    assert known.license_files == LICENCES
     assert message["Description-Content-Type"] == "text/markdown"
     assert message.get_payload().lstrip().startswith("# nest")
     assert str(known.requires_python) == ">=3.10"
@@ -134,6 +137,8 @@ def test_an_installation_outside_the_tree_works(installed: Path) -> None:
     assert run(installed, nest, "--version").stdout == f"nest {__version__}\n"
     count = run(installed, nest, "count-params", "small", "--json")
     assert json.loads(count.stdout)["total"] == 14_191_616, count.stderr
+    loaded = "import nestcli; print(nestcli.load_encoder('reference').width)"
+    assert run(installed, python, "-c", loaded).stdout == "144\n"
     compared = run(installed, nest, "compare", "--json")
     assert compared.returncode == 0, compared.stderr
     answer = json.loads(compared.stdout)

@@ -53,8 +53,8 @@ def fresh_encoder(config: DictConfig) -> SpeechEncoder:
 def read_encoder(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> StoredEncoder:
     """Read the encoder in a .nemo, .ckpt or .safetensors file or in a transformers folder.
 
-    A .nemo may hold NEST, Parakeet or another FastConformer. Nothing in the file is executed. Raises CheckpointError,
-    and ConfigError for an encoder that cannot be built here.
+    A .nemo may hold NEST, Parakeet or another FastConformer; `reference` is the encoder in the package. Nothing in the
+    file is executed. Raises CheckpointError, and ConfigError for an encoder that cannot be built here.
     """
     source = str(path)
     if is_transformers(path):

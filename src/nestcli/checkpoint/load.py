@@ -22,6 +22,8 @@ from nestcli.errors import CheckpointError
 from nestcli.model.module import CONFIG_KEY
 
 SUFFIXES = (".ckpt", ".nemo", ".safetensors")
+REFERENCE = "reference"  # names the encoder in the package wherever a checkpoint is read
+_PACKAGED = Path(__file__).parents[1] / "reference" / "encoder.safetensors"
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,28 @@ class LoadedCheckpoint:
     state_dict: dict[str, Tensor]
 
 
+def packaged_encoder() -> Path:
+    """Return the path of the reference encoder, a part of the package. Raises CheckpointError if it is missing."""
+    if not _PACKAGED.is_file():
+        raise CheckpointError(
+            f"{REFERENCE}: this installation of nest lacks {_PACKAGED}. Install nestcli again, or name a checkpoint."
+        )
+    return _PACKAGED
+
+
+def checkpoint_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path that a user's word names: `reference` is the packaged encoder, unless it exists as a path."""
+    is_packaged = os.fspath(path) == REFERENCE and not os.path.lexists(path)
+    return packaged_encoder() if is_packaged else Path(path)
+
+
 def load_checkpoint(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedCheckpoint:
-    """Read a .ckpt, .nemo or .safetensors file and apply `key=value` overrides to its configuration.
+    """Read a .ckpt, .nemo or .safetensors file, or `reference`; apply `key=value` overrides to its configuration.
 
     Nothing in the file is executed. Weights have NeMo's names, in NeMo's order. Raises CheckpointError and ConfigError.
     """
-    suffix = _checked_path(path).suffix
+    path = _checked_path(path)
+    suffix = path.suffix
     if suffix == ".nemo":
         return LoadedCheckpoint(*read_nemo(path, overrides))
     if suffix == ".safetensors":
@@ -49,7 +67,8 @@ def load_checkpoint(path: str | os.PathLike[str], overrides: Sequence[str] = ())
 
 def checkpoint_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DictConfig:
     """Read only the configuration, with overrides applied; it is not checked against the weights."""
-    suffix = _checked_path(path).suffix
+    path = _checked_path(path)
+    suffix = path.suffix
     if suffix == ".nemo":
         return read_nemo_config(path, overrides)
     if suffix == ".safetensors":
@@ -59,7 +78,8 @@ def checkpoint_config(path: str | os.PathLike[str], overrides: Sequence[str] = (
 
 def checkpoint_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read only the weights, of any model; a .ckpt then needs no configuration. Raises CheckpointError."""
-    suffix = _checked_path(path).suffix
+    path = _checked_path(path)
+    suffix = path.suffix
     if suffix == ".nemo" and other_nemo(path) is None:
         return read_nemo(path)[1]
     if suffix == ".nemo":
@@ -93,10 +113,12 @@ def _state_of(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
-    checked = Path(path)
+    checked = checkpoint_path(path)
     if checked.suffix not in SUFFIXES:
         there = sorted(checked.glob("checkpoints/*.nemo")) if os.path.isdir(path) else []  # noqa: PTH112  (pathlib raises for some)
         meant = f" Did you mean {there[0]}?" if there else ""
+        if os.fspath(path) == REFERENCE:
+            meant += " It hides the encoder of that name in the package: work in another folder, or rename it."
         raise CheckpointError(f"{path} is not a checkpoint: its name must end with {', '.join(SUFFIXES)}.{meant}")
     if not checked.is_file():
         raise CheckpointError(f"{path}: no such checkpoint.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,19 @@ from nestcli.config import config_from_dict, resolved
 from nestcli.errors import CheckpointError
 
 CONFIG_KEY = "nest_config"
+# Weights that a file in half precision rounds. Statistics of batch norm, mel filters and codes stay as they are.
+_HALVED = re.compile(r"(encoder|decoder)\.(?!.*\.running_)")
 _MAX_CONFIG = 1 << 18  # bytes
 _MAX_HEADER = 8 << 20  # bytes; the largest preset's has 200,000
 
 
-def write_safetensors(path: str | os.PathLike[str], config: DictConfig, state_dict: Mapping[str, Tensor]) -> None:
-    """Write weights and configuration atomically. Raises CheckpointError."""
+def write_safetensors(
+    path: str | os.PathLike[str], config: DictConfig, state_dict: Mapping[str, Tensor], *, half: bool = False
+) -> None:
+    """Write weights and configuration atomically; with `half`, the trained weights in fp16. Raises CheckpointError."""
     state = fitted_state(state_dict, config, f"the model for {path}")
+    if half:
+        state.update({k: v.half() for k, v in state.items() if v.is_floating_point() and _HALVED.match(k)})
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(resolved(config))}
     with atomic_file(path) as file:
         file.write(save({name: value.contiguous().clone() for name, value in state.items()}, metadata))

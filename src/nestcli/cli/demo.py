@@ -84,6 +84,11 @@ def _show(results: Results) -> None:
     for name, (mean, _, clear) in results.probe.margins.items():
         lead = "" if clear else ", not a clear lead"
         console.note(f"Speaker probe: {100 * mean:+.1f} points compared with {name}{lead}.")
+    console.note(
+        "Speaker probe, utterances named correctly: the reference encoder that comes with nest "
+        f"{results.reference.mean:.1%}, this one {results.probe.best('pretrained').mean:.1%}, "
+        f"log-mel {results.probe.best('log-mel').mean:.1%}."
+    )
     console.note("Such a short training learns little: see docs/probe.md and docs/training.md.")
     for what, where in (("RESULTS", results.page), *results.files()):
         console.note(f"  {what:21}  {where}")

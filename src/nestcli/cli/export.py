@@ -29,7 +29,8 @@ def export(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A .ckpt of `nest pretrain`, a .nemo or a .safetensors file. For transformers and onnx, also another "
+            help="A .ckpt of `nest pretrain`, a .nemo or a .safetensors file, or `reference`: the small encoder that "
+            "comes with nest. For transformers and onnx, also another "
             "model with a FastConformer encoder (a .nemo file, or a folder of Hugging Face transformers).",
             show_default=False,
         ),

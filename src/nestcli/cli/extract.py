@@ -24,7 +24,8 @@ def extract(
         typer.Option(
             "--checkpoint",
             metavar="FILE",
-            help="A .nemo, .ckpt or .safetensors file, or a folder of Hugging Face transformers.",
+            help="A .nemo, .ckpt or .safetensors file, a folder of Hugging Face transformers, or `reference`: the "
+            "small encoder that comes with nest.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for features and manifest.")],

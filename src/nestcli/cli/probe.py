@@ -24,7 +24,10 @@ def probe(
     checkpoint: Annotated[
         str,
         typer.Option(
-            "--checkpoint", metavar="FILE", help="A .nemo, .ckpt or .safetensors file, or a transformers folder."
+            "--checkpoint",
+            metavar="FILE",
+            help="A .nemo, .ckpt or .safetensors file, a transformers folder, or `reference`: the small encoder that "
+            "comes with nest.",
         ),
     ],
     label: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from html import escape
 from os.path import relpath
 from pathlib import Path
@@ -66,7 +67,8 @@ def _probed(results: Results) -> str:
     )
     return (
         f"A linear probe on features of the frozen encoder, {len(results.probe.classes)} voices, tested on utterances "
-        f"that it was not trained on: {leads}. Such a short training learns little; see docs/probe.md."
+        f"that it was not trained on: {leads}. Such a short training learns little; see docs/probe.md. "
+        "The reference encoder comes with nest and was trained for longer, on recorded speech."
     )
 
 
@@ -74,7 +76,7 @@ def _accuracies(results: Results) -> str:
     rows = "".join(
         f"<tr><th>{escape(each.name)}</th><td>{escape(each.pool)}</td>"
         f'<td class="n">{each.mean:.1%}</td><td class="n">{each.deviation:.1%}</td></tr>'
-        for each in results.probe.outcomes
+        for each in (*results.probe.outcomes, replace(results.reference, name="reference encoder"))
     )
     head = '<tr><th>system</th><th>pooling</th><th class="n">accuracy</th><th class="n">deviation</th></tr>'
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestcli.demo.corpus import CorpusSummary
-from nestcli.evaluation.probes.results import ProbeResult
+from nestcli.evaluation.probes.results import Outcome, ProbeResult
 from nestcli.parity.report import Report
 from nestcli.prepare.summary import PrepareSummary
 from nestcli.training.run import RunResult
@@ -37,6 +37,7 @@ class Results:
     learned: Learned
     report: Report
     probe: ProbeResult
+    reference: Outcome  # of the encoder in the package, in the same probe
     out: Path
 
     @property

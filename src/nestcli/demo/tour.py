@@ -17,6 +17,8 @@ from omegaconf import DictConfig
 from nestcli.augment.noisy_copy import CopyOptions
 from nestcli.augment.preview import draw_previews
 from nestcli.augment.run import AugmentOptions, augment
+from nestcli.checkpoint.encoder import read_encoder
+from nestcli.checkpoint.load import packaged_encoder
 from nestcli.config import load_training_config, section
 from nestcli.data.mixing import AugmentationConfig
 from nestcli.demo.corpus import make_corpus
@@ -25,10 +27,13 @@ from nestcli.demo.pictures import draw_batch, draw_loss_curve
 from nestcli.demo.results import COMPARISON, Learned, Results
 from nestcli.demo.synthesis import variants
 from nestcli.errors import ConfigError, RunFailedError
+from nestcli.evaluation.inputs import read_inputs
+from nestcli.evaluation.probes import classify
 from nestcli.evaluation.probes.options import ProbeOptions
 from nestcli.evaluation.probes.pictures import draw_confusion, draw_layers
-from nestcli.evaluation.probes.results import ProbeResult
+from nestcli.evaluation.probes.results import PRETRAINED, Outcome, ProbeResult
 from nestcli.evaluation.probes.run import probe
+from nestcli.evaluation.probes.systems import Systems
 from nestcli.parity.compare import Request, compare
 from nestcli.parity.nemo import RecordedNemo
 from nestcli.parity.page import write_page
@@ -41,7 +46,7 @@ from nestcli.training.run import Pretraining, RunResult
 SEED = 7
 MINUTES_OF_SPEECH = 12.0
 PREVIEWS = 2  # pictures of noisy copies
-PROBES = 3  # splits, and untrained encoders
+_PROBE = ProbeOptions("speaker", seeds=3, device="cpu")  # 3 splits, and 3 untrained encoders
 # A few minutes of synthetic speech are little data: tokens of 40 ms give twice as many targets, and the lower learning
 # rate avoids a collapse.
 FOR_LITTLE_SPEECH = (
@@ -67,6 +72,7 @@ def take_tour(out: Path, overrides: list[str], guide: Guide, *, minutes: float =
     NeMo.
     """
     variants()  # raises before anything is written if espeak-ng is missing
+    packaged_encoder()  # the same for the encoder in the package
     guide.chapter("1  Making speech with 18 synthetic voices, and noise")
     corpus = make_corpus(out / "audio", minutes=minutes, seed=SEED, progress=guide.progress)
     guide.chapter("2  Preparing manifests")
@@ -87,10 +93,11 @@ def take_tour(out: Path, overrides: list[str], guide: Guide, *, minutes: float =
     learned = _learned(out, config, result)
     guide.chapter("5  Comparing the model with facts recorded from NeMo")
     report = _compared(out, config, guide)
-    guide.chapter("6  Probing the encoder for speakers")
+    guide.chapter("6  Probing the encoder for speakers, and the reference encoder that comes with nest")
     probed = _probed(out, speech, result, guide)
+    reference = _reference(out, speech, guide)
     guide.chapter("7  Drawing the results")
-    results = Results(corpus, speech, noisy, result, learned, report, probed, out)
+    results = Results(corpus, speech, noisy, result, learned, report, probed, reference, out)
     _draw(run, results)
     write_results(results.page, results)
     return results
@@ -161,12 +168,16 @@ def _probed(out: Path, speech: PrepareSummary, run: RunResult, guide: Guide) -> 
     checkpoint = run.best or run.last
     if checkpoint is None:
         raise ConfigError("the demo needs a checkpoint to probe: set exp_manager.create_checkpoint_callback=true.")
-    options = ProbeOptions("speaker", seeds=PROBES, device="cpu")
+    given = str(speech.manifests["train"])
+    return probe(given, str(checkpoint), out / "probe", _PROBE, lambda done, total, _: guide.progress(done, total))
 
-    def advance(done: int, total: int, doing: str) -> None:
-        guide.progress(done, total)
 
-    return probe(str(speech.manifests["train"]), str(checkpoint), out / "probe", options, advance)
+def _reference(out: Path, speech: PrepareSummary, guide: Guide) -> Outcome:
+    """Ask the encoder in the package the same question on the same utterances."""
+    manifest = read_inputs(str(speech.manifests["train"]), out / "probe").manifest
+    stored = read_encoder(packaged_encoder())
+    systems = Systems(stored, manifest, _PROBE, lambda done, total, _: guide.progress(done, total))
+    return classify.ask(systems, _PROBE, (PRETRAINED,)).best(PRETRAINED)
 
 
 def _data_overrides(out: Path, speech: PrepareSummary, noise: PrepareSummary) -> list[str]:

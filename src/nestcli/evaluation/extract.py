@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nestcli.checkpoint.encoder import read_encoder
+from nestcli.checkpoint.load import checkpoint_path
 from nestcli.data.manifest import Manifest, write_manifest
 from nestcli.errors import ConfigError, DataError
 from nestcli.evaluation.inputs import Inputs, read_inputs
@@ -198,7 +199,7 @@ def _settings(
     return {
         "input": os.path.abspath(given),  # noqa: PTH100  # links stay as they are
         "lines": _digest_of(inputs.manifest),
-        "checkpoint": os.path.abspath(checkpoint),  # noqa: PTH100  # links stay as they are
+        "checkpoint": os.path.abspath(checkpoint_path(checkpoint)),  # noqa: PTH100  # links stay as they are
         "weights": _digest_of_weights(encoder),
         "layers": options.layers,
         "format": options.format,

@@ -16,9 +16,10 @@ from nestcli.model.speech_encoder import SpeechEncoder
 def load_encoder(checkpoint: str | os.PathLike[str], device: str | torch.device = "cpu") -> SpeechEncoder:
     """Load the encoder of a checkpoint, in evaluation mode, on `device`.
 
-    `checkpoint` is a .nemo (of NEST, or of an ASR model with a FastConformer encoder), .ckpt or .safetensors file, or a
-    folder that transformers' Parakeet encoder loads. To fine-tune the encoder, call `train()` on it or on the module
-    that contains it. Nothing in the file is executed. Raises CheckpointError, ConfigError.
+    `checkpoint` is a .nemo (of NEST, or of an ASR model with a FastConformer encoder), .ckpt or .safetensors file, a
+    folder that transformers' Parakeet encoder loads, or "reference", the small encoder in this package. To fine-tune
+    the encoder, call `train()` on it or on the module that contains it. Nothing in the file is executed. Raises
+    CheckpointError, ConfigError.
     """
     return read_encoder(user_path(os.fspath(checkpoint))).build().to(device)
 

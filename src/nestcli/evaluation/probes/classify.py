@@ -21,33 +21,33 @@ from nestcli.evaluation.probes.systems import Systems, pooled
 POOLS = ("mean", "mean+std")
 
 
-def ask(systems: Systems, options: ProbeOptions) -> ProbeResult:
-    """Predict the label of unseen utterances, or of utterances of unseen speakers."""
+def ask(systems: Systems, options: ProbeOptions, names: Sequence[str] = SYSTEMS) -> ProbeResult:
+    """Predict the label of unseen utterances, or of utterances of unseen speakers, from each of the named systems."""
     asked = of_classes(systems.manifest, options)
     splits(asked.labels, asked.groups, options.seeds)  # raises what is wrong before anything is computed
     asked = systems.begin(asked, pooled)
     plans = splits(asked.labels, asked.groups, options.seeds)
-    names = sorted(set(asked.labels))
-    classes_U = torch.tensor([names.index(label) for label in asked.labels])
+    classes = sorted(set(asked.labels))
+    classes_U = torch.tensor([classes.index(label) for label in asked.labels])
     outcomes, answers = [], {}
-    for name in SYSTEMS:
+    for name in names:
         seeds = range(options.seeds) if name == UNTRAINED else (0,)
         of_seed = [torch.stack(systems.of(name, seed)) for seed in seeds]
         for pool in POOLS:
-            found = [_over_seeds(of_seed, pool, classes_U, plan, len(names), asked.groups) for plan in plans]
+            found = [_over_seeds(of_seed, pool, classes_U, plan, len(classes), asked.groups) for plan in plans]
             answers[name, pool] = [answer for _, _, answer in found]
             weights = tuple(tuple(each.tolist()) for _, each, _ in found)
             values = tuple(accuracy for accuracy, _, _ in found)
             outcomes.append(Outcome(name, pool, values, systems.layers(name), weights))
     tested = np.concatenate([np.tile(plan.test, len(plan.seeds)) for plan in plans])
     best = max((each for each in outcomes if each.name == PRETRAINED), key=lambda each: each.mean)
-    confusion = np.zeros((len(names), len(names)), int)
+    confusion = np.zeros((len(classes), len(classes)), int)
     answered = torch.cat(answers[best.name, best.pool]).numpy()
     np.add.at(confusion, (classes_U.numpy()[tested], answered), 1)
     return ProbeResult(
         label=options.label,
         split=asked.split,
-        classes=tuple(names),
+        classes=tuple(classes),
         utterances=len(asked.labels),
         rejected=systems.rejected,
         chance=float(np.mean([_chance(classes_U, plan) for plan in plans])),

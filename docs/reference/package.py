@@ -30,18 +30,16 @@ from nestcli.model.count import count_parameters
 
 ROOM = Path(__file__).parents[2] / "src" / "nestcli" / "reference"
 MOST_BYTES = 8_000_000
-LICENCE = "GPL-3.0-only"
+LICENCE = "CC-BY-SA-4.0"
 SYSTEMS = ("pretrained", "untrained", "log-mel", "log-mel-normalised")
 # Source and version, content, hours, licence: the groups of the pretraining corpus, by licence.
 SOURCES = (
     ("speechocean762, github.com/jimbozhang/speechocean762 @613968e", "English sentences, 150 Mandarin speakers, "
      "adults and children", 2.63, "free for commercial and non-commercial use; Apache-2.0 on Hugging Face"),
     ("Kerstin, github.com/rhasspy/dataset-voice-kerstin @f731271", "German sentences, one speaker", 1.76, "CC0-1.0"),
-    ("GCompris voices, github.com/gcompris/GCompris-voices @c0e8a743", "instructions, words and letters in 43 "
-     "languages and variants, about 60 contributors, whom its file LICENSE names", 5.19, "GPL-3.0-or-later"),
-    ("GCompris voices, the same version", "some of these files", 0.52, "public domain"),
+    ("GCompris voices, github.com/gcompris/GCompris-voices @c0e8a743", "instructions, words and letters: those files "
+     "that are in the public domain", 0.52, "public domain"),
     ("GCompris voices, the same version", "files of Smart4Kids.com and www.art4apps.org", 0.35, "CC BY-SA"),
-    ("GCompris voices, the same version", "5 files of Baptiste Wijas and Thibault Ayanides", 0.01, "GFDL"),
     ("audio-cmn, github.com/hugolpz/audio-cmn @ff9ed3d0", "Mandarin words and syllables, Yue Tan (Shtooka) and Chen "
      "Wang", 1.90, "CC BY-SA"),
     ("Debian asterisk-core-sounds-en-g722, -es-g722, -fr-g722 1.6.1", "English, Spanish and French telephone prompts, "
@@ -52,9 +50,6 @@ SOURCES = (
      "www.voip.ammdomus.it", 0.39, "CC BY-SA 3.0 IT"),
     ("Debian asterisk-prompt-fr-armelle", "French telephone prompts, Armelle Desjardins, © 2006 Michel Gutierrez",
      0.29, "BSD-like"),
-    ("Debian asterisk-prompt-es-co", "87 Spanish telephone prompts, Avatar Ltda. / July E. Jiménez", 0.19,
-     "GPL-2.0-only"),
-    ("Debian gcin-voice 20170223", "Mandarin syllables, Edward Liu", 0.13, "GPL-3.0 or LGPL-3.0"),
     ("Debian gcin-voice 20170223", "Mandarin syllables, ChionMeilin, voice Chu Lo", 0.10, "CC BY 3.0"),
 )  # fmt: skip
 
@@ -116,19 +111,15 @@ trained on thousands of hours give. It has not been tested for fairness between 
 
 ## Licence
 
-**The weights in `encoder.safetensors` are under the GNU General Public License, version 3 ({licence}; its text is the
-file LICENSE beside this page). The code of nest keeps its own licence, Apache-2.0.**
+**The weights in `encoder.safetensors` are under Creative Commons Attribution-ShareAlike 4.0 ({licence},
+https://creativecommons.org/licenses/by-sa/4.0/). The code of nest keeps its own licence, Apache-2.0.**
 
 All sources allow redistribution and derived works. Whether trained weights are a derived work of recordings is not
-settled; here they are treated as one, under the strictest licence among the sources. GPL-3.0-or-later and LGPL-3.0 lead
-to it directly. CC BY-SA 3.0 lets a derived work be under CC BY-SA 4.0, from which GPL 3 is a permitted step. The other
-licences ask for the credit that the table above gives. If you pass on the weights, or an encoder that you trained
-further from them, use the same licence and keep the table. Features that the encoder computes from your audio are not
-covered.
-
-Two small sources are not compatible with GPL 3 for a derived work: 87 prompts under GPL-2.0-only (11 minutes) and 5
-files under the GFDL (35 seconds), 1.3% of the audio. They are named so that you can judge. To avoid the question, train
-again without them.
+settled; here they are treated as one, under the strictest licence among the sources. CC BY-SA 3.0 lets a derived work
+be under its version 4.0. The other licences ask for the credit that the table above gives. Recordings under the GPL and
+the GFDL were left out (`--without 'GPL|GFDL'`), as these licences ask for something else. If you pass on the weights,
+or an encoder that you trained further from them, use the same licence and keep the table. Features that the encoder
+computes from your audio are not covered.
 """
 
 

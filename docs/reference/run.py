@@ -1,9 +1,10 @@
 """Run the reference recipe: prepare speech and noise, pretrain, and probe; each step continues where it was stopped.
 
-python docs/reference/run.py SPEECH NOISE OUT [--probe DIR] [--control] [key=value ...]
+python docs/reference/run.py SPEECH NOISE OUT [--without PATTERN] [--probe DIR] [--control] [key=value ...]
 
 SPEECH and NOISE are folders of audio. A `manifest.tsv` in SPEECH (columns path, duration_s, speaker, language, text)
-names the speakers; without one, the folder of a file is its speaker. `--probe` names a folder with labelled speech and
+names the speakers; without one, the folder of a file is its speaker. `--without` leaves out the rows of the table whose
+licence matches a regular expression. `--probe` names a folder with labelled speech and
 such a table (columns task, label, phones); `--control` also trains NeMo's settings on as much audio. Keys change the
 recipe.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -41,12 +43,13 @@ def main() -> None:
     parser.add_argument("speech", type=Path)
     parser.add_argument("noise", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--without", type=re.compile, metavar="PATTERN")
     parser.add_argument("--probe", type=Path)
     parser.add_argument("--control", action="store_true")
     parser.add_argument("keys", nargs="*", metavar="key=value")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    speech, noise = prepared(given.speech, given.noise, given.out)
+    speech, noise = prepared(given.speech, given.noise, given.out, given.without)
     runs = {"reference": given.keys, **({"control": [*CONTROL, *given.keys]} if given.control else {})}
     for name, keys in runs.items():
         pretrained(name, speech, noise, given.out, keys)
@@ -54,12 +57,13 @@ def main() -> None:
             probed(name, given.probe, noise, given.out)
 
 
-def prepared(speech: Path, noise: Path, out: Path) -> tuple[Path, Path]:
+def prepared(speech: Path, noise: Path, out: Path, without: re.Pattern[str] | None) -> tuple[Path, Path]:
     """Write the manifests of speech and noise; return their folders. No speaker is in training and validation."""
     table = speech / "manifest.tsv"
     source, pattern = str(speech), ["--speaker-pattern", r"([^/]+)/[^/]+$"]
     if table.is_file():
-        rows = (line(speech, row) for row in read_table(table))
+        kept = (row for row in read_table(table) if not (without and without.search(row.get("licence") or "")))
+        rows = (line(speech, row) for row in kept)
         source, pattern = str(written(out / "speech.json", rows)), []
     nest("prepare-data", source, "--out", out / "speech", "--split-by", "speaker", "--val-fraction", "0.04",
          "--segment", "10", "--convert", *pattern)  # fmt: skip

@@ -126,7 +126,7 @@ def test_the_card_fits_the_file() -> None:
     assert f"| {sum(counted.to_depth(1)['encoder']):,} parameters: 6 layers of width 144, frames of 40 ms |" in CARD
     assert f"| whole model | {counted.total:,} parameters" in CARD
     assert f"| file | {packaged_encoder().stat().st_size / 1e6:.1f} MB" in CARD
-    assert "GPL-3.0-only" in CARD
+    assert "CC-BY-SA-4.0" in CARD
     assert "GNU GENERAL PUBLIC LICENSE" in packaged_encoder().with_name("LICENSE").read_text(encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from nestcli import __version__
 ROOT = Path(__file__).parents[2]
 WHEEL, SDIST = f"nestcli-{__version__}-py3-none-any.whl", f"nestcli-{__version__}.tar.gz"
 INFO = f"nestcli-{__version__}.dist-info"
-LICENCES = ["LICENSE", "THIRD_PARTY.md", "src/nestcli/reference/LICENSE"]
+LICENCES = ["LICENSE", "THIRD_PARTY.md"]
 
 
 def build(source: Path, out: Path, what: str) -> None:
@@ -66,7 +66,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions: Path) -> No
     assert {"answers.json", "answers.safetensors", "config.json", "presets.json", "subject.safetensors"} == {
         name.rpartition("/")[2] for name in found if name.startswith("nestcli/parity/facts/")
     }
-    for name in ("encoder.safetensors", "README.md", "LICENSE"):
+    for name in ("encoder.safetensors", "README.md"):
         assert found[f"nestcli/reference/{name}"] == (ROOT / "src/nestcli/reference" / name).read_bytes()
     assert found[f"{INFO}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
 
@@ -94,7 +94,7 @@ def test_metadata(distributions: Path) -> None:
     known = Metadata.from_email(raw)  # every field is checked, as an index does
     message: Message = BytesParser().parsebytes(raw)
     assert (message["Metadata-Version"], message["Version"]) == ("2.4", __version__)
-    assert known.license_expression == "Apache-2.0 AND GPL-3.0-only"
+    assert known.license_expression == "Apache-2.0 AND CC-BY-SA-4.0"
     assert known.license_files == LICENCES
     assert message["Description-Content-Type"] == "text/markdown"
     assert message.get_payload().lstrip().startswith("# nest")

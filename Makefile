@@ -14,11 +14,12 @@ AUDIT_VENV := .venv-audit
 # spinning, which on a busy core takes far longer than the work.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo reference test test-all test-slow test-ray trace check audit pins dist parity docs docs-cli format setup setup-nemo clean
+.PHONY: help demo reference results test test-all test-slow test-ray trace check audit pins dist parity docs docs-cli format setup setup-nemo clean
 
 help:
 	@echo "make demo      set up, then run nest demo (results in nest_demo/)"
 	@echo "make reference SPEECH=DIR NOISE=DIR   the reference recipe: prepare, pretrain, with PROBE=DIR also probe"
+	@echo "make results   the tables and pictures of docs/results.md; with OUT=DIR, those of a new run"
 	@echo "make test      set up, then the default tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make test-ray  set up Ray (70 MB), prepare data on a cluster of this machine's"
@@ -46,8 +47,13 @@ demo: setup
 	$(VENV)/bin/nest demo --out nest_demo
 
 reference: setup
-	@test -n "$(SPEECH)" -a -n "$(NOISE)" || { echo "Give folders: make reference SPEECH=DIR NOISE=DIR [PROBE=DIR] [OUT=DIR]"; exit 2; }
-	$(VENV)/bin/python docs/reference/run.py "$(SPEECH)" "$(NOISE)" "$(or $(OUT),nest_reference)" $(if $(PROBE),--probe "$(PROBE)")
+	@test -n "$(SPEECH)" -a -n "$(NOISE)" || { echo "Give folders: make reference SPEECH=DIR NOISE=DIR [PROBE=DIR] [OUT=DIR] [WITHOUT=PATTERN] [CONTROL=1]"; exit 2; }
+	$(VENV)/bin/python docs/reference/run.py "$(SPEECH)" "$(NOISE)" "$(or $(OUT),nest_reference)" $(if $(WITHOUT),--without "$(WITHOUT)") \
+	  $(if $(PROBE),--probe "$(PROBE)") $(if $(CONTROL),--control)
+
+# Tables and pictures of docs/ from the stored results; OUT=DIR stores those of a new run first.
+results: setup
+	$(VENV)/bin/python docs/reference/results.py $(OUT)
 
 test: setup
 	$(PYTEST) -m "not slow and not nemo and not gpu and not ray"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,20 @@ QUESTIONS = {
 }
 PLACES = {"quiet": "", "noise": ", in noise at 5 dB"}
 BASELINES = {"untrained": "untrained", "log-mel": "log-mel", "log-mel-normalised": "log-mel, normalised"}
-PAGES = {"results.md": ("runs", "probes"), "probe.md": ("probes",), "../README.md": ("probes",)}
+# The first rows of the READMEs' table: its columns, and the questions.
+SHORT = (
+    ("frozen features, new speakers", "`nest` reference", "NeMo's settings", "untrained", "log-mel"),
+    ("words right", "words right in noise, 5 dB", "phones wrong", "voices confused"),
+)
+SHORT_CHINESE = (
+    ("冻结特征，新说话人", "`nest` reference", "NeMo 的设置", "未训练", "log-mel"),
+    ("单词正确率", "5 dB 噪声下的单词正确率", "音素错误率", "说话人等错误率"),
+)
+SHORT_RESULTS = ("words-quiet", "words-noise", "phones-quiet", "speakers-quiet")
+PAGES = {
+    "results.md": ("runs", "probes"), "probe.md": ("probes",), "../README.md": ("short",),
+    "../README.zh-CN.md": ("short-chinese",),
+}  # fmt: skip
 _LEFT_OUT = ("manifest", "checkpoint", "noise", "confusion")  # paths of one machine, and what no table shows
 
 
@@ -111,6 +124,17 @@ def probes_table() -> Iterator[str]:
             yield f"| {words}{added} | **{ours[0]}** | " + " | ".join([*ours[1:], *others]) + " |"
 
 
+def short_table(words: tuple[tuple[str, ...], tuple[str, ...]]) -> Iterator[str]:
+    """The READMEs' table: means alone."""
+    yield "| " + " | ".join(words[0]) + " |"
+    yield "| --- " * len(words[0]) + "|"
+    for row, name in zip(words[1], SHORT_RESULTS, strict=True):
+        ours, theirs = (json.loads((STORED / run / f"{name}.json").read_text("utf-8")) for run in RUNS)
+        found = [(ours, "pretrained"), (theirs, "pretrained"), (ours, "untrained"), (ours, "log-mel")]
+        first, *others = (_best(*each).partition(" ")[0] for each in found)
+        yield f"| {row} | **{first}** | " + " | ".join(others) + " |"
+
+
 def _best(document: dict[str, Any], name: str) -> str:
     """The values of a system with its best pooling."""
     sign = -1 if document["measure"] == "accuracy" else 1
@@ -118,7 +142,10 @@ def _best(document: dict[str, Any], name: str) -> str:
     return f"{best['mean']:.1%} ± {100 * best['deviation']:.1f}"
 
 
-TABLES = {"runs": runs_table, "probes": probes_table}
+TABLES: dict[str, Callable[[], Iterable[str]]] = {
+    "runs": runs_table, "probes": probes_table, "short": lambda: short_table(SHORT),
+    "short-chinese": lambda: short_table(SHORT_CHINESE),
+}  # fmt: skip
 
 
 def draw(folder: Path) -> None:

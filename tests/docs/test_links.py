@@ -134,7 +134,7 @@ def test_a_link_that_leads_nowhere_is_found(link: str, told: str, tmp_path: Path
 
 
 def test_links_that_are_right_are_not_found() -> None:
-    text = "[a](data.md#batches) [b](../README.md) [c](https://arxiv.org/abs/1) ![d](images/health-demo.png) [e](.)"
+    text = "[a](data.md#batches) [b](../README.md) [c](https://arxiv.org/abs/1) ![d](images/health-plateau.png) [e](.)"
     shown = read_page("docs/log.md", text)
     assert len(shown.links) == 5
     assert [fault for _, target in shown.links for fault in faults("docs/log.md", target)] == []

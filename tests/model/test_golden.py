@@ -14,6 +14,8 @@ from nestcli.model.masking import disjoint_blocks, overlapping_blocks
 from nestcli.model.nest import NestModel
 from nestcli.model.optim import NoamAnnealing
 from nestcli.model.quantizer import RandomProjectionQuantizer
+from nestcli.parity.inputs import TRAIN_SEED, rounding_of_features
+from nestcli.parity.report import close
 
 TINY = Golden("model_tiny")
 NOBIAS = Golden("model_nobias")
@@ -74,15 +76,21 @@ def test_features_in_evaluation_and_training() -> None:
     model = golden_model(TINY)
     clean, clean_len, noisy, noisy_len = waveforms()
     model.eval()
-    features, lengths = model.preprocessor(clean, clean_len)
-    assert torch.equal(lengths, TINY["features.eval.len"])
-    assert_close(features, TINY["features.eval.clean"], 1e-5, "clean features")
-    assert_close(model.preprocessor(noisy, noisy_len)[0], TINY["features.eval.noisy"], 1e-5, "noisy features")
+    assert torch.equal(model.preprocessor(clean, clean_len)[1], TINY["features.eval.len"])
+    assert_same_features(model, {"audio": clean, "audio_len": clean_len}, "features.eval.clean")
+    assert_same_features(model, {"audio": noisy, "audio_len": noisy_len}, "features.eval.noisy")
     model.train()
-    torch.manual_seed(7)
-    dithered, _ = model.preprocessor(clean, clean_len)
-    assert_close(dithered[:, ::8], TINY["features.train.clean"], 1e-5, "dithered features")
+    assert_same_features(model, {"audio": clean, "audio_len": clean_len}, "features.train.clean", every=8)
     assert torch.equal(clean, waveforms()[0]), "the caller's waveform was dithered"
+
+
+def assert_same_features(model: NestModel, audio: dict[str, torch.Tensor], name: str, every: int = 1) -> None:
+    """A bin with little energy beside a loud one holds rounding, which differs from processor to processor."""
+    torch.manual_seed(TRAIN_SEED)
+    features, _ = model.preprocessor(audio["audio"], audio["audio_len"])
+    rounding = rounding_of_features(model.preprocessor, audio, features)
+    check = close(name, features[:, ::every], TINY[name], 1e-5, rounding=rounding[:, ::every])
+    assert check.passed, check
 
 
 @GOLDENS

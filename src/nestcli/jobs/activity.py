@@ -9,7 +9,7 @@ import mmap
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 _NOTE = struct.Struct("=Qdqh?")  # the fields of Note
 _SINCE, _SINCE_AT = struct.Struct("=d"), 8  # the field `since` alone, and its offset
@@ -31,7 +31,7 @@ class Note:
     reading: bool
 
 
-NOTHING = Note(0, 0.0, -1, -1, False)  # for a process that writes no notes
+NOTHING = Note(0, 0.0, -1, -1, False)  # for a process that writes no notes, or has not begun
 
 
 class Page:
@@ -62,6 +62,8 @@ class Notes:
     def __init__(self, workers: int, manifests: Sequence[object]) -> None:
         self.manifests = manifests
         self._pages = [mmap.mmap(-1, mmap.PAGESIZE) for _ in range(workers)]
+        for page in self._pages:  # a process may die before it enters
+            _NOTE.pack_into(page, 0, *astuple(NOTHING))
 
     def enter(self, worker: int) -> None:
         """Start to note what this process reads; call it in the loader process."""

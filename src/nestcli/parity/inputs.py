@@ -60,7 +60,7 @@ def preprocessor_section(context: Context, section: Section) -> None:
         theirs = context.nemo.ask("features", {"train": train, "seed": TRAIN_SEED}, audio)
         preprocessor = subject.fresh(train=train).preprocessor
         ours_BDT, lengths_B = _features(preprocessor, audio)
-        rounding_BD1 = _rounding(preprocessor, audio, ours_BDT)
+        rounding_BD1 = rounding_of_features(preprocessor, audio, ours_BDT)
         section.add(close(f"features, {label}", ours_BDT, theirs["features"], FEATURES, rounding=rounding_BD1))
         section.add(equal(f"lengths, {label}", lengths_B.tolist(), theirs["lengths"].tolist()))
         if not train:
@@ -75,7 +75,7 @@ def _features(preprocessor: LogMelPreprocessor, audio: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def _rounding(preprocessor: LogMelPreprocessor, audio: Mapping[str, Tensor], ours_BDT: Tensor) -> Tensor:
+def rounding_of_features(preprocessor: LogMelPreprocessor, audio: Mapping[str, Tensor], ours_BDT: Tensor) -> Tensor:
     """Return how far each bin moves (B, D, 1) when the audio changes in its last bits.
 
     A bin with little energy beside a loud one holds mostly rounding, which differs from processor to processor.
@@ -98,7 +98,7 @@ def _default_features(subject: Subject, audio: Mapping[str, Tensor], theirs_BDT:
         ours_BDT,
         theirs_BDT * changes_BD1,
         FEATURES,
-        rounding=_rounding(default, audio, ours_BDT),
+        rounding=rounding_of_features(default, audio, ours_BDT),
         note=f"{int((~changes_BD1).sum())} bins that never change are left out",
     )
 

@@ -301,6 +301,7 @@ def test_a_note_says_what_is_read_and_what_was(corpus: dict[str, Path], monkeypa
     monkeypatch.setattr(activity, "own", None)
     speech, other = read_manifests(str(corpus["train"])), read_manifests(str(corpus["noise"]))
     pages = Notes(2, [other, speech])
+    assert pages.of(0) == pages.of(1) == activity.NOTHING
     pages.enter(1)
     assert (pages.of(1).reading, pages.of(1).line, pages.of(1).manifest, pages.of(0).number) == (False, -1, -1, 0)
     before = time.monotonic()

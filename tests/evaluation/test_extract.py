@@ -18,6 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 from conftest import write_noise_wav
+from evaluation.tiny_encoder import TINY, tiny_checkpoint
 from nestcli import SpeechEncoder, load_audio, load_encoder
 from nestcli.checkpoint.encoder import fresh_encoder
 from nestcli.checkpoint.nemo import write_nemo
@@ -28,22 +29,13 @@ from nestcli.evaluation.stores import Store
 from nestcli.model.config import NestConfig
 from nestcli.model.nest import NestModel
 
-CONFIG = load_config(
-    "small",
-    [
-        "model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=3", "model.num_classes=32",
-        "model.encoder.subsampling_conv_channels=8",
-    ],
-)  # fmt: skip
+CONFIG = load_config("small", [*TINY, "model.encoder.n_layers=3"])
 SECONDS = (1.5, 0.7, 2.3, 1.1, 0.9, 3.0, 1.9)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(4)
-    path = tmp_path_factory.mktemp("checkpoint") / "nest.nemo"
-    write_nemo(path, CONFIG, NestModel(NestConfig.from_config(CONFIG)).state_dict())
-    return str(path)
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), 3)
 
 
 @pytest.fixture(scope="module")

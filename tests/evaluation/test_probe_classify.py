@@ -12,10 +12,9 @@ import soundfile as sf
 import torch
 
 from conftest import write_noise_wav
+from evaluation.tiny_encoder import tiny_checkpoint
 from nestcli import load_audio, load_encoder
-from nestcli.checkpoint.nemo import write_nemo
 from nestcli.cli.app import main
-from nestcli.config import load_config
 from nestcli.errors import ConfigError, DataError
 from nestcli.evaluation.probes import linear
 from nestcli.evaluation.probes.classify import POOLS
@@ -25,15 +24,6 @@ from nestcli.evaluation.probes.results import BASELINES, LOG_MEL, PRETRAINED, SY
 from nestcli.evaluation.probes.run import probe
 from nestcli.evaluation.probes.splits import splits
 from nestcli.evaluation.probes.systems import pooled
-from nestcli.model.config import NestConfig
-from nestcli.model.nest import NestModel
-
-TINY = [
-    "model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=2", "model.num_classes=32",
-    "model.encoder.subsampling_conv_channels=8",
-]  # fmt: skip
-CONFIG = load_config("small", TINY)
-
 
 # ---- the classifier --------------------------------------------------------------------------------------------
 
@@ -187,10 +177,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(4)
-    path = tmp_path_factory.mktemp("checkpoint") / "nest.nemo"
-    write_nemo(path, CONFIG, NestModel(NestConfig.from_config(CONFIG)).state_dict())
-    return str(path)
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from conftest import write_noise_wav
+from evaluation.tiny_encoder import tiny_checkpoint
 from nestcli.checkpoint.encoder import read_encoder
-from nestcli.checkpoint.nemo import write_nemo
-from nestcli.config import load_config
 from nestcli.errors import ConfigError, DataError
 from nestcli.evaluation.inputs import read_inputs
 from nestcli.evaluation.probes import abx, ctc
@@ -37,22 +36,11 @@ from nestcli.evaluation.probes.run import probe
 from nestcli.evaluation.probes.splits import splits
 from nestcli.evaluation.probes.systems import Systems, frames, stacked
 from nestcli.evaluation.probes.verify import equal_error_rate, pair_scores
-from nestcli.model.config import NestConfig
-from nestcli.model.nest import NestModel
-
-TINY = [
-    "model.encoder.d_model=16", "model.encoder.n_heads=2", "model.encoder.n_layers=2", "model.num_classes=32",
-    "model.encoder.subsampling_conv_channels=8",
-]  # fmt: skip
-CONFIG = load_config("small", TINY)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(4)
-    path = tmp_path_factory.mktemp("checkpoint") / "nest.nemo"
-    write_nemo(path, CONFIG, NestModel(NestConfig.from_config(CONFIG)).state_dict())
-    return str(path)
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--probe", type=Path)
     parser.add_argument("--control", action="store_true")
     parser.add_argument("keys", nargs="*", metavar="key=value")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     given.out.mkdir(parents=True, exist_ok=True)
     speech, noise = prepared(given.speech, given.noise, given.out, given.without)
     runs = {"reference": given.keys, **({"control": [*CONTROL, *given.keys]} if given.control else {})}

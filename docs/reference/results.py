@@ -40,7 +40,7 @@ SHORT_CHINESE = (
 )
 SHORT_RESULTS = ("words-quiet", "words-noise", "phones-quiet", "speakers-quiet")
 PAGES = {
-    "results.md": ("runs", "probes"), "probe.md": ("probes",), "../README.md": ("short",),
+    "results.md": ("runs", "probes", "marks"), "probe.md": ("probes",), "../README.md": ("short",),
     "../README.zh-CN.md": ("short-chinese",),
 }  # fmt: skip
 _LEFT_OUT = ("manifest", "checkpoint", "noise", "confusion")  # paths of one machine, and what no table shows
@@ -135,15 +135,42 @@ def short_table(words: tuple[tuple[str, ...], tuple[str, ...]]) -> Iterator[str]
         yield f"| {row} | **{first}** | " + " | ".join(others) + " |"
 
 
+def marks_table() -> Iterator[str]:
+    """The marks that were set before the run, and what it reached."""
+    yield "| mark | wanted | reached | reached in noise at 5 dB |"
+    yield "| --- | --- | --- | --- |"
+    lines = [line for line in read_lines(STORED / "reference") if line.get("val_loss") is not None]
+    yield f"| validation loss below guessing by frequency | 0.5 nats | {max(map(_gain, lines)):.2f} nats | |"
+    words, phones = (
+        [json.loads((STORED / "reference" / f"{name}-{place}.json").read_text("utf-8")) for place in PLACES]
+        for name in ("words", "phones")
+    )
+    yield _row("words", "80%", [f"{_result(each, 'pretrained')['mean']:.1%}" for each in words])
+    for name, points in (("untrained", 15), ("log-mel", 30)):
+        leads = [f"{100 * each['margins'][name]['mean']:.1f} points" for each in words]
+        yield _row(f"words above {BASELINES[name]}", f"{points} points", leads)
+    for name in ("untrained", "log-mel"):
+        fewer = [each["margins"][name]["mean"] / _result(each, name)["mean"] for each in phones]
+        yield _row(f"fewer wrong phones than {BASELINES[name]}", "15%", [f"{share:.0%}" for share in fewer])
+
+
+def _row(mark: str, wanted: str, values: Iterable[str]) -> str:
+    return "| " + " | ".join([mark, wanted, *values]) + " |"
+
+
 def _best(document: dict[str, Any], name: str) -> str:
-    """The values of a system with its best pooling."""
-    sign = -1 if document["measure"] == "accuracy" else 1
-    best = min((each for each in document["systems"] if each["name"] == name), key=lambda each: sign * each["mean"])
+    best = _result(document, name)
     return f"{best['mean']:.1%} ± {100 * best['deviation']:.1f}"
 
 
+def _result(document: dict[str, Any], name: str) -> dict[str, Any]:
+    """The result of a system with its best pooling: the lowest of an error rate, the highest of an accuracy."""
+    choose = max if document["measure"] == "accuracy" else min
+    return choose((each for each in document["systems"] if each["name"] == name), key=lambda each: each["mean"])
+
+
 TABLES: dict[str, Callable[[], Iterable[str]]] = {
-    "runs": runs_table, "probes": probes_table, "short": lambda: short_table(SHORT),
+    "runs": runs_table, "probes": probes_table, "marks": marks_table, "short": lambda: short_table(SHORT),
     "short-chinese": lambda: short_table(SHORT_CHINESE),
 }  # fmt: skip
 

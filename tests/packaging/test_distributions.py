@@ -138,7 +138,7 @@ def test_an_installation_outside_the_tree_works(installed: Path) -> None:
     count = run(installed, nest, "count-params", "small", "--json")
     assert json.loads(count.stdout)["total"] == 14_191_616, count.stderr
     loaded = "import nestcli; print(nestcli.load_encoder('reference').width)"
-    assert run(installed, python, "-c", loaded).stdout == "144\n"
+    assert run(installed, python, "-c", loaded).stdout == "240\n"
     compared = run(installed, nest, "compare", "--json")
     assert compared.returncode == 0, compared.stderr
     answer = json.loads(compared.stdout)

@@ -119,9 +119,9 @@ def probes_table() -> Iterator[str]:
         for place, added in PLACES.items():
             found = {run: STORED / run / f"{question}-{place}.json" for run in RUNS}
             documents = {run: json.loads(path.read_text("utf-8")) for run, path in found.items() if path.is_file()}
-            ours = [_best(documents[run], "pretrained") if run in documents else "" for run in RUNS]
+            ours = [_best(documents[run], "pretrained") if run in documents else "not asked" for run in RUNS]
             others = [_best(documents["reference"], name) for name in BASELINES]
-            yield f"| {words}{added} | **{ours[0]}** | " + " | ".join([*ours[1:], *others]) + " |"
+            yield f"| {words}{added} | " + " | ".join([*ours, *others]) + " |"
 
 
 def short_table(words: tuple[tuple[str, ...], tuple[str, ...]]) -> Iterator[str]:
@@ -131,8 +131,7 @@ def short_table(words: tuple[tuple[str, ...], tuple[str, ...]]) -> Iterator[str]
     for row, name in zip(words[1], SHORT_RESULTS, strict=True):
         ours, theirs = (json.loads((STORED / run / f"{name}.json").read_text("utf-8")) for run in RUNS)
         found = [(ours, "pretrained"), (theirs, "pretrained"), (ours, "untrained"), (ours, "log-mel")]
-        first, *others = (_best(*each).partition(" ")[0] for each in found)
-        yield f"| {row} | **{first}** | " + " | ".join(others) + " |"
+        yield f"| {row} | " + " | ".join(_best(*each).partition(" ")[0] for each in found) + " |"
 
 
 def marks_table() -> Iterator[str]:

@@ -62,7 +62,7 @@ def test_the_tour_learns_and_draws(
         "log-mel",
         "log-mel-normalised",
     }
-    assert results.reference.layers == ("input", *"012345")
+    assert results.reference.layers == ("input", *"0123")
     assert len(results.reference.values) == len(results.probe.outcomes[0].values)
     assert 1 <= len(results.noisy) <= tour.PREVIEWS
     for picture in (results.learned.curve, results.spectrograms, *results.noisy, *results.pictures):

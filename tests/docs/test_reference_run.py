@@ -16,6 +16,7 @@ KEYS = [
     "model.encoder.subsampling_conv_channels=8", "model.encoder.compile=false", "trainer.max_steps=2",
     "trainer.val_check_interval=2", "trainer.accelerator=cpu",
 ]  # fmt: skip
+KEPT = ("words-noise", "phones-quiet", "speakers-quiet", "speakers-noise", "abx-quiet", "abx-noise")  # asked before
 WORDS, PHONES = ("one", "two"), ("W AH N", "T UW")
 
 
@@ -55,6 +56,10 @@ def test_the_recipe_runs_from_folders_to_results_and_keeps_what_is_done(tmp_path
         sys.executable, str(ROOT / "docs" / "reference" / "run.py"), str(speech), str(noise), str(out),
         "--without", "GPL", "--probe", str(labelled), *KEYS,
     ]  # fmt: skip
+    kept = [out / "probes" / "reference" / name / "probe.json" for name in KEPT]
+    for path in kept:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len((out / "speech.json").read_text().splitlines()) == 16
@@ -62,9 +67,10 @@ def test_the_recipe_runs_from_folders_to_results_and_keeps_what_is_done(tmp_path
     assert {path.parent.name for path in probes} == {
         f"{question}-{place}" for question in ("words", "phones", "speakers", "abx") for place in ("quiet", "noise")
     }
-    snr = {path.parent.name: json.loads(path.read_text())["noise"] for path in probes}
-    assert snr["abx-quiet"] is None
-    assert snr["abx-noise"]["snr"] == 5
+    assert all(path.read_text() == "{}" for path in kept)
+    snr = {path.parent.name: json.loads(path.read_text())["noise"] for path in probes if path not in kept}
+    assert snr.pop("words-quiet") is None
+    assert {name: noise["snr"] for name, noise in snr.items()} == {"phones-noise": 5}
     before = [path.stat().st_mtime_ns for path in probes]
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr

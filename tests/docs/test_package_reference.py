@@ -1,6 +1,5 @@
 """docs/reference/package.py: weights and card out of the folders that docs/reference/run.py writes."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from conftest import assert_close
-from docs.pages import ROOT
+from docs.scripts import script
 from nestcli import load_encoder
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.checkpoint.nemo import write_nemo
@@ -35,12 +34,7 @@ NUMBERS = {
 
 @pytest.fixture(scope="module")
 def package() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("package_reference", ROOT / "docs" / "reference" / "package.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("package")
 
 
 @pytest.fixture

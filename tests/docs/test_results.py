@@ -1,28 +1,17 @@
 """The tables and pictures of the reference run are made from its stored results, and these are complete."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from docs.pages import ROOT
+from docs.scripts import script
 
-
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "reference" / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-results = script()
+results = script("results")
 
 
 @pytest.mark.parametrize("page", results.PAGES)

@@ -95,6 +95,9 @@ def test_overrides_keep_types_and_follow_interpolations() -> None:
         (["+model._target_=os.system"], "names a class where no class is allowed"),
         (["model.encoder._target_=nemo.collections.asr.losses.MultiMLMLoss"], "Supported here: ConformerEncoder"),
         (["model.encoder.att_context_size=[1,"], "not valid YAML"),
+        (["model.sample_rate=[1, 2]"], "model.sample_rate takes one value, which other keys repeat"),
+        (["model.encoder={d_model: [1]}"], "model.encoder.d_model takes one value"),
+        (["+model.sample_rate.a=1"], "model.sample_rate takes one value"),
     ],
 )
 def test_overrides_that_are_wrong(words: list[str], message: str) -> None:

@@ -47,7 +47,7 @@ _LARGEST = {
     "model.preprocessor.pad_to": 1 << 16,
     "model.preprocessor.sample_rate": 1 << 20,
 }
-_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\}", re.ASCII)
+REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\}", re.ASCII)
 # The C parser is ten times as fast, but not every build of PyYAML has it.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -188,9 +188,9 @@ def _letters(content: Mapping[str, Any], source: str) -> int:
             waiting += [(f"{path}.{number}", inner) for number, inner in enumerate(value)]
         else:
             text = str(value)
-            targets = [_value_at(content, name) for name in _REFERENCE.findall(text)]
+            targets = [_value_at(content, name) for name in REFERENCE.findall(text)]
             odd = any(isinstance(target, Mapping | list) or "${" in str(target) for target in targets)
-            if odd or "${" in _REFERENCE.sub("", text):
+            if odd or "${" in REFERENCE.sub("", text):
                 raise ConfigError(
                     f"{source}: {path[1:201]}: {text[:60]!r} calls a resolver, or refers to more than a single value. "
                     "Refused: ${a.b} may name a key that holds one value, not a block or another reference. Write the "

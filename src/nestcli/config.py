@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nestcli.checks import (
+    REFERENCE,
     check_digits,
     check_plain,
     check_references,
@@ -300,6 +301,10 @@ def _apply_override(config: DictConfig, word: str) -> None:
     if not text.strip():
         raise ConfigError(f"{key} is not set: {word.strip()!r} has no value. Write a value, or null for none.")
     value = _parse_value(text, word)
+    for path, leaf in leaves({key: value}):
+        for repeated in _repeated_keys():
+            if path.startswith(f"{repeated}.") or (path == repeated and isinstance(leaf, list | dict)):
+                raise ConfigError(f"{word!r} cannot be applied: {repeated} takes one value, which other keys repeat.")
     for path in [leaf for leaf, _ in leaves({key: value})] if isinstance(value, dict) else [key]:
         if not adds or foreign(path):
             _check_known([(path, value)], "the command line", blocks_allowed=True)
@@ -383,6 +388,13 @@ def _is_part(key: str) -> bool:
 def _known_keys() -> frozenset[str]:
     base = raw_config(BASE)
     return frozenset(key for key, _ in leaves(base)) | EXTRA_KEYS
+
+
+@functools.cache
+def _repeated_keys() -> frozenset[str]:
+    """Return the keys whose value others repeat as `${a.b}`."""
+    values = (value for _, value in leaves(raw_config(BASE)) if isinstance(value, str))
+    return frozenset(name for value in values for name in REFERENCE.findall(value))
 
 
 def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

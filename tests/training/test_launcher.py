@@ -19,6 +19,9 @@ from nestcli.model.module import NestModule
 TWO = ("trainer.devices=2", "trainer.accumulate_grad_batches=1")
 ONE = ("trainer.devices=1", "trainer.accumulate_grad_batches=2")  # the same batches a step
 LAYER_NORM = ("model.encoder.conv_norm_type=layer_norm",)
+# A thousandth of one Adam step of these runs, whose rate reaches 1e-2. Two processes add in another order than one, and
+# how that rounds differs from processor to processor: 3e-7 on one, 1.1e-6 on another.
+ROUNDING = 1e-5
 DROPOUT = ("model.encoder.dropout=0.1", "model.encoder.dropout_att=0.1")
 
 
@@ -71,7 +74,7 @@ def test_one_two_and_one_process_are_one_run(
     train(corpus, folder, *words, *ONE, intervals[ONE], "trainer.max_steps=9", listener=listener)
     assert len(listener.notes) == 1
     assert largest_difference(rows(folder), rows(whole), but=("effective_rank",)) < 1e-5  # (of one process's frames)
-    assert weights_difference(folder, whole) < 1e-6
+    assert weights_difference(folder, whole) < ROUNDING
     expected, found = seen(tmp_path / "one"), seen(tmp_path / "two")
     assert found == {step: expected[step] for step in range(3, 7)}
     items = [item for step in sorted(expected) for item in expected[step]]
@@ -87,7 +90,7 @@ def test_with_batch_norm_the_losses_are_the_same_and_the_running_statistics_are_
     done(command(corpus, tmp_path / "two", *words, *TWO, "trainer.val_check_interval=2"))
     ours, theirs = rows(tmp_path / "two"), rows(tmp_path / "one")
     assert largest_difference(ours, theirs, but=("effective_rank", "val_loss", "val_masked_accuracy")) < 1e-5
-    assert weights_difference(tmp_path / "two", tmp_path / "one") < 1e-6
+    assert weights_difference(tmp_path / "two", tmp_path / "one") < ROUNDING
     differing = [
         abs(one["val_loss"] - two["val_loss"]) for one, two in zip(ours, theirs, strict=True) if "val_loss" in one
     ]
@@ -199,7 +202,7 @@ def test_sharded_weights_learn_the_same_and_checkpoints_are_the_same(
     done(command(corpus, sharded, *words, "trainer.max_steps=8", "trainer.strategy=fsdp2"))
     assert largest_difference(rows(sharded), rows(whole), but=moved_by_them) < 1e-5
     assert largest_difference(rows(sharded), rows(whole)) < 2e-4
-    assert weights_difference(sharded, whole, but=decided_by_rounding) < 1e-6
+    assert weights_difference(sharded, whole, but=decided_by_rounding) < ROUNDING
     ours, theirs = (load_lightning_checkpoint(checkpoint(each)) for each in (sharded, whole))
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for state in (ours, theirs):

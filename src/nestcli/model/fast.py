@@ -23,9 +23,14 @@ from nestcli.model.torch_private import activation_memory_budget, convolution_ba
 # ---- the choices ----
 
 
+def on_a_gpu(x: Tensor) -> bool:
+    """Return True if the host does not compute x itself, and would have to wait to see its values."""
+    return x.device.type != "cpu"
+
+
 def convolved(layers: Sequence[nn.Module], features_BTD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
     """Apply the sub-sampling's convolutions: frames (B, S, channels * bins), 0 beyond their valid lengths (B,)."""
-    on_processor = features_BTD.device.type == "cpu" and not torch.compiler.is_exporting()
+    on_processor = not (on_a_gpu(features_BTD) or torch.compiler.is_exporting())
     if on_processor and not features_BTD.requires_grad:  # pieces give the features no gradient
         return convolved_by_pieces(layers, features_BTD, lengths_B)
     return convolved_whole(layers, features_BTD, lengths_B)
@@ -47,9 +52,12 @@ def relative_shift(scores_BHSR: Tensor) -> Tensor:
 
 def nearest_in_codebook(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
     """Return the index of the code with the largest dot product, the lowest one on ties, for M unit vectors: (M,)."""
+    at_a_time = _VECTORS_AT_A_TIME
     blocks, rest = divmod(len(codes_CE), _BLOCK)
     nearest = nearest_by_blocks if blocks > 1 and not rest else nearest_in_fp64
-    return torch.cat([nearest(part_ME, codes_CE) for part_ME in unit_ME.split(_VECTORS_AT_A_TIME)])
+    if on_a_gpu(unit_ME):  # few kernels, and no decision for which the host would wait
+        at_a_time, nearest = max(1, _SCORES_ON_A_GPU // len(codes_CE)), nearest_in_fp64
+    return torch.cat([nearest(part_ME, codes_CE) for part_ME in unit_ME.split(at_a_time)])
 
 
 def apply_dropout(x: Tensor, p: float, key: Tensor | None, site: int, *, channels_first: bool) -> Tensor:
@@ -286,9 +294,9 @@ def relative_shift_by_strides(scores_BHSR: Tensor) -> Tensor:
 # ---- the nearest code: in fp64, or by blocks ----
 
 _VECTORS_AT_A_TIME = 256  # bounds the scores to 8 MiB with codebooks of 8192, which stay in the cache
+_SCORES_ON_A_GPU = 1 << 25  # of one product, in fp64: 256 MiB
 _BLOCK = 32  # codes
-# Larger than the rounding error of two dot products of unit vectors of 16 numbers, in fp32 and with TF32's 11 bits.
-_FP32_MARGIN, _TF32_MARGIN = 4e-6, 4e-3
+_MARGIN = 4e-6  # larger than the rounding error of two dot products of unit vectors of 16 numbers in fp32
 
 
 def nearest_in_fp64(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
@@ -299,10 +307,9 @@ def nearest_in_fp64(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
 def nearest_by_blocks(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
     """Find the best block of codes in fp32, then the best code of that block in fp64.
 
-    Takes half the time on a processor, and few products in fp64, which are slow on most GPUs. Where rounding could
-    have decided between two blocks, every code is compared in fp64.
+    Takes half the time on a processor. Where rounding could have decided between two blocks, every code is compared in
+    fp64.
     """
-    margin = _TF32_MARGIN if unit_ME.is_cuda and torch.backends.cuda.matmul.allow_tf32 else _FP32_MARGIN
     scores_MC = unit_ME.float() @ codes_CE.float().t().contiguous()
     best_M2, blocks_M2 = scores_MC.unflatten(-1, (-1, _BLOCK)).amax(-1).topk(2, dim=-1)
     block_M = blocks_M2[:, 0]
@@ -310,7 +317,7 @@ def nearest_by_blocks(unit_ME: Tensor, codes_CE: Tensor) -> Tensor:
     of_block_MKE = codes_CE.unflatten(0, (-1, _BLOCK))[block_M]
     in_block_M = (of_block_MKE @ wide_ME[:, :, None]).squeeze(-1).argmax(-1)
     nearest_M = block_M * _BLOCK + in_block_M
-    doubtful_M = best_M2[:, 0] - best_M2[:, 1] < margin
+    doubtful_M = best_M2[:, 0] - best_M2[:, 1] < _MARGIN
     if not bool(doubtful_M.any()):
         return nearest_M
     return nearest_M.masked_scatter(doubtful_M, nearest_in_fp64(unit_ME[doubtful_M], codes_CE))

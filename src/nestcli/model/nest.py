@@ -100,11 +100,12 @@ class NestModel(nn.Module):
 
     def _predict(self, encoded_BSM: Tensor, tokens_BSG: Tensor, mask_BT: Tensor, frames_B: Tensor) -> NestOutput:
         selected_BS = self.loss.select(mask_BT)
-        logits_NCG = self.decoder(encoded_BSM[selected_BS])
-        tokens_NG = fitted(tokens_BSG, selected_BS.size(1))[selected_BS]
+        places_N = selected_BS.flatten().nonzero().squeeze(1)  # a GPU is waited for once, to learn their number
+        logits_NCG = self.decoder(encoded_BSM.flatten(0, 1).index_select(0, places_N))
+        tokens_NG = fitted(tokens_BSG, selected_BS.size(1)).flatten(0, 1).index_select(0, places_N)
         predicted_NG = logits_NCG.detach().argmax(1)
         correct = (predicted_NG == tokens_NG).sum()
-        selected = torch.tensor(tokens_NG.numel(), device=correct.device)
+        selected = torch.full_like(correct, tokens_NG.numel())
         loss, encoded_BSM = self.loss(logits_NCG, tokens_NG), encoded_BSM.detach()
         return NestOutput(loss, correct, selected, mask_BT, tokens_NG, predicted_NG, encoded_BSM, frames_B)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestcli.model.config import QuantizerConfig
-from nestcli.model.fast import nearest_in_codebook
+from nestcli.model.fast import nearest_in_codebook, on_a_gpu
 
 
 class RandomProjectionQuantizer(nn.Module):
@@ -52,7 +52,10 @@ class RandomProjectionQuantizer(nn.Module):
         if T % steps:
             raise ValueError(f"{T} frames cannot be stacked by {steps}: pad them to a multiple of {steps}.")
         stacks_BSW = features_BDT.transpose(1, 2).reshape(B, T // steps, steps * D)
-        projected = F.linear(stacks_BSW, self.proj.weight.float())
+        weight = self.proj.weight.float()
+        if on_a_gpu(stacks_BSW):  # in fp32 a GPU may round products to TF32 (nest.matmul_precision)
+            stacks_BSW, weight = stacks_BSW.double(), weight.double()
+        projected = F.linear(stacks_BSW, weight).float()
         return F.normalize(projected.view(B, T // steps, self.config.num_books, self.config.code_dim), dim=-1)
 
     def nearest_codes(self, unit_BSGE: Tensor) -> Tensor:

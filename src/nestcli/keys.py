@@ -24,7 +24,7 @@ _OF_CHECKPOINTS = (
     "auto_insert_metric_name", "every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose",
 )  # fmt: skip
 _OF_WANDB = ("id", "resume", "entity", "group", "tags")
-_OF_SAFETY = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines")
+_OF_NEST = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines", "matmul_precision")
 START_KEYS = (
     "init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_encoder", "init_from_pretrained_model",
 )  # fmt: skip
@@ -45,7 +45,7 @@ EXTRA_KEYS = frozenset(
         "model.quantizer.init",
         *(f"model.{part}.{key}" for part in ("train_ds", "validation_ds") for key in _OF_DATASETS),
         *(f"model.validation_ds.{key}" for key in _OF_TRAINING_DATA),
-        *(f"nest.{key}" for key in _OF_SAFETY),
+        *(f"nest.{key}" for key in _OF_NEST),
         *(f"trainer.{key}" for key in _OF_TRAINER),
         *(f"exp_manager.checkpoint_callback_params.{key}" for key in _OF_CHECKPOINTS),
         *(f"exp_manager.wandb_logger_kwargs.{key}" for key in _OF_WANDB),

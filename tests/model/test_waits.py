@@ -1,4 +1,4 @@
-"""How often a step on a GPU makes the host wait: counted on a processor, with the variants that a GPU takes."""
+"""Waits of the host for a GPU in a step, counted on a processor with the variants that a GPU takes."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from nestcli.model.config import (
 from nestcli.model.module import NestModule
 from nestcli.training.config_checks import check_masks, check_settings, without_effect
 from nestcli.training.run import Pretraining
-from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
+from nestcli.training.settings import CheckpointConfig, ManagerConfig, NestBlock, TrainerConfig
 from training.test_run import Recorder
 
 # Every key that takes a number, with numbers of the right type just outside of its range, or far beyond it.
@@ -111,6 +111,7 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "nest.max_bad_steps": (0, -1, 101),
     "nest.explode_factor": (1.0, 0.0, -1.0, 1e30),
     "nest.collapse_lines": (0, -1, 10**30),
+    "nest.matmul_precision": ("fp8", "", 1, True),
     **{
         f"model.{part}.{key}": values
         for part in ("train_ds", "validation_ds")
@@ -173,7 +174,7 @@ TEXTS = {  # keys that take no number
 # The dataclass that checks a block. Building one takes a hundredth of the time that a whole check does.
 BLOCKS: dict[str, type] = {
     "trainer": TrainerConfig,
-    "nest": SafetyConfig,
+    "nest": NestBlock,
     "exp_manager": ManagerConfig,
     "exp_manager.checkpoint_callback_params": CheckpointConfig,
     "model.optim": OptimizerConfig,
@@ -575,3 +576,20 @@ def test_no_batch_of_validation_is_no_validation(corpus: dict[str, Path]) -> Non
 def test_without_an_interval_a_run_validates_once_an_epoch(corpus: dict[str, Path]) -> None:
     run = Pretraining(tiny_config(corpus, "trainer.val_check_interval=null"), Recorder())
     assert run.length.validate_every == run.length.batches_per_epoch == 3
+
+
+@pytest.mark.parametrize(("chosen", "tf32"), [("highest", False), ("high", True)])
+def test_the_precision_of_products_is_chosen(chosen: str, tf32: bool, corpus: dict[str, Path], tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = not tf32
+        words = [f"nest.matmul_precision={chosen}", f"exp_manager.exp_dir={tmp_path}"]
+        Pretraining(tiny_config(corpus, *words), Recorder()).trainer([])
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (chosen, tf32)
+        torch.set_float32_matmul_precision("medium")
+        NestBlock().use_matmul_precision()  # null changes nothing
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

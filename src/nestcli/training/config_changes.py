@@ -29,7 +29,7 @@ from nestcli.model.config import (
     QuantizerConfig,
     ScheduleConfig,
 )
-from nestcli.training.settings import SafetyConfig, TrainerConfig
+from nestcli.training.settings import NestBlock, TrainerConfig
 
 _BLOCKS: dict[str, type[Any]] = {
     "model.preprocessor": PreprocessorConfig,
@@ -43,7 +43,7 @@ _BLOCKS: dict[str, type[Any]] = {
     "model.train_ds": DatasetConfig,
     "model.validation_ds": DatasetConfig,
     "trainer": TrainerConfig,
-    "nest": SafetyConfig,
+    "nest": NestBlock,
 }
 # Keys of the model that may change between two parts of a run. The others make a different model, even if all shapes
 # stay the same.

@@ -19,7 +19,7 @@ from nestcli.errors import ConfigError
 from nestcli.model.config import NestConfig, OptimizerConfig, ScheduleConfig
 from nestcli.model.loss import MaskedTokenLoss
 from nestcli.model.masking import draw_mask
-from nestcli.training.settings import CheckpointConfig, ManagerConfig, SafetyConfig, TrainerConfig
+from nestcli.training.settings import CheckpointConfig, ManagerConfig, NestBlock, TrainerConfig
 
 _TRIED, _AT_A_TIME = 4096, 64  # utterances for trial masks, until one has a masked token
 _TRIED_WITH_LIMIT = 64  # with max_mask_ratio, which is slow
@@ -38,7 +38,7 @@ def check_settings(config: DictConfig) -> None:
             raise ConfigError(
                 f"{key}: {as_written(block)} must be a block of keys. Leave it out, or set single keys of it."
             )
-    SafetyConfig.of(config)
+    NestBlock.of(config)
     optim = section(OptimizerConfig, config, "model.optim")
     sched = section(ScheduleConfig, config, "model.optim.sched")
     if sched.min_lr > optim.lr:

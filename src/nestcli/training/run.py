@@ -46,7 +46,7 @@ from nestcli.training.run_folder import (
 )
 from nestcli.training.settings import (
     Length,
-    SafetyConfig,
+    NestBlock,
     accelerator,
     check_compiler,
     device_name,
@@ -279,6 +279,7 @@ class Pretraining:
 
     def trainer(self, callbacks: list[Any], profiler: Profiler | None = None) -> Trainer:
         """Return Lightning's trainer. Raises ConfigError for settings that Lightning refuses."""
+        NestBlock.of(self.config).use_matmul_precision()
         try:
             trainer = Trainer(
                 **trainer_options(self.config, self.length, validates=self.data.val is not None),
@@ -330,7 +331,7 @@ class Monitors:
         folder: Path,
         length: Length,
     ) -> Monitors:
-        safety, quantizer = SafetyConfig.of(config), module.model.quantizer.config
+        safety, quantizer = NestBlock.of(config), module.model.quantizer.config
         warmup = section(ScheduleConfig, config, "model.optim.sched").warmup(length.steps or -1)
         guard = StepGuard(
             folder / BAD_BATCHES,

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 
-from nestcli.checks import range_of, short, within
+from nestcli.checks import one_of, range_of, short, within
 from nestcli.config import resolved, section
 from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.jobs.cores import available_cores
@@ -131,23 +131,31 @@ def _check_time(time: str | dict[str, Any] | None) -> None:
 
 
 @dataclass(frozen=True)
-class SafetyConfig:
-    """The `nest` block, checked: the handling of bad steps and of a collapse."""
+class NestBlock:
+    """The `nest` block, checked: the handling of bad steps and of a collapse, and how a GPU multiplies."""
 
     max_bad_steps: int | None = 10  # within 100 steps; None: bad steps update the model
     explode_factor: float | None = 10.0  # times the usual loss; None: only NaN and infinity are bad
     stop_on_collapse: bool = False
     collapse_lines: int = 20  # consecutive logged lines after which a run counts as collapsed
+    matmul_precision: str | None = None  # of products and convolutions in fp32; None: PyTorch's defaults
 
     def __post_init__(self) -> None:
         within(self, 1, 100, "max_bad_steps")
         within(self, 1, 1e9, "explode_factor", above=True)
         within(self, 1, 10**9, "collapse_lines")
+        one_of(self, "matmul_precision", None, "highest", "high", "medium")
 
     @classmethod
-    def of(cls, config: DictConfig) -> SafetyConfig:
+    def of(cls, config: DictConfig) -> NestBlock:
         """Return the block, or the defaults if the configuration has none. Raises ConfigError."""
         return cls() if config.get("nest") is None else section(cls, config, "nest")
+
+    def use_matmul_precision(self) -> None:
+        """Choose for this process how products and convolutions in fp32 are rounded, by PyTorch's three names."""
+        if self.matmul_precision is not None:
+            torch.set_float32_matmul_precision(self.matmul_precision)
+            torch.backends.cudnn.allow_tf32 = self.matmul_precision != "highest"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from nestcli.model.config import (
 from nestcli.model.module import NestModule
 from nestcli.training.config_checks import check_masks, check_settings, without_effect
 from nestcli.training.run import Pretraining
-from nestcli.training.settings import CheckpointConfig, ManagerConfig, NestBlock, TrainerConfig
+from nestcli.training.settings import CheckpointConfig, ManagerConfig, NestBlock, TrainerConfig, first_device
 from training.test_run import Recorder
 
 # Every key that takes a number, with numbers of the right type just outside of its range, or far beyond it.
@@ -593,3 +593,11 @@ def test_the_precision_of_products_is_chosen(chosen: str, tf32: bool, corpus: di
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_the_first_device_is_the_first_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert first_device(load_config("small", ["trainer.accelerator=cpu"])) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for devices, first in (("[1,3]", 1), ("2", 0), ("-1", 0)):
+        config = load_config("small", ["trainer.accelerator=gpu", f"trainer.devices={devices}"])
+        assert first_device(config) == torch.device("cuda", first)

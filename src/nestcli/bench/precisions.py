@@ -71,7 +71,7 @@ def _row(context: BenchContext, precision: str, seconds: float, compiled: bool) 
     files = {
         name: str(context.folder / f"{name}-{clips}-{clip_seconds:g}.safetensors") for name in ("weights", "batch")
     }
-    drawn = {"clips": clips, "seconds": clip_seconds, "learning_rate": 1e-4, "tf32": precision == "tf32"}
+    drawn = {"clips": clips, "seconds": clip_seconds, "learning_rate": 1e-4}
     try:
         with ExitStack() as stack:
             peer = stack.enter_context(our_peer(one_thread=False))
@@ -103,6 +103,7 @@ def _config(context: BenchContext, precision: str, clips: int, compiled: bool) -
         {
             "model": {"encoder": {"compile": compiled}},
             "trainer": {"precision": "32" if precision == "tf32" else precision},
+            "nest": {"matmul_precision": "high" if precision == "tf32" else None},
         },
     )
     assert isinstance(config, DictConfig)

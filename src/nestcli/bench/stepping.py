@@ -20,7 +20,7 @@ from nestcli.model.cost import batch_work
 from nestcli.model.module import NestModule
 from nestcli.model.nest import NestOutput
 from nestcli.model.optim import build_optimizer
-from nestcli.training.settings import Length, trainer_options
+from nestcli.training.settings import Length, NestBlock, trainer_options
 
 _KINDS = {  # PyTorch operators by kind, for the profile of a step
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"),
@@ -44,8 +44,7 @@ class Stepper:
     def __init__(self, parameters: dict[str, Any]) -> None:
         config = DictConfig(parameters["config"])
         self.device = torch.device(parameters["device"])
-        if parameters.get("tf32"):
-            torch.set_float32_matmul_precision("high")
+        NestBlock.of(config).use_matmul_precision()
         one = {"devices": 1, "num_nodes": 1, "accelerator": "gpu" if self.device.type == "cuda" else "cpu"}
         fixed = {"lr": parameters["learning_rate"]}
         config = OmegaConf.merge(config, {"trainer": one, "model": {"optim": fixed}})  # type: ignore[assignment]

@@ -47,9 +47,9 @@ from nestcli.training.run_folder import (
 from nestcli.training.settings import (
     Length,
     NestBlock,
-    accelerator,
     check_compiler,
     device_name,
+    first_device,
     n_processes,
     trainer_options,
 )
@@ -232,7 +232,7 @@ class Pretraining:
     def dry_run(self) -> DryRun:
         """Check everything that a run needs and try one optimiser step on the first batch; write nothing."""
         self.fit_quantizer()
-        device = torch.device("cuda" if accelerator(self.config) == "gpu" else "cpu")
+        device = first_device(self.config)
         check_folder(self.folder)
         batch, plan = self.data.train_batch(0, 0), self.plan
         self.data.check_validation_batch()
@@ -265,7 +265,7 @@ class Pretraining:
             loss=float(output.loss.detach()),
             masked_share=float(output.mask_BT.sum()) / max(1, int(frames.sum())),
             gradient_norm=float(torch.stack(gradients).norm()),
-            peak_gpu_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+            peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
 
     def remove_leftovers(self) -> None:

@@ -297,6 +297,14 @@ def accelerator(config: DictConfig) -> str:
     return wanted
 
 
+def first_device(config: DictConfig) -> torch.device:
+    """Return the device of the first process: of `trainer.devices=[1,3]`, GPU 1. Raises ConfigError."""
+    if accelerator(config) == "cpu":
+        return torch.device("cpu")
+    devices = section(TrainerConfig, config, "trainer").devices
+    return torch.device("cuda", devices[0] if isinstance(devices, tuple) else 0)
+
+
 def check_compiler(config: DictConfig) -> None:
     """Raise MissingDependencyError if layers should be compiled and this machine lacks what torch.compile needs."""
     if not config.model.encoder.get("compile"):
@@ -346,5 +354,5 @@ def n_processes(config: DictConfig) -> int:
 def device_name(config: DictConfig) -> str:
     """Describe the devices for display."""
     if accelerator(config) == "gpu":
-        return f"{n_processes(config)} x {torch.cuda.get_device_name(0)}"
+        return f"{n_processes(config)} x {torch.cuda.get_device_name(first_device(config))}"
     return f"{accelerator(config)}, {torch.get_num_threads()} threads"

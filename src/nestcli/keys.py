@@ -24,7 +24,7 @@ _OF_CHECKPOINTS = (
     "auto_insert_metric_name", "every_n_epochs", "every_n_train_steps", "filename", "save_last", "verbose",
 )  # fmt: skip
 _OF_WANDB = ("id", "resume", "entity", "group", "tags")
-_OF_NEST = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines", "matmul_precision")
+_OF_NEST = ("max_bad_steps", "explode_factor", "stop_on_collapse", "collapse_lines", "matmul_precision", "peak_flops")
 START_KEYS = (
     "init_from_nemo", "init_from_nemo_model", "init_from_ptl_ckpt", "init_from_encoder", "init_from_pretrained_model",
 )  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from conftest import TINY_RUN, tiny_config
+from nestcli.training.metrics import TIMED
 from nestcli.training.run import Pretraining
 
 TRACED = Path(__file__).parent / "traced_nest.py"
@@ -78,8 +79,7 @@ def ended(run, seconds=300):
 def rows(folder):
     """Return the lines of metrics.jsonl, without the times."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    clocks = ("seconds", "data_wait_share")
-    return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
 
 
 def checkpoint(folder):

@@ -112,6 +112,7 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "nest.explode_factor": (1.0, 0.0, -1.0, 1e30),
     "nest.collapse_lines": (0, -1, 10**30),
     "nest.matmul_precision": ("fp8", "", 1, True),
+    "nest.peak_flops": (0.0, -1.0, 1e30),
     **{
         f"model.{part}.{key}": values
         for part in ("train_ds", "validation_ds")

@@ -16,6 +16,7 @@ from nestcli.data.dataset import NoisySpeech
 from nestcli.data.sampler import Place
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.module import NestModule
+from nestcli.training.metrics import TIMED
 from nestcli.training.run import Pretraining, RunResult
 from nestcli.training.step_guard import StepGuard, _gradient_norm, _skip_update, _unscales
 
@@ -33,7 +34,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def metrics(result: RunResult) -> list[dict[str, Any]]:
     rows = lines(result.metrics)
-    return [{key: value for key, value in row.items() if key not in ("seconds", "data_wait_share")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
 
 
 @pytest.fixture

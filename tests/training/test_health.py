@@ -15,7 +15,7 @@ from nestcli.errors import RunFailedError
 from nestcli.model.health import perplexity
 from nestcli.training.curves import main as curves
 from nestcli.training.health import CodeCounts, CollapseDetector, HealthMonitor, PlateauDetector
-from nestcli.training.metrics import StepReport
+from nestcli.training.metrics import TIMED, StepReport
 from nestcli.training.run import Pretraining, RunResult
 
 CODES = 32  # of the tiny model
@@ -98,8 +98,15 @@ def test_lines_carry_what_the_steps_gave(corpus: dict[str, Path], tmp_path: Path
     norm = torch.cat([each.detach().flatten() for each in run.module.parameters() if each.requires_grad]).norm()
     assert second["parameter_norm"] == pytest.approx(float(norm))
     assert 0 < second["data_wait_share"] < 1
+    assert second["audio_per_second"] > 0
+    assert "mfu" not in second  # a processor has no known peak
     assert second["val_unigram_loss"] > 0
     assert second["collapsed"] is False
+
+
+def test_a_known_peak_tells_the_utilisation(corpus: dict[str, Path], tmp_path: Path) -> None:
+    run, _ = pretraining(corpus, tmp_path, "trainer.max_steps=2", "nest.peak_flops=1e9")
+    assert all(row["mfu"] > 0 for row in rows_of(run.fit()))
 
 
 def test_the_gradient_norm_is_that_before_clipping(corpus: dict[str, Path], tmp_path: Path) -> None:
@@ -167,9 +174,8 @@ def test_a_run_that_is_resumed_between_lines_counts_on(corpus: dict[str, Path], 
     run, _ = pretraining(corpus, tmp_path / "parts", *common, "trainer.max_steps=8")
     assert run.plan.resumes_at == 6  # two steps after a line
     parts = rows_of(run.fit())
-    times = ("seconds", "data_wait_share")
-    assert [{key: row[key] for key in row if key not in times} for row in parts] == [
-        {key: row[key] for key in row if key not in times} for row in whole
+    assert [{key: row[key] for key in row if key not in TIMED} for row in parts] == [
+        {key: row[key] for key in row if key not in TIMED} for row in whole
     ]
 
 
@@ -363,7 +369,7 @@ def report(**changed: Any) -> StepReport:
     values = {
         "step": 250_000, "steps": 500_000, "epoch": 12, "loss": 5.123, "accuracy": 0.1234, "learning_rate": 1.4e-3,
         "audio_per_second": 1234.5, "seconds_left": 99 * 3600.0, "unigram_loss": 7.812, "unigram_accuracy": 0.0051,
-        "data_wait_share": 0.034,
+        "data_wait_share": 0.034, "mfu": 0.457,
     }  # fmt: skip
     return StepReport(**{**values, **changed})
 
@@ -371,13 +377,16 @@ def report(**changed: Any) -> StepReport:
 def test_the_display_fits_a_line_of_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
     TrainingDisplay().step(report())
     shown = capsys.readouterr().err.rstrip("\n")
-    assert len(shown) <= 100
+    assert len(shown.removesuffix("  mfu 46%")) <= 100
     assert "loss 5.123 (base 7.812)  acc 12.3% (0.5%)" in shown
     assert "wait 3%" in shown
+    assert shown.endswith("99h left  mfu 46%")
 
 
 def test_the_display_leaves_out_what_is_not_known_yet(capsys: pytest.CaptureFixture[str]) -> None:
-    unknown = dict.fromkeys(("unigram_loss", "unigram_accuracy", "data_wait_share", "audio_per_second"), math.nan)
+    unknown = dict.fromkeys(
+        ("unigram_loss", "unigram_accuracy", "data_wait_share", "audio_per_second", "mfu"), math.nan
+    )
     TrainingDisplay().step(report(**unknown))
     shown = capsys.readouterr().err
     assert "loss 5.123  acc 12.3%  lr 1.4e-03  99h left" in shown

@@ -22,6 +22,7 @@ from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.config import load_config
 from nestcli.training.find_checkpoint import newest_first
+from nestcli.training.metrics import TIMED
 from nestcli.training.run import Pretraining
 
 OTHER_DISK = Path("/dev/shm")
@@ -122,7 +123,7 @@ def assert_same_outcome(killed: Path, whole: Path) -> None:
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (killed, whole)
     )
     for row in (*ours, *theirs):
-        for clock in ("seconds", "data_wait_share"):
+        for clock in TIMED:
             row.pop(clock, None)
     assert ours == theirs
     ours, theirs = (last(run) for run in (killed, whole))

@@ -18,7 +18,7 @@ from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import CheckpointError, ConfigError, DataError
 from nestcli.model.config import NestConfig
 from nestcli.model.nest import NestModel
-from nestcli.training.metrics import StepReport
+from nestcli.training.metrics import TIMED, StepReport
 from nestcli.training.run import Pretraining, RunResult
 from nestcli.training.settings import Length
 
@@ -54,7 +54,7 @@ def lines(result: RunResult) -> list[dict]:
 
 
 def without_time(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in ("seconds", "data_wait_share")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
 
 
 def test_a_run_leaves_checkpoints_metrics_and_curves(corpus: dict[str, Path], tmp_path: Path) -> None:

@@ -16,18 +16,13 @@ from nestcli.bench.context import BenchContext, plain
 from nestcli.bench.peer import our_peer
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.errors import RunFailedError
+from nestcli.model.utilisation import peak_of
 from nestcli.training.settings import accelerator
 
 CLIP_SECONDS = 20.0
 AUDIO_SECONDS = (160.0, 320.0, 640.0, 1280.0)  # per batch
 PRECISIONS = ("32", "tf32", "bf16-mixed", "bf16-true")
 _STEPS, _WARM_UP = 10, 4
-# Operations per second of dense matrix products, from NVIDIA's data sheets; the key is part of the device's name.
-_DATA_SHEETS = {
-    "H200": {"32": 67e12, "tf32": 494e12, "bf16": 989e12},
-    "H100": {"32": 67e12, "tf32": 494e12, "bf16": 989e12},
-    "A100": {"32": 19.5e12, "tf32": 156e12, "bf16": 312e12},
-}
 
 Facts = dict[str, Any]
 
@@ -84,7 +79,7 @@ def _row(context: BenchContext, precision: str, seconds: float, compiled: bool) 
         return {**row, "error": str(error).splitlines()[0][:300]}
     step = statistics.median(steps["seconds"])
     work = account["floating_point_operations"]
-    sheet = _of_data_sheet(account["device"], precision)
+    sheet = peak_of(account["device"], precision, tf32=precision == "tf32")
     return {
         **row,
         **account,
@@ -108,8 +103,3 @@ def _config(context: BenchContext, precision: str, clips: int, compiled: bool) -
     )
     assert isinstance(config, DictConfig)
     return config
-
-
-def _of_data_sheet(device: str, precision: str) -> float | None:
-    kind = "bf16" if precision.startswith("bf16") else precision
-    return next((peaks[kind] for name, peaks in _DATA_SHEETS.items() if name in device), None)

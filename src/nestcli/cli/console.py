@@ -224,7 +224,7 @@ def _training_bar(steps: int | None) -> Progress:
 
 
 def _numbers(report: Any) -> str:
-    """Format loss and accuracy, each with the value of guessing by frequency; with the steps it fits 100 columns."""
+    """Format loss and accuracy, each with the value of guessing by frequency; with the steps it fits 100 columns, but for the last."""
     parts = [
         f"loss {report.loss:.3f}{_beside(' (base {:.3f})', report.unigram_loss)}",
         f"acc {report.accuracy:.1%}{_beside(' ({:.1%})', report.unigram_accuracy)}",
@@ -232,6 +232,7 @@ def _numbers(report: Any) -> str:
         _beside("wait {:.0%}", report.data_wait_share),
         _beside("{:,.0f}x", report.audio_per_second),  # seconds of audio per second
         "" if report.seconds_left is None else f"{_short(report.seconds_left)} left",
+        _beside("mfu {:.0%}", report.mfu),  # last: the first to be cut
     ]
     return "  ".join(part for part in parts if part)
 

@@ -13,11 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nestcli.data.dataset import NoiseBatch, SkipCounter
 from nestcli.errors import RunFailedError
 from nestcli.model.module import NestModule
+from nestcli.model.utilisation import Utilisation
 from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
 from nestcli.training.jsonl import append_line, drop_lines_after, line_at
 from nestcli.training.lightning_internals import is_step_complete, is_validation_due
 
-_LOGGED_ALONE = ("audio_per_second", "unigram_loss", "unigram_accuracy", "data_wait_share")
+_LOGGED_ALONE = ("audio_per_second", "mfu", "unigram_loss", "unigram_accuracy", "data_wait_share")
+TIMED = ("seconds", "data_wait_share", "audio_per_second", "mfu")  # keys of a line that differ between equal runs
 _SAME_AS_MODULE = ("step", "train_loss", "masked_accuracy", "lr")  # logged by the module itself
 
 
@@ -39,6 +41,7 @@ class StepReport:
     unigram_loss: float = math.nan  # loss of guessing by code frequency
     unigram_accuracy: float = math.nan
     data_wait_share: float = math.nan
+    mfu: float = math.nan
 
 
 class Reporter(Protocol):
@@ -73,7 +76,8 @@ class MetricsWriter(Callback):
     """Writes a line of metrics.jsonl for every logged step, and reports every step to the display.
 
     Lines hold step, epoch, train_loss, masked_accuracy, lr, audio_seconds, seconds (of training in total), skipped
-    (utterances that this process could not read), the measures of docs/health.md, and val_loss and
+    (utterances that this process could not read), audio_per_second since the last line, on a GPU with a known peak
+    mfu (of this process's GPU), the measures of docs/health.md, and val_loss and
     val_masked_accuracy if validation ran at that step. All but `skipped` cover all processes. Nothing is read from the
     device between logged steps.
     """
@@ -88,6 +92,7 @@ class MetricsWriter(Callback):
         collapse: CollapseDetector,
         plateau: PlateauDetector,
         data_wait: DataWaitClock,
+        utilisation: Utilisation,
         *,
         batches_per_epoch: int,
         log_every: int,
@@ -95,6 +100,7 @@ class MetricsWriter(Callback):
     ) -> None:
         self.path, self.reporter, self.sample_rate, self.skipped = path, reporter, sample_rate, skipped
         self.health, self.collapse, self.plateau, self.data_wait = health, collapse, plateau, data_wait
+        self.utilisation = utilisation
         self.batches_per_epoch, self.log_every = batches_per_epoch, max(1, log_every)
         self.stop_on_collapse = stop_on_collapse
         self.totals, self._window = _Totals(), _Window()
@@ -128,6 +134,7 @@ class MetricsWriter(Callback):
         self.totals.seconds += now - self._clock
         self._window.seconds += now - self._clock
         self._clock = now
+        self.utilisation.add(*batch.audio.shape)
         if not is_step_complete(trainer):
             return
         step, steps = trainer.global_step, _steps(trainer)
@@ -193,10 +200,15 @@ class MetricsWriter(Callback):
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the measures of the newest step into its line, and start a new window."""
         measures = self.health.read(trainer, pl_module)
-        self.totals.samples += int(measures.pop("samples"))
+        samples = int(measures.pop("samples"))
+        self.totals.samples += samples
         measures["recent_tokens"] = int(measures["recent_tokens"])
         waited = self.data_wait.seconds - self._window.waited
-        measures["data_wait_share"] = round(min(1.0, waited / max(self._window.seconds, 1e-9)), 4)
+        seconds = max(self._window.seconds, 1e-9)
+        measures["data_wait_share"] = round(min(1.0, waited / seconds), 4)
+        measures["audio_per_second"] = round(samples / self.sample_rate / seconds, 2)
+        if (mfu := self.utilisation.take(seconds)) is not None:
+            measures["mfu"] = round(mfu, 4)
         self._window = _Window(waited=self.data_wait.seconds)
         audio = self.totals.samples / self.sample_rate
         self._row = {
@@ -215,7 +227,7 @@ class MetricsWriter(Callback):
         self._message = self.collapse.update(trainer.global_step, self._row)
         self._plateau_message = self.plateau.update(trainer.global_step, self._row)
         self._row["collapsed"] = self.collapse.collapsed
-        per_second = (audio - self._started.samples / self.sample_rate) / max(self._trained, 1e-9)
+        per_second = (audio - self._started.samples / self.sample_rate) / max(self._trained, 1e-9)  # steadier
         self._shown = {**self._row, "audio_per_second": per_second}
 
     def _report_health(self) -> None:

@@ -21,9 +21,10 @@ from nestcli.config import resolved, section
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.files import held_alone, remove_leftovers, write_text
-from nestcli.model.config import ScheduleConfig
+from nestcli.model.config import NestConfig, ScheduleConfig
 from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
+from nestcli.model.utilisation import Utilisation
 from nestcli.training.checkpoints import NestCheckpoint, checkpoints_of
 from nestcli.training.config_changes import Changes, record_initial_weights
 from nestcli.training.config_checks import check_masks, check_settings, without_effect
@@ -51,6 +52,7 @@ from nestcli.training.settings import (
     device_name,
     first_device,
     n_processes,
+    peak_operations,
     trainer_options,
 )
 from nestcli.training.signals import StopSignals
@@ -351,6 +353,7 @@ class Monitors:
             CollapseDetector(safety.collapse_lines, warmup, quantizer.num_classes),
             PlateauDetector(warmup, remedies(config)),
             data_wait,
+            Utilisation(NestConfig.from_config(config), peak_operations(config)),
             batches_per_epoch=length.batches_per_epoch,
             log_every=int(config.trainer.log_every_n_steps),
             stop_on_collapse=safety.stop_on_collapse,

@@ -19,6 +19,7 @@ from nestcli.checks import one_of, range_of, short, within
 from nestcli.config import resolved, section
 from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.jobs.cores import available_cores
+from nestcli.model.utilisation import peak_of
 
 # Lightning's names. bf16-true is implemented by nest: Lightning's would convert waveforms and codebooks to bf16 too.
 _PRECISIONS = {
@@ -139,11 +140,13 @@ class NestBlock:
     stop_on_collapse: bool = False
     collapse_lines: int = 20  # consecutive logged lines after which a run counts as collapsed
     matmul_precision: str | None = None  # of products and convolutions in fp32; None: PyTorch's defaults
+    peak_flops: float | None = None  # operations per second of one device; None: from a table of GPUs
 
     def __post_init__(self) -> None:
         within(self, 1, 100, "max_bad_steps")
         within(self, 1, 1e9, "explode_factor", above=True)
         within(self, 1, 10**9, "collapse_lines")
+        within(self, 0, 1e18, "peak_flops", above=True)
         one_of(self, "matmul_precision", None, "highest", "high", "medium")
 
     @classmethod
@@ -295,6 +298,15 @@ def accelerator(config: DictConfig) -> str:
     if wanted != "cpu":
         raise ConfigError(f"trainer.accelerator: {wanted!r} must be auto, gpu or cpu.")
     return wanted
+
+
+def peak_operations(config: DictConfig) -> float | None:
+    """Return the operations per second of a device by `nest.peak_flops`, or by its data sheet; None if unknown."""
+    block = NestBlock.of(config)
+    if block.peak_flops is not None or accelerator(config) == "cpu":
+        return block.peak_flops
+    name = torch.cuda.get_device_name(first_device(config))
+    return peak_of(name, str(config.trainer.precision), tf32=block.matmul_precision in ("high", "medium"))
 
 
 def first_device(config: DictConfig) -> torch.device:

@@ -224,7 +224,10 @@ def _training_bar(steps: int | None) -> Progress:
 
 
 def _numbers(report: Any) -> str:
-    """Format loss and accuracy, each with the value of guessing by frequency; with the steps it fits 100 columns, but for the last."""
+    """Format loss and accuracy, each with the value of guessing by frequency, and the pace.
+
+    With the steps it fits 100 columns, but for the last part.
+    """
     parts = [
         f"loss {report.loss:.3f}{_beside(' (base {:.3f})', report.unigram_loss)}",
         f"acc {report.accuracy:.1%}{_beside(' ({:.1%})', report.unigram_accuracy)}",

@@ -76,10 +76,9 @@ class MetricsWriter(Callback):
     """Writes a line of metrics.jsonl for every logged step, and reports every step to the display.
 
     Lines hold step, epoch, train_loss, masked_accuracy, lr, audio_seconds, seconds (of training in total), skipped
-    (utterances that this process could not read), audio_per_second since the last line, on a GPU with a known peak
-    mfu (of this process's GPU), the measures of docs/health.md, and val_loss and
-    val_masked_accuracy if validation ran at that step. All but `skipped` cover all processes. Nothing is read from the
-    device between logged steps.
+    (utterances that this process could not read), audio_per_second since the last line, mfu (of this process's GPU, if
+    its peak is known), the measures of docs/health.md, and val_loss and val_masked_accuracy if validation ran at that
+    step. All but `skipped` and `mfu` cover all processes. Nothing is read from the device between logged steps.
     """
 
     def __init__(
@@ -227,7 +226,8 @@ class MetricsWriter(Callback):
         self._message = self.collapse.update(trainer.global_step, self._row)
         self._plateau_message = self.plateau.update(trainer.global_step, self._row)
         self._row["collapsed"] = self.collapse.collapsed
-        per_second = (audio - self._started.samples / self.sample_rate) / max(self._trained, 1e-9)  # steadier
+        per_second = (audio - self._started.samples / self.sample_rate) / max(self._trained, 1e-9)
+        # The display shows the mean since this process began, which also tells the time left.
         self._shown = {**self._row, "audio_per_second": per_second}
 
     def _report_health(self) -> None:

@@ -6,8 +6,7 @@ import pytest
 
 from nestcli.config import load_config
 from nestcli.model.config import NestConfig
-from nestcli.model.cost import work_per_second
-from nestcli.model.utilisation import Utilisation, peak_of
+from nestcli.model.cost import Utilisation, peak_of, work_per_second
 
 
 def test_full_batches_have_the_work_that_count_params_tells() -> None:

@@ -16,7 +16,7 @@ from nestcli.bench.context import BenchContext, plain
 from nestcli.bench.peer import our_peer
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.errors import RunFailedError
-from nestcli.model.utilisation import peak_of
+from nestcli.model.cost import peak_of
 from nestcli.training.settings import accelerator
 
 CLIP_SECONDS = 20.0

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nestcli.data.dataset import NoiseBatch, SkipCounter
 from nestcli.errors import RunFailedError
+from nestcli.model.cost import Utilisation
 from nestcli.model.module import NestModule
-from nestcli.model.utilisation import Utilisation
 from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
 from nestcli.training.jsonl import append_line, drop_lines_after, line_at
 from nestcli.training.lightning_internals import is_step_complete, is_validation_due

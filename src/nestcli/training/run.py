@@ -22,9 +22,9 @@ from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.files import held_alone, remove_leftovers, write_text
 from nestcli.model.config import NestConfig, ScheduleConfig
+from nestcli.model.cost import Utilisation
 from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
-from nestcli.model.utilisation import Utilisation
 from nestcli.training.checkpoints import NestCheckpoint, checkpoints_of
 from nestcli.training.config_changes import Changes, record_initial_weights
 from nestcli.training.config_checks import check_masks, check_settings, without_effect

@@ -19,7 +19,7 @@ from nestcli.checks import one_of, range_of, short, within
 from nestcli.config import resolved, section
 from nestcli.errors import ConfigError, MissingDependencyError
 from nestcli.jobs.cores import available_cores
-from nestcli.model.utilisation import peak_of
+from nestcli.model.cost import peak_of
 
 # Lightning's names. bf16-true is implemented by nest: Lightning's would convert waveforms and codebooks to bf16 too.
 _PRECISIONS = {

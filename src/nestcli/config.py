@@ -386,15 +386,18 @@ def _is_part(key: str) -> bool:
 
 @functools.cache
 def _known_keys() -> frozenset[str]:
-    base = raw_config(BASE)
-    return frozenset(key for key, _ in leaves(base)) | EXTRA_KEYS
+    return frozenset(key for key, _ in _base_leaves()) | EXTRA_KEYS
 
 
 @functools.cache
 def _repeated_keys() -> frozenset[str]:
     """Return the keys whose value others repeat as `${a.b}`."""
-    values = (value for _, value in leaves(raw_config(BASE)) if isinstance(value, str))
-    return frozenset(name for value in values for name in REFERENCE.findall(value))
+    return frozenset(name for _, value in _base_leaves() for name in REFERENCE.findall(str(value)))
+
+
+@functools.cache
+def _base_leaves() -> tuple[tuple[str, Any], ...]:
+    return tuple(leaves(raw_config(BASE)))
 
 
 def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

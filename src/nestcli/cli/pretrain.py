@@ -30,7 +30,9 @@ def pretrain(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check configuration, data and devices, and try one batch; do not train."),
+        typer.Option(
+            "--dry-run", help="Check configuration, data and devices, and try the largest batch; do not train."
+        ),
     ] = False,
 ) -> None:
     """Pretrain a NEST encoder, or resume a run.
@@ -105,7 +107,7 @@ def _show_plan(plan: RunPlan) -> None:
 def _show_dry_run(trial: DryRun, targets: TargetCheck | None) -> None:
     _show_plan(trial.plan)
     console.note(
-        f"one batch  {trial.batch_seconds:.1f} s of audio, {trial.masked_share:.0%} of the frames masked, "
+        f"batch      {trial.batch_seconds:.1f} s of audio, {trial.masked_share:.0%} of the frames masked, "
         f"loss {trial.loss:.3f}, gradient norm {trial.gradient_norm:.3g}"
     )
     console.note(f"padding    {trial.padding:.1%} of the batches of an epoch")

@@ -199,6 +199,13 @@ class BatchPlan:
         digest.update(repr((settings, order.shuffle, order.window, order.seed, order.mixing)).encode())
         return digest.hexdigest()
 
+    def largest(self, epoch: int = 0) -> int:
+        """Return the number of the epoch's batch with the most audio, padding included."""
+        batches = self.batches(epoch)
+        lengths = self.durations[batches.items % len(self.durations)]
+        room = np.maximum.reduceat(lengths, batches.starts[:-1]) * np.diff(batches.starts)
+        return int(room[batches.chosen].argmax())
+
     def padding_waste(self, epoch: int = 0) -> float:
         """Return the share of padding in the audio of an epoch's batches."""
         formed = self._formed(epoch)

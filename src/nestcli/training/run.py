@@ -57,6 +57,7 @@ from nestcli.training.settings import (
 )
 from nestcli.training.signals import StopSignals
 from nestcli.training.step_guard import StepGuard
+from nestcli.training.step_numbers import StopRequest
 from nestcli.training.target_check import TargetCheck, check_targets, remedies
 
 METRICS, BAD_BATCHES = "metrics.jsonl", "bad_batches.jsonl"
@@ -101,7 +102,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class DryRun:
-    """The plan of a run, and the measures of one optimiser step on its first batch."""
+    """The plan of a run, and the measures of one optimiser step on the largest batch of its first epoch."""
 
     plan: RunPlan
     batch_seconds: float
@@ -207,7 +208,7 @@ class Pretraining:
             *([checkpoints] if checkpoints else []),
             ResumedCounts(),
         ]
-        with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder), StopSignals() as signals:
+        with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder), monitors.signals as signals:
             silence_expected_warnings()
             trainer = self.trainer([*callbacks, signals], monitors.data_wait)
             with ended_together(trainer):
@@ -232,11 +233,11 @@ class Pretraining:
         )
 
     def dry_run(self) -> DryRun:
-        """Check everything that a run needs and try one optimiser step on the first batch; write nothing."""
+        """Check everything that a run needs and try one optimiser step on the largest batch; write nothing."""
         self.fit_quantizer()
         device = first_device(self.config)
         check_folder(self.folder)
-        batch, plan = self.data.train_batch(0, 0), self.plan
+        batch, plan = self.data.train_batch(0, self.data.train_plan().largest()), self.plan
         self.data.check_validation_batch()
         checkpoints = self.checkpoint_callback()
         check_space(self.folder, checkpoints, self.module.model)
@@ -322,6 +323,7 @@ class Monitors:
     health: HealthMonitor
     metrics: MetricsWriter
     data_wait: DataWaitClock  # the trainer's profiler
+    signals: StopSignals  # called after the callbacks that write checkpoints
 
     @classmethod
     def of(
@@ -341,6 +343,7 @@ class Monitors:
             lambda number: _place(data, number),
             max_bad_steps=safety.max_bad_steps,
             explode_factor=safety.explode_factor,
+            request=(request := StopRequest()),
         )
         health = HealthMonitor(guard, n_books=quantizer.num_books, n_codes=quantizer.num_classes)
         data_wait = DataWaitClock()
@@ -358,7 +361,7 @@ class Monitors:
             log_every=int(config.trainer.log_every_n_steps),
             stop_on_collapse=safety.stop_on_collapse,
         )
-        return cls(guard, health, metrics, data_wait)
+        return cls(guard, health, metrics, data_wait, StopSignals(request))
 
     @property
     def callbacks(self) -> list[Callback]:

@@ -118,7 +118,8 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         "Within 72.0 GiB of cuda memory.", "compiled: matrix products 75%, convolutions 25%.", "2.25", "40%", "6,144",
         "peak memory of the GPU, with 8 clips of 20 s", "NeMo's precision is bf16-mixed, ours bf16-true.",
         "0.20% of the tokens differ", "tf32: trainer.precision=32 nest.matmul_precision=high",
-        "Not compiled: torch.compile needs a C++ compiler", "memory of the GPU: 30 MiB; NeMo's 2,048 MiB, 52 times the time",
+        "Not compiled: torch.compile needs a C++ compiler",
+        "memory of the GPU: 30 MiB; NeMo's 2,048 MiB, 52 times the time",
         "12,345", "61%", "out of memory", "an H200",
     ):  # fmt: skip
         assert words in shown.output

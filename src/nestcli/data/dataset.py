@@ -69,7 +69,7 @@ class NoiseBatch:
     skipped: tuple[Skipped, ...] = ()
 
     def to(self, device: torch.device) -> NoiseBatch:
-        """Copy the batch to a device; tensors that are there already are not copied."""
+        """Return the batch on a device, without a copy of tensors that it already holds."""
         tensors: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }

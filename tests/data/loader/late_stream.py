@@ -23,7 +23,7 @@ class LateMark:
 
 
 class LateStream:
-    """Does nothing before somebody waits for a mark: a slot that is written too early carries wrong content."""
+    """Copies nothing before somebody waits for a mark: a slot that is written too early carries wrong content."""
 
     def __init__(self) -> None:
         self.allocated: list[int] = []  # bytes, of each allocation of page-locked memory

@@ -383,7 +383,7 @@ def _check_gradients(model: nn.Module) -> None:
 
 @contextmanager
 def _memory_explained() -> Iterator[None]:
-    """Turn an out-of-memory error of the GPU into RunFailedError that names the settings to lower."""
+    """Turn an out-of-memory error of the GPU or its driver into RunFailedError that names the settings to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -391,4 +391,12 @@ def _memory_explained() -> Iterator[None]:
             f"the GPU's memory is full: {str(error).splitlines()[0]} Lower model.train_ds.batch_size (and raise "
             "trainer.accumulate_grad_batches by as much) or model.train_ds.max_duration, or set "
             "trainer.precision=bf16-mixed."
+        ) from None
+    except RuntimeError as error:  # of the driver: of page-locked main memory, or of the GPU's memory beside PyTorch's
+        if not str(error).startswith("CUDA error: out of memory"):
+            raise
+        raise RunFailedError(
+            "the GPU's driver is out of memory: of page-locked main memory, or of memory on the GPU outside PyTorch's "
+            "own. Lower model.train_ds.num_workers or model.train_ds.batch_size, set model.train_ds.pin_memory=false "
+            "and model.validation_ds.pin_memory=false, or end other programs that use this GPU."
         ) from None

@@ -73,14 +73,14 @@ def _check_ranges(path: str) -> None:
 
 
 def check_there(paths: str | Sequence[str]) -> None:
-    """Raise DataError if one of these paths, with commas and ranges, is no file here; remote ones are not looked at."""
+    """Raise DataError if one of these paths, with commas and ranges, is not a file; remote ones are not looked at."""
     for path in expand(paths):
         if not is_remote(path):
             check_file(path)
 
 
 def check_file(path: str) -> None:
-    """Raise DataError if a local path is no file that a manifest can be."""
+    """Raise DataError if a local path cannot be a manifest, as a folder or a pipe."""
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:

@@ -160,7 +160,8 @@ def main() -> None:
     task = Task.given()
     sizes, compiled = TOY if task.rehearse else FULL, "compiled" in task.options
     kept: dict[tuple[str, str], Stepper] = {}
-    for number, (preset, precision, batches) in enumerate(sizes.groups):
+    groups = sizes.groups[:1] if task.rehearse and compiled else sizes.groups  # one compilation is enough to rehearse
+    for number, (preset, precision, batches) in enumerate(groups):
         for seconds in batches:
             name = f"{preset} {precision} {'compiled' if compiled else 'plain'} {seconds:g} s"
 

@@ -60,7 +60,7 @@ results: setup
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(VENV)/bin/python),$(PYTHON)),$(PYTHON))
 
 gpu:
-	$(GPU_PYTHON) docs/gpu/run.py --out "$(or $(OUT),nest_gpu)" $(if $(REHEARSE),--rehearse) \
+	PYTHONPATH="src$(if $(PYTHONPATH),:$(PYTHONPATH))" $(GPU_PYTHON) docs/gpu/run.py --out "$(or $(OUT),nest_gpu)" $(if $(REHEARSE),--rehearse) \
 	  $(if $(SPEECH),--speech "$(SPEECH)") $(if $(NOISE),--noise "$(NOISE)") $(if $(PROBE),--probe "$(PROBE)") \
 	  $(if $(MINUTES),--minutes "$(MINUTES)")
 

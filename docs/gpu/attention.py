@@ -47,7 +47,7 @@ class FlexAttention(RelativeAttention):
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
         hidden_BSS, scale = hidden[:, 0], q.size(-1) ** -0.5
-        bias_BHSS = bias.to(v.dtype)
+        bias_BHSS = bias.to(v.dtype).contiguous()
 
         def score(content: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return torch.where(hidden_BSS[b, i, j], MASKED_SCORE, content + scale * bias_BHSS[b, h, i, j])

@@ -49,6 +49,7 @@ def loaded(task: Task, workers: int, batch_seconds: float, seconds: float) -> Fa
         batch.to(task.device, non_blocking=True)
     wait_for(task.device)
     taken = time.perf_counter() - start
+    batches.close()
     data.teardown("fit")
     return {
         "audio_per_second": audio / taken,

@@ -7,6 +7,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +52,17 @@ _COLOURS = {"failed": "red", "over time": "yellow", "not run": "yellow", "skippe
 
 
 def device_facts(*, rehearse: bool) -> Facts:
-    """Return names and versions; `device` is None without a GPU."""
+    """Return names and versions, found by another process: `device` is None without a GPU.
+
+    A process that has opened the GPU would keep it from the parts, if only one at a time may use it.
+    """
+    call = [sys.executable, str(Path(__file__)), *(["--rehearse"] if rehearse else [])]
+    done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
+    found: Facts = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _device_facts(*, rehearse: bool) -> Facts:
     import torch
 
     found: Facts = {
@@ -210,3 +221,7 @@ PICTURES: dict[str, Callable[[Path, dict[str, Facts]], None]] = {
     "profile.png": draw_profile,
     "loss.png": draw_loss,
 }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_device_facts(rehearse="--rehearse" in sys.argv)))

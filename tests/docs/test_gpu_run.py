@@ -90,11 +90,11 @@ def test_later_parts_run_and_the_last_takes_what_is_left(run: ModuleType, tmp_pa
         run.Part("hangs", slow, 1, is_task=False), run.Part("quick", quick, 30, is_task=False),
         run.Part("last", quick, 1000, is_task=False),
     ]  # fmt: skip
-    results = run.run_all(chosen, tmp_path, 1.0, rehearse=False)
+    results = run.run_all(chosen, tmp_path, 60.0, rehearse=False)
     assert [each.state for each in results] == ["over time", "ok", "ok"]
     assert results[1].limit == 30
     assert 1 < results[2].limit < 60
-    nothing_left = run.run_all(chosen[1:], tmp_path, 0.1, rehearse=False)
+    nothing_left = run.run_all(chosen[1:], tmp_path, 6.0, rehearse=False)
     assert [each.state for each in nothing_left] == ["not run", "not run"]
 
 

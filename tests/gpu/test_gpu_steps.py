@@ -22,46 +22,6 @@ COMPILED = [("large", "bf16-mixed", True), ("demo", "32", True)]  # the rehearsa
 CASES = PLAIN if REHEARSED else [*PLAIN, *COMPILED]
 
 
-@contextmanager
-def without_waits(device: torch.device) -> Iterator[None]:
-    """Raise RuntimeError where the host waits for the GPU; nothing on a processor."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize(
-    ("preset", "precision", "compiled"),
-    CASES,
-    ids=[f"{preset}-{precision}-{'compiled' if compiled else 'plain'}" for preset, precision, compiled in CASES],
-)
-def test_three_steps_wait_only_where_they_must(
-    device: torch.device, preset: str, precision: str, compiled: bool
-) -> None:
-    words = [f"trainer.precision={precision}", f"model.encoder.compile={str(compiled).lower()}"]
-    words += ["model.encoder.n_layers=2"] if preset == "large" else []
-    steps = Steps(device, preset, [*words, *(THIN if REHEARSED else [])])
-    before = [value.detach().clone() for value in steps.model.encoder.parameters()]
-    losses = [steps.forward(0)]  # the first step compiles, and allocates the optimizer's state
-    steps.update(losses[0])
-    for seed in (1, 2):
-        with measures().noted_waits(device) as waits:
-            losses.append(steps.forward(seed))
-        with without_waits(device):
-            steps.update(losses[-1])
-        assert [line for line in waits if not any(known in line for known in MUST_WAIT)] == []
-        assert len(waits) <= len(MUST_WAIT)
-    assert all(loss.isfinite() for loss in losses)
-    after = steps.model.encoder.parameters()
-    assert all(value.isfinite().all() for value in steps.model.encoder.parameters())
-    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-
-
 @pytest.fixture
 def exact() -> Iterator[None]:
     """Compute products and convolutions in fp32 without TF32."""
@@ -109,3 +69,43 @@ def test_tokens_are_those_of_the_processor(
     if REHEARSED:
         choose_gpu_variants(monkeypatch)
     assert torch.equal(layer.to(device)(features.to(device)).cpu(), expected)
+
+
+@contextmanager
+def without_waits(device: torch.device) -> Iterator[None]:
+    """Raise RuntimeError where the host waits for the GPU; nothing on a processor."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("preset", "precision", "compiled"),
+    CASES,
+    ids=[f"{preset}-{precision}-{'compiled' if compiled else 'plain'}" for preset, precision, compiled in CASES],
+)
+def test_three_steps_wait_only_where_they_must(
+    device: torch.device, preset: str, precision: str, compiled: bool
+) -> None:
+    words = [f"trainer.precision={precision}", f"model.encoder.compile={str(compiled).lower()}"]
+    words += ["model.encoder.n_layers=2"] if preset == "large" else []
+    steps = Steps(device, preset, [*words, *(THIN if REHEARSED else [])])
+    before = [value.detach().clone() for value in steps.model.encoder.parameters()]
+    losses = [steps.forward(0)]  # the first step compiles, and allocates the optimizer's state
+    steps.update(losses[0])
+    for seed in (1, 2):
+        with measures().noted_waits(device) as waits:
+            losses.append(steps.forward(seed))
+        with without_waits(device):
+            steps.update(losses[-1])
+        assert [line for line in waits if not any(known in line for known in MUST_WAIT)] == []
+        assert len(waits) <= len(MUST_WAIT)
+    assert all(loss.isfinite() for loss in losses)
+    after = steps.model.encoder.parameters()
+    assert all(value.isfinite().all() for value in steps.model.encoder.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))

@@ -11,6 +11,10 @@ from pathlib import Path
 from measure import ROOT, Facts, Task
 from recipe import recipe
 
+from nestcli.config import load_config
+from nestcli.errors import MissingDependencyError
+from nestcli.training.settings import check_compiler
+
 _LONGEST, _LEAST = 240.0, 20.0  # seconds of training
 _AROUND, _PROBING = 45.0, 45.0  # seconds for the start and the end of the run, and for the probe
 _LARGEST_BATCH = 480.0  # seconds of audio
@@ -30,7 +34,7 @@ def pretrained(task: Task, found: Facts, seconds: float) -> Facts:
         "trainer.precision=bf16-mixed", f"model.train_ds.batch_duration={batch:g}", "model.train_ds.num_buckets=2",
         "model.train_ds.num_workers=14", "model.validation_ds.num_workers=2", "trainer.max_steps=1000000",
         "trainer.val_check_interval=500", f"trainer.max_time={clock(seconds)}", *task.accelerator,
-        *(THIN if task.rehearse else ()),
+        *(() if can_compile(task) else ("model.encoder.compile=false",)), *(THIN if task.rehearse else ()),
     ]  # fmt: skip
     began = time.perf_counter()
     run = recipe(ROOT, seconds + _AROUND - 10)
@@ -39,7 +43,19 @@ def pretrained(task: Task, found: Facts, seconds: float) -> Facts:
     if not paths:
         raise RuntimeError(f"the run logged no step in {time.perf_counter() - began:.0f} s")
     rows = [json.loads(line) for line in paths[0].read_text(encoding="utf-8").splitlines()]
-    return {**summary(rows), "batch_seconds": batch, "wall_seconds": time.perf_counter() - began, "curve": curve(rows)}
+    taken = time.perf_counter() - began
+    known = {"compiled": can_compile(task) and not task.rehearse, "batch_seconds": batch, "wall_seconds": taken}
+    return {**summary(rows), **known, "curve": curve(rows)}
+
+
+def can_compile(task: Task) -> bool:
+    """Return False, and print the reason, if this machine lacks a compiler or Python's headers."""
+    try:
+        check_compiler(load_config("large", ["model.encoder.compile=true", *task.accelerator]))
+    except MissingDependencyError as error:
+        print(error, flush=True)
+        return False
+    return True
 
 
 def clock(seconds: float) -> str:

@@ -30,7 +30,7 @@ from report import device_facts, write_report
 HERE = Path(__file__).parent
 OK, OVER_TIME, NOT_RUN = "ok", "over time", "not run"
 _REPORTING = 12.0  # seconds that are kept for the tables and pictures
-_REHEARSAL = 300.0  # maximum seconds of a part in a rehearsal
+_REHEARSAL = 600.0  # maximum seconds of a part in a rehearsal
 _TRIES = 3  # processes of a part, if each one dies at another row
 _TEST = re.compile(r"^(tests/\S+::\S+) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)", re.MULTILINE)
 

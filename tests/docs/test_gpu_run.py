@@ -23,9 +23,6 @@ task = Task.given()
 def first():
     return {"audio_per_second": 2.0}
 
-def hangs():
-    time.sleep(600)
-
 def dies():
     os._exit(9)
 
@@ -60,11 +57,18 @@ def states(result: Any) -> dict[str, str]:
 
 
 def test_a_part_that_hangs_is_ended_and_reports_what_it_has(run: ModuleType, tmp_path: Path) -> None:
+    lines = [
+        {"name": "first", "state": "begun"}, {"name": "first", "state": "done", "mfu": 0.5},
+        {"name": "hangs", "state": "begun"},
+    ]  # fmt: skip
+    written = "".join(json.dumps(line) + "\n" for line in lines)
+    worker = f"import sys, time; open(sys.argv[1], 'w').write({written!r}); time.sleep(600)"
     start = time.monotonic()
-    result = run.run_part(part_of(run, tmp_path, "first", "hangs"), tmp_path, 25.0)
+    result = run.run_part(run.Part("worker", (sys.executable, "-c", worker), 60), tmp_path, 4.0)
     assert time.monotonic() - start < 60
     assert result.state == "over time"
     assert states(result) == {"first": "done", "hangs": "over time"}
+    assert result.rows[0]["mfu"] == 0.5
 
 
 def test_a_part_that_dies_goes_on_with_its_other_rows(run: ModuleType, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from nestcli.training.settings import Length, trainer_options
 
 MARKS = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("default"),  # PyTorch, Triton and Lightning warn on a GPU of what is no fault of ours
+    pytest.mark.filterwarnings("default"),  # on a GPU, PyTorch, Triton and Lightning give warnings of their own
 ]
 REHEARSED = os.environ.get("NEST_GPU_TESTS") == "cpu"
 THIN = [

@@ -15,7 +15,7 @@ from docs.pages import ROOT
 
 FOLDER = ROOT / "docs" / "gpu"
 WORKER = """
-import os, sys, time
+import os, sys
 sys.path.insert(0, FOLDER)
 from measure import Task
 task = Task.given()

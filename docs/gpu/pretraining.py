@@ -16,7 +16,7 @@ from nestcli.errors import MissingDependencyError
 from nestcli.training.settings import check_compiler
 
 _LONGEST, _LEAST = 240.0, 20.0  # seconds of training
-_AROUND, _PROBING = 45.0, 45.0  # seconds for the start and the end of the run, and for the probe
+_AROUND, _PROBING = 35.0, 30.0  # seconds for the start and the end of the run, and for the probe
 _LARGEST_BATCH = 480.0  # seconds of audio
 NAME = "gpu"
 THIN = (

@@ -70,8 +70,8 @@ def parts(given: argparse.Namespace, *, every: bool = False) -> list[Part]:
         Part("tests", tests, 90, is_task=False),
         Part("steps compiled", (python, str(HERE / "steps.py")), 90, options=("compiled",)),
         Part("steps plain", (python, str(HERE / "steps.py")), 45, options=("plain",)),
-        Part("attention", (python, str(HERE / "attention.py")), 45),
-        Part("data", (python, str(HERE / "data.py")), 25, options=data),
+        Part("attention", (python, str(HERE / "attention.py")), 40),
+        Part("data", (python, str(HERE / "data.py")), 40, options=data),
         Part("loader", (python, str(HERE / "loading.py")), 30),
         Part("pretraining", (python, str(HERE / "pretraining.py")), 330),
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nestcli.pictures import BLUE, GREY, ORANGE, new_figure, save, styled
@@ -123,7 +124,7 @@ def write_report(out: Path, device: Facts, results: Sequence[Facts]) -> None:
 
 
 def table(device: Facts, results: Sequence[Facts]) -> Table:
-    title = f"{device['device']}, driver {device['driver']}, PyTorch {device['torch']}, CUDA {device['cuda']}"
+    title = escape(f"{device['device']}, driver {device['driver']}, PyTorch {device['torch']}, CUDA {device['cuda']}")
     made = Table(title=title, title_justify="left", show_lines=False, pad_edge=False)
     for name, options in (("part", {}), ("row", {"max_width": 64}), ("state", {}), ("result", {"ratio": 1})):
         made.add_column(name, overflow="fold", **options)  # type: ignore[arg-type]
@@ -134,9 +135,9 @@ def table(device: Facts, results: Sequence[Facts]) -> Table:
             made.add_row("", shortened(row["name"]), coloured(row["state"]), result_of(row))
             for kernel in row.get("kernels", ()):
                 cost = f"{1e3 * kernel['seconds']:.2f} ms, {100 * kernel['share']:.1f}%, {kernel['calls']} calls"
-                made.add_row("", "", "", f"{cost}: {kernel['name'][:70]}")
+                made.add_row("", "", "", escape(f"{cost}: {kernel['name'][:70]}"))
             for line in row.get("waited_for", ()):
-                made.add_row("", "", "", f"waits at {line}")
+                made.add_row("", "", "", escape(f"waits at {line}"))
     return made
 
 
@@ -146,12 +147,12 @@ def coloured(state: str) -> str:
 
 
 def shortened(name: str) -> str:
-    return name.removeprefix("tests/gpu/").replace("[", r"\[")
+    return escape(name.removeprefix("tests/gpu/"))
 
 
 def result_of(row: Facts) -> str:
     found = [(name, form(row[key])) for key, name, form in _SHOWN if row.get(key) is not None]
-    return ", ".join(f"{name} {value}".strip() for name, value in found).replace("[", r"\[")
+    return escape(", ".join(f"{name} {value}".strip() for name, value in found))
 
 
 # ---- pictures ----

@@ -121,7 +121,7 @@ def test_the_report_holds_every_row_in_few_files(
     attention = {"name": "attention", "state": "done", "forward_seconds": 0.1, "extra_peak_bytes": 5 << 20}
     curve = [[1, 6.0, None], [2, 5.0, 5.5]]
     rows = [
-        {**steps, "peak_bytes": 3 << 30, "waits": 1, "waited_for": ["nest.py:1 nonzero()"]},
+        {**steps, "peak_bytes": 3 << 30, "waits": 1, "waited_for": ["nest.py:1 nonzero()", "x.py:2 [/bold] y[i]"]},
         {"name": "profile", "state": "done", **profile}, {**attention, "forward_backward_seconds": None},
         {"name": "pretrain reference", "state": "done", "curve": curve, "train_loss": 5.0},
         {"name": "tests/gpu/test_a.py::test_one[a]", "state": "failed", "why": "[x] is odd"},
@@ -134,7 +134,16 @@ def test_the_report_holds_every_row_in_few_files(
         "gpu.json", "table.txt", "log.txt", "steps.png", "attention.png", "profile.png", "loss.png",
     }  # fmt: skip
     text = (tmp_path / "table.txt").read_text()
-    for shown in ("step 500.0 ms", "mfu 40.0%", "peak 3.00 GiB", "nonzero()", "gemm", "test_one[a]", "[x] is odd"):
+    for shown in (
+        "step 500.0 ms",
+        "mfu 40.0%",
+        "peak 3.00 GiB",
+        "nonzero()",
+        "gemm",
+        "test_one[a]",
+        "[x] is odd",
+        "[/bold] y[i]",
+    ):
         assert shown in text
     assert "the end of a log" in capsys.readouterr().out
     assert json.loads((tmp_path / "gpu.json").read_text())["parts"][0]["rows"] == rows

@@ -29,7 +29,9 @@ def prepared(task: Task) -> Facts:
     else:
         speech, noise, source = made(task)
     folders = recipe(ROOT).prepared(speech, noise, task.work, None)
-    probe = given.get("probe") or (str(labelled(task.work / "probe", speech)) if task.rehearse else None)
+    probe = given.get("probe")
+    if task.rehearse and "speech" not in given:
+        probe = probe or str(labelled(task.work / "probe", speech))
     seconds = {name: total(folders[0] / f"{name}_manifest.json") for name in ("train", "val")}
     found = {"speech": str(folders[0]), "noise": str(folders[1]), "probe": probe, "train_seconds": seconds["train"]}
     (task.work / "data.json").write_text(json.dumps(found), encoding="utf-8")

@@ -54,7 +54,7 @@ def device() -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip("no GPU; NEST_GPU_TESTS=cpu rehearses the tests on a processor")
-    return torch.device("cuda")
+    return torch.device("cuda", 0)
 
 
 def skip_without_parakeets_extractor() -> None:

@@ -1,19 +1,21 @@
-"""The training loader alone: seconds of audio a second, with augmentation, into page-locked memory and to the GPU."""
+"""The training loader alone: seconds of audio a second, with augmentation, on the GPU."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Generator
 from itertools import islice
 
-from lightning.pytorch import Trainer
+import torch
 from measure import Facts, Task, wait_for
 
 from nestcli.config import load_config
 from nestcli.data.datamodule import NestDataModule
+from nestcli.data.dataset import NoiseBatch
 from nestcli.data.loader.loader import slots
+from nestcli.errors import NestError
 from nestcli.jobs.cores import available_cores
-from nestcli.training.settings import Length, trainer_options
 
 PROCESSES = 16
 
@@ -29,26 +31,22 @@ def loaded(task: Task, workers: int, batch_seconds: float, seconds: float) -> Fa
         "model.train_ds.batch_size=null", f"model.train_ds.batch_duration={batch_seconds:g}",
         "model.train_ds.num_buckets=2", f"model.train_ds.num_workers={workers}", *task.accelerator,
     ]  # fmt: skip
-    config = load_config("large", words)
-    data = NestDataModule(config)
-    options = trainer_options(config, Length(None, 1, 1, 1), validates=False)
-    data.trainer = Trainer(**options, logger=False, enable_checkpointing=False)  # names the device to load for
-    data.batches = 1 << 30
+    data = NestDataModule(load_config("large", words))
+    data.batches, data.device = 1 << 30, task.device
     began = time.perf_counter()
-    batches = iter(data.train_dataloader())
-    next(batches).to(task.device)
-    first = time.perf_counter() - began
-    for batch in islice(batches, slots(min(workers, available_cores()))):
-        batch.to(task.device, non_blocking=True)
-    audio, count, start, pinned = 0.0, 0, time.perf_counter(), False
-    while time.perf_counter() - start < seconds or count < 2:
-        batch = next(batches)
-        pinned = batch.audio.is_pinned() if task.device.type == "cuda" else False
-        audio += float(batch.audio_len.sum()) / data.sample_rate
-        count += 1
-        batch.to(task.device, non_blocking=True)
+    batches = arrived(data, task.device)
+    next(batches)
     wait_for(task.device)
-    taken = time.perf_counter() - start
+    first = time.perf_counter() - began
+    for _ in islice(batches, slots(min(workers, available_cores()))):
+        pass
+    samples, count = torch.zeros((), dtype=torch.int64, device=task.device), 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or count < 2:
+        samples += next(batches).audio_len.sum()  # read at the end: reading would wait for the GPU
+        count += 1
+    wait_for(task.device)
+    taken, audio = time.perf_counter() - start, int(samples) / data.sample_rate
     batches.close()
     data.teardown("fit")
     return {
@@ -57,8 +55,15 @@ def loaded(task: Task, workers: int, batch_seconds: float, seconds: float) -> Fa
         "batch_seconds": audio / count,
         "batches": count,
         "first_batch_seconds": first,
-        "pinned": pinned,
     }
+
+
+def arrived(data: NestDataModule, device: torch.device) -> Generator[NoiseBatch, None, None]:
+    """Yield the training batches on the device."""
+    for batch in data.train_dataloader():
+        if isinstance(batch, NestError):
+            raise batch
+        yield batch.to(device)
 
 
 def main() -> None:

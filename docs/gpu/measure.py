@@ -52,7 +52,7 @@ class Task:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu" if self.rehearse else "cuda")
+        return torch.device("cpu") if self.rehearse else torch.device("cuda", 0)
 
     @property
     def accelerator(self) -> tuple[str, ...]:

@@ -34,7 +34,6 @@ _SHOWN: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # key of a row, h
     ("first_step_seconds", "first step", lambda s: f"{s:.1f} s"),
     ("difference", "difference", lambda d: f"{d:.2g}"),
     ("gradient_difference", "of gradients", lambda d: f"{d:.2g}"),
-    ("pinned", "pinned", str),
     ("compiled", "compiled", str),
     ("batch_seconds", "batch", lambda s: f"{s:.0f} s"),
     ("first_batch_seconds", "first batch", lambda s: f"{s:.1f} s"),

@@ -243,6 +243,36 @@ def test_a_gpu_that_is_full(corpus: dict[str, Path], monkeypatch: pytest.MonkeyP
         step.attempt(1, 1.0)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Expected canUse32BitIndexMath(input) && canUse32BitIndexMath(output) to be true, but got false.",
+        "nll_loss2d: expected numel to be smaller than INT_MAX",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+    ],
+)
+def test_a_tensor_with_too_many_elements_ends_no_search(
+    corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """Such an error comes before memory is full, from the GPU's kernels. The device is this CPU."""
+    monkeypatch.setattr(trial, "_limit", lambda device, memory: None)
+    step = trial.TrainingStep(tiny_config(corpus), "cpu", 8 << 30)
+    subsampling = step.model.encoder.pre_encode
+    original = subsampling.forward
+
+    def counted(features: torch.Tensor, *others: Any) -> Any:
+        if len(features) > 2:
+            raise RuntimeError(words)
+        return original(features, *others)
+
+    monkeypatch.setattr(subsampling, "forward", counted)
+    search = Search(lambda batch, seconds: Trial(batch, seconds, step.attempt(batch, seconds).get("used")))
+    assert search.largest([1.0], [8]) == [2]
+    monkeypatch.setattr(subsampling, "forward", lambda *given: (_ for _ in ()).throw(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        step.attempt(1, 1.0)
+
+
 def test_a_step_trains(corpus: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial is a real training step: all trainable weights change."""
     monkeypatch.setattr(trial, "_limit", lambda device, memory: None)

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 
 from conftest import tiny_config, write_noise_wav
-from nestcli.bench import side, stages
+from data.loader.late_stream import LateStream
+from nestcli.bench import ours, side, stages
 from nestcli.bench.context import BenchContext, Options, plain
 from nestcli.bench.corpus import make_bench_corpus
 from nestcli.bench.floor import chosen_reads, read_and_mix
@@ -20,6 +22,7 @@ from nestcli.bench.peer import nemo_version, our_peer
 from nestcli.config import load_config
 from nestcli.conversation import DiedError
 from nestcli.data.datamodule import NestDataModule
+from nestcli.data.dataset import NoiseBatch
 from nestcli.errors import DataError, MissingDependencyError, NestError
 
 
@@ -129,6 +132,22 @@ def test_nemo_is_told_its_own_words() -> None:
     assert nemo_block(load_config("small", words))["manifest_filepath"] == ["a.json", "b.json"]
     without = load_config("small", ["model.train_ds.batch_augmentor=null", *words[:1]])
     assert "batch_augmentor" not in nemo_block(without)
+
+
+@pytest.mark.parametrize(("device", "copied"), [("cpu", False), ("cuda", True)])
+def test_the_loader_delivers_where_training_uses_it(
+    corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, copied: bool
+) -> None:
+    stream = LateStream()
+    monkeypatch.setattr("nestcli.data.datamodule.CudaStream", lambda device: stream)
+    monkeypatch.setattr(NoiseBatch, "to", lambda batch, device: batch)
+    monkeypatch.setitem(side.STATE, "batches", None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    config = plain(context_of(tiny_config(corpus), tmp_path).loader_config())
+    assert config["model"]["train_ds"]["pin_memory"] is True
+    ours.open_loader({"config": config, "device": device})
+    assert next(side.STATE["batches"]) > 1
+    assert bool(stream.handed) is copied
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------

@@ -74,11 +74,11 @@ def report() -> BenchReport:
         "seconds": spread.to_json(), "ratio": 2.25, "share_of_matrix_product_limit": 0.4, "peak_memory_bytes": 3 << 30,
         "seconds_by_kind": {"matrix products": 3.0, "convolutions": 1.0, "copies": 0.0},
     }  # fmt: skip
-    batch = {"nemo_version": "3.0.0", "memory_clips": 8, "memory_clip_seconds": 20.0}
-    step = SectionReport(
-        "train_step", "seconds a step", spread, spread, 2.25, 3 << 30, 6 << 30, {**batch, "ways": {"compiled": way}}
-    )
-    quantizer = SectionReport("quantizer", "seconds for clips", spread, spread, 52.0, 30 << 20, 2 << 30, batch)
+    batch = {"nemo_version": "3.0.0", "memory_clips": 8, "memory_clip_seconds": 20.0, "device": "cuda"}
+    rounding = {"precision": "bf16-true", "nemo_precision": "bf16-mixed", "not_compiled": None}
+    steps, tokens = {**batch, **rounding, "ways": {"compiled": way}}, {**batch, "tokens_that_differ": 0.002}
+    step = SectionReport("train_step", "seconds a step", spread, spread, 2.25, 3 << 30, 6 << 30, steps)
+    quantizer = SectionReport("quantizer", "seconds for clips", spread, spread, 52.0, 30 << 20, 2 << 30, tokens)
     row = {
         "precision": "bf16-mixed", "audio_seconds": 640.0, "compiled": True, "audio_per_second": 12_345.0,
         "fed_audio_per_second": 11_111.0, "utilisation_of_measured_product": 0.61, "utilisation_of_data_sheet": None,
@@ -86,7 +86,19 @@ def report() -> BenchReport:
     }  # fmt: skip
     lacking = {"precision": "32", "audio_seconds": 1280.0, "compiled": False, "error": "out of memory"}
     precisions = SectionReport(
-        "precisions", "s/s", spread, None, None, 1, None, {"device": "an H200", "rows": [row, lacking]}
+        "precisions",
+        "s/s",
+        spread,
+        None,
+        None,
+        1,
+        None,
+        {
+            "device": "an H200",
+            "rows": [row, lacking],
+            "not_compiled": "torch.compile needs a C++ compiler",
+            "keys": {"tf32": {"trainer.precision": "32", "nest.matmul_precision": "high"}},
+        },
     )
     return BenchReport([loader, scale, buckets, step, quantizer, precisions], {})
 
@@ -104,7 +116,11 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         "NeMo 3.0.0", "decode", "read speech", "1,000,000", "resumed",
         "12,345", "Padding: 30.0% in plain batches, 5.0% in these buckets.", "model.train_ds.bucket_batch_size=[210]",
         "Within 72.0 GiB of cuda memory.", "compiled: matrix products 75%, convolutions 25%.", "2.25", "40%", "6,144",
-        "8 clips of 20 s", "30 MiB; NeMo's 2,048 MiB, 52 times the time", "12,345", "61%", "out of memory", "an H200",
+        "peak memory of the GPU, with 8 clips of 20 s", "NeMo's precision is bf16-mixed, ours bf16-true.",
+        "0.20% of the tokens differ", "tf32: trainer.precision=32 nest.matmul_precision=high",
+        "Not compiled: torch.compile needs a C++ compiler",
+        "memory of the GPU: 30 MiB; NeMo's 2,048 MiB, 52 times the time",
+        "12,345", "61%", "out of memory", "an H200",
     ):  # fmt: skip
         assert words in shown.output
     assert max(map(len, shown.output.splitlines())) <= 120

@@ -45,6 +45,38 @@ def test_completion_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["small"], "model.train_ds.manifest_filepath is not set"),
+        (["small", "model.train_ds.manifest_filepath=gone.json"], "manifest gone.json: No such file or directory"),
+        (["small", "model.train_ds.manifest_filepath=[here.json,gone_OP_0..1_CL_.json]"], "manifest gone0.json"),
+        (["small", "model.train_ds.manifest_filepath=here.json"], "model.validation_ds.manifest_filepath is not set"),
+        (
+            [
+                "small",
+                "model.train_ds.manifest_filepath=here.json",
+                "model.validation_ds=null",
+                "model.train_ds.noise_manifest=gone.json",
+            ],
+            "manifest gone.json",
+        ),
+        (["small", "model.encoder.d_model=175"], "model.encoder.d_model: 175 must be even"),
+    ],
+)
+def test_what_names_tell_is_told_before_pytorch_is_loaded(words: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "here.json").write_text("{}\n")
+    code = (
+        "import sys, atexit\nfrom nestcli.cli.app import main\n"
+        f"atexit.register(lambda: print([n for n in {HEAVY!r} if n in sys.modules and n != 'omegaconf']))\n"
+        f"sys.argv = ['nest', 'pretrain', *{words!r}]\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["pretrain", "smal"], "error: 'smal' is not a configuration. Did you mean 'small'?"),
         (["pretrain", "small", "model.encoder.n_layer=4"], "Did you mean model.encoder.n_layers?"),
         (["pretrain", "small"], "model.train_ds.manifest_filepath is not set"),

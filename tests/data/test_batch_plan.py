@@ -102,6 +102,25 @@ def test_no_items_no_batches():
     assert Limits(4).ends(np.zeros(8)) == [4, 8]
 
 
+@pytest.mark.parametrize("limits", [Limits(7), Limits(None, 40.0), Limits(None, 40.0, 15.0), Limits(100_000, 900.0)])
+@pytest.mark.parametrize("shortest", [0.0, 1.0])
+def test_no_batch_is_larger_than_the_bound(limits, shortest):
+    rng = np.random.default_rng(0)
+    for durations in (rng.uniform(0.05, 20, 300), rng.uniform(0.05, 0.5, 300), np.ones(5)):
+        repeated = np.maximum(durations, shortest)
+        made = [batch for epoch in range(3) for batch in plan(durations, (limits,)).batches(epoch)]
+        largest = max(len(batch) * repeated[batch].max() for batch in made)
+        bound = plan(durations, (limits,)).largest_batch(shortest)
+        assert largest <= bound <= max(2.2 * largest, 20 * 7)
+
+
+def test_the_bound_of_data_that_are_drawn_again_and_again():
+    order = Order(np.zeros(2, np.int16), np.full(2, -1, np.int32), None, 1, 0, Mixing((1.0,), 50))
+    drawn = BatchPlan(order, np.array([0.5, 2.0]), (Limits(None, 60.0),), np.zeros(2, np.int16))
+    largest = max(len(batch) * 2.0 for batch in drawn.batches(0))
+    assert largest <= drawn.largest_batch(1.0) == 60.0
+
+
 # ---- buckets
 
 

@@ -14,9 +14,7 @@ from nestcli.model.quantizer import RandomProjectionQuantizer
 
 pytestmark = MARKS
 
-# Code that a forward pass waits at, by a part of its line: the number of predicted tokens, and the keys of hashed
-# dropout, which the host draws and sends.
-MUST_WAIT = ("nonzero()", ".to(device, torch.int32)")
+MUST_WAIT = "nonzero()"  # in the one line at which a forward pass waits, for the number of predicted tokens
 PLAIN = [(preset, precision, False) for preset in ("demo", "large") for precision in ("32", "bf16-mixed")]
 COMPILED = [("large", "bf16-mixed", True), ("demo", "32", True)]  # the rehearsal compiles elsewhere
 CASES = PLAIN if REHEARSED else [*PLAIN, *COMPILED]
@@ -103,8 +101,8 @@ def test_three_steps_wait_only_where_they_must(
             losses.append(steps.forward(seed))
         with without_waits(device):
             steps.update(losses[-1])
-        assert [line for line in waits if not any(known in line for known in MUST_WAIT)] == []
-        assert len(waits) <= len(MUST_WAIT)
+        assert [line for line in waits if MUST_WAIT not in line] == []
+        assert len(set(waits)) <= 1
     assert all(loss.isfinite() for loss in losses)
     after = steps.model.encoder.parameters()
     assert all(value.isfinite().all() for value in steps.model.encoder.parameters())

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -25,15 +26,15 @@ def test_the_same_items_and_an_end() -> None:
     assert threads() == 0
 
 
-def test_the_next_items_are_made_while_one_is_used_and_not_all() -> None:
+def test_the_next_item_is_made_while_one_is_used_and_no_further_one() -> None:
     made: list[int] = []
     items = ahead(counted(made))
     assert next(items) == 0
     deadline = time.monotonic() + 5
-    while len(made) < 3 and time.monotonic() < deadline:
+    while len(made) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
-    assert made == [0, 1, 2]  # in use, ready, in hand
+    assert made == [0, 1]  # in use, ready
     items.close()  # type: ignore[attr-defined]
     assert threads() == 0
 
@@ -74,3 +75,25 @@ def test_items_that_are_let_go_end_the_thread() -> None:
     next(items)
     del items
     assert threads() == 0
+
+
+def test_an_item_that_was_given_back_is_kept_nowhere() -> None:
+    class Large:
+        pass
+
+    made: list[weakref.ref[Large]] = []
+
+    def large() -> Iterator[Large]:
+        for _ in range(5):
+            item = Large()
+            made.append(weakref.ref(item))
+            yield item
+            del item
+
+    items = ahead(large())
+    for count in range(1, 5):
+        next(items)
+        deadline = time.monotonic() + 5
+        while len(made) <= count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [each() is not None for each in made[: count + 1]] == [False] * (count - 1) + [True, True]

@@ -221,6 +221,23 @@ def test_max_mask_ratio_is_honoured_when_set(overlap: bool) -> None:
     assert 0.1 < mask.float().mean(1).max() <= 0.31
 
 
+@pytest.mark.parametrize("ratio", [0.02, 0.3, 0.9, 1.0])
+def test_a_limited_mask_drops_the_blocks_with_the_largest_draws(ratio: float) -> None:
+    """Compare with dropping one block after the other."""
+    config = MaskingConfig(80, 12, 0.06, True, True, max_mask_ratio=ratio)
+    lengths = torch.tensor([400, 399, 123, 12, 11, 0])
+    torch.manual_seed(5)
+    limited = overlapping_blocks(lengths, 400, config)
+    torch.manual_seed(5)
+    draws = torch.rand(len(lengths), 400)
+    for item, length in enumerate(lengths.tolist()):
+        starts = [place for place in range(400) if draws[item, place] < 0.06 and place + 12 <= length]
+        starts.sort(key=lambda place: float(draws[item, place]))
+        covered = [{frame for start in starts[:kept] for frame in range(start, start + 12)} for kept in range(99)]
+        expected = max((each for each in covered if len(each) <= int(length * ratio)), key=len)
+        assert set(limited[item].nonzero().flatten().tolist()) == expected
+
+
 def test_padding_is_never_masked() -> None:
     for overlap in (True, False):
         masking = RandomBlockMasking(MaskingConfig(80, 10, 0.3, True, overlap))

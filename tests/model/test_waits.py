@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestcli.config import load_config
 from nestcli.model import fast, quantizer
 from nestcli.model.config import NestConfig
 from nestcli.model.nest import NestModel
-
-READING = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_unique2"}  # lift_fresh: torch.tensor(...)
-
-
-class Waits(TorchDispatchMode):
-    """Records the operations that need a value of the device, or that send one to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = operation.overloadpacket.__name__
-        places = args[1] if name in ("index", "index_put", "index_put_") else ()
-        by_mask = any(isinstance(place, Tensor) and place.dtype == torch.bool for place in places)
-        if name in READING or by_mask:
-            self.found.append(name)
-        return operation(*args, **(kwargs or {}))
+from waiting import Waits
 
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["model.mask_position=post_conv"], ["model.encoder.dropout_draws=hash", "model.encoder.dropout=0.1"]],
-    ids=["standard", "masks after sub-sampling", "hashed dropout"],
+    [
+        [],
+        ["model.mask_position=post_conv"],
+        ["model.encoder.dropout_draws=hash", "model.encoder.dropout=0.1"],
+        ["model.masking.max_mask_ratio=0.2"],
+    ],
+    ids=["standard", "masks after sub-sampling", "hashed dropout", "limited masks"],
 )
 def test_a_forward_and_backward_pass_waits_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The host learns how many tokens are selected."""

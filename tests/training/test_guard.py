@@ -18,7 +18,8 @@ from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.module import NestModule
 from nestcli.training.metrics import TIMED
 from nestcli.training.run import Pretraining, RunResult
-from nestcli.training.step_guard import StepGuard, _gradient_norm, _skip_update, _unscales
+from nestcli.training.step_guard import StepGuard, _gradient_norm, _is_bad, _skip_update, _Step, _unscales
+from nestcli.training.step_numbers import SIGNALS, Arriving, StopRequest
 
 NOTHING_MASKED = "model.masking.block_size=4000"  # longer than every utterance
 
@@ -200,19 +201,65 @@ def test_batches_without_a_masked_token_are_no_bad_steps(
     assert all(value.isfinite().all() for value in run.module.state_dict().values())
 
 
+def judged(guard: StepGuard, loss: float, norm: float) -> str | None:
+    """Return the guard's reason to skip a step; the device must decide the same."""
+    step = _Step(1, [], guard._limit(), True, Arriving(torch.zeros(0)))
+    reason = guard._reason(loss, norm, step)
+    numbers = torch.tensor([loss, norm], dtype=torch.float64)
+    assert bool(_is_bad(*numbers, step.limit, judges_norm=True)) is (reason is not None)
+    return reason
+
+
 def test_what_counts_as_bad() -> None:
     guard = StepGuard(Path("x"), print, lambda number: {}, max_bad_steps=3, explode_factor=10.0)
-    assert guard._reason(1e9, 1.0) is None  # nothing is usual yet
+    assert judged(guard, 1e9, 1.0) is None  # nothing is usual yet
     guard._usual = [5.0] * 19 + [500.0]
-    assert guard._reason(49.0, 1e9) is None  # a large gradient alone is clipping's business
-    assert guard._reason(51.0, 1.0) == "the loss 51 is more than 10 times the usual 5"
-    assert guard._reason(math.inf, 1.0) == "the loss is inf"
-    assert guard._reason(5.0, math.nan) == "the gradient norm is nan"
+    assert judged(guard, 49.0, 1e9) is None  # a large gradient alone is clipping's business
+    assert judged(guard, 50.0, 1.0) is None
+    assert judged(guard, 51.0, 1.0) == "the loss 51 is more than 10 times the usual 5"
+    assert judged(guard, math.inf, 1.0) == "the loss is inf"
+    assert judged(guard, 5.0, math.nan) == "the gradient norm is nan"
     resumed = StepGuard(Path("x"), print, lambda number: {}, max_bad_steps=3, explode_factor=10.0)
     resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    assert resumed._reason(51.0, 1.0) is not None
+    assert judged(resumed, 51.0, 1.0) is not None
     guard.explode_factor = None
-    assert guard._reason(1e9, 1.0) is None
+    assert judged(guard, 1e9, 1.0) is None
+
+
+@pytest.mark.parametrize("logged", [1, 50])
+def test_a_step_is_counted_in_time_for_lines_and_checkpoints(
+    corpus: dict[str, Path], tmp_path: Path, poison: set[tuple[int, int]], logged: int
+) -> None:
+    """The host learns of a bad step in the next one: without a line in between, too, the checkpoint must have it."""
+    words = ["trainer.max_steps=6", "trainer.val_check_interval=4", f"trainer.log_every_n_steps={logged}"]
+    run = pretraining(corpus, tmp_path, *words)
+    poison_batch(run, poison, 1, 0)  # step 4: validation and its checkpoint follow
+    poison_batch(run, poison, 1, 2)  # step 6, the last
+    result = run.fit()
+    assert result.last is not None
+    before = list(result.last.parent.glob("*step=4-last.ckpt"))
+    assert [guard_state(path)["bad_steps"] for path in (*before, result.last)] == [1, 2]
+    assert guard_state(result.last)["recent"] == [4, 6]
+    assert len(guard_state(result.last)["usual"]) == 4
+    assert [line["step"] for line in lines(tmp_path / "run" / "bad_batches.jsonl")] == [4, 6]
+    assert lines(result.metrics)[-1]["bad_steps"] == 2
+
+
+def guard_state(path: Path) -> dict[str, Any]:
+    [state] = [each for key, each in load_lightning_checkpoint(path)["callbacks"].items() if "StepGuard" in key]
+    return dict(state)
+
+
+def test_all_processes_agree_on_the_signal_of_one() -> None:
+    requests = [StopRequest() for _ in range(3)]
+    requests[1].own = SIGNALS[0]
+    requests[2].own = SIGNALS[2]
+    marks = torch.stack([request.mark(torch.zeros(1, dtype=torch.float64)) for request in requests]).mean(0).tolist()
+    for request in requests:
+        request.agree(marks)
+    assert [request.agreed for request in requests] == [SIGNALS[2]] * 3
+    requests[0].agree([0.0] * StopRequest.MARKS)
+    assert requests[0].agreed == 0
 
 
 def test_an_exploding_loss_is_left_out(
@@ -236,26 +283,42 @@ def test_an_exploding_loss_is_left_out(
     assert "more than 4 times the usual" in bad["reason"]
 
 
-def scaled_step(loss_factor: float, *, leaves_out: bool) -> tuple[bool, bool]:
+def scaled_step(loss_factor: float, *, leaves_out: bool, fused: bool) -> tuple[bool, bool]:
     """Run one step of a small layer under a gradient scaler; return whether its weights changed, and the scale."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 1)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     before = layer.weight.detach().clone()
     scaler.scale(layer(torch.ones(2, 3)).sum() * loss_factor).backward()
-    scaler.unscale_(optimizer)
-    if leaves_out:
-        _skip_update(optimizer, scaler)
+    if not fused:
+        scaler.unscale_(optimizer)
+    _skip_update(optimizer, scaler, torch.tensor(leaves_out))
     scaler.step(optimizer)
     scaler.update()
     return not torch.equal(before, layer.weight), scaler.get_scale() == 4.0
 
 
-def test_the_gradient_scaler_goes_on_when_a_step_is_left_out() -> None:
-    assert scaled_step(1.0, leaves_out=False) == (True, True)
-    assert scaled_step(1.0, leaves_out=True) == (False, True)
-    assert scaled_step(math.inf, leaves_out=False) == (False, False)  # its own skipping
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_gradient_scaler_goes_on_when_a_step_is_left_out(fused: bool) -> None:
+    assert scaled_step(1.0, leaves_out=False, fused=fused) == (True, True)
+    assert scaled_step(1.0, leaves_out=True, fused=fused) == (False, not fused)  # a fused one counts as an overflow
+    assert scaled_step(math.inf, leaves_out=False, fused=fused) == (False, False)  # its own skipping
+
+
+def test_a_fused_step_that_is_left_out_changes_nothing() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    after: list[Any] = []
+    for number, bad in enumerate((False, True, False)):
+        layer(torch.full((2, 3), math.nan if bad else 1.0 + number)).sum().backward()
+        _skip_update(optimizer, None, torch.tensor(bad))
+        optimizer.step()
+        optimizer.zero_grad()
+        after.append(copy.deepcopy({"weights": layer.state_dict(), "moments": optimizer.state_dict()["state"]}))
+    assert same(after[1], after[0])
+    assert not same(after[2], after[1])
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -285,12 +348,16 @@ def test_a_step_that_the_scaler_skips_is_not_counted() -> None:
             def reduce(value: torch.Tensor, reduce_op: str) -> torch.Tensor:
                 return value
 
+        global_step, world_size = 0, 1
+
     guard = StepGuard(Path("x"), print, lambda number: {}, max_bad_steps=1, explode_factor=10.0)
     layer = torch.nn.Linear(3, 1)
     layer.weight.grad = torch.full_like(layer.weight, math.inf)  # an overflow of fp16
     guard._ids, guard._losses = [(1,)], [torch.tensor(5.0)]
     guard.on_before_optimizer_step(Scaled(), NestModule.__new__(NestModule), torch.optim.AdamW(layer.parameters()))  # type: ignore[arg-type]
+    guard.settle(Scaled())  # type: ignore[arg-type]
     assert guard.bad_steps == 0
+    assert guard._usual == [5.0]
     assert layer.weight.grad is not None
 
 

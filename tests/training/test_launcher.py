@@ -15,6 +15,7 @@ from traced_nest import traced_step
 from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.model.module import NestModule
+from nestcli.training.launcher import _may_be_connection
 
 TWO = ("trainer.devices=2", "trainer.accumulate_grad_batches=1")
 ONE = ("trainer.devices=1", "trainer.accumulate_grad_batches=2")  # the same batches a step
@@ -130,6 +131,7 @@ def test_processes_without_readable_audio_keep_in_step(corpus: dict[str, Path], 
     [
         ("1 2 raise", "process 1 of 2 failed:\nTraceback"),
         pytest.param("0 2 raise", "process 0 of 2 failed:\nTraceback", marks=pytest.mark.slow),
+        pytest.param("1 2 words", "process 1 of 2 failed:\nTraceback", marks=pytest.mark.slow),
         pytest.param("1 2 exit", "process 1 of the run ended with exit code 1", marks=pytest.mark.slow),
         pytest.param("1 2 kill", "process 1 of the run was ended by SIGKILL", marks=pytest.mark.slow),
         pytest.param("0 2 kill", "", marks=pytest.mark.slow),
@@ -143,13 +145,34 @@ def test_a_process_that_dies_ends_the_run(corpus: dict[str, Path], tmp_path: Pat
     assert time.time() - last < 60
     assert run.returncode not in (0, 2)
     assert said in output
-    assert output.count("Traceback (most recent call last)") == ("raise" in fault)
+    assert output.count("Traceback (most recent call last)") == ("raise" in fault or "words" in fault)
     if "raise" in fault:
         assert output.index("ArithmeticError: a fault of this process") < output.index("error: ")
     until = time.monotonic() + 20  # loader processes look for their parent every five seconds
     while processes_of(run.pid) and time.monotonic() < until:
         time.sleep(0.2)
     assert not processes_of(run.pid)
+
+
+@pytest.mark.parametrize(
+    ("error", "backend", "verdict"),
+    [
+        (torch.distributed.DistBackendError("ncclUnhandledCudaError"), "cuda:nccl", True),
+        (torch.distributed.DistNetworkError("The client socket has timed out"), "cuda:nccl", True),
+        (torch.distributed.DistStoreError("wait timeout"), None, True),
+        (RuntimeError("Connection closed by peer"), "cpu:gloo,cuda:gloo", True),
+        (RuntimeError("NCCL, gloo"), "cuda:nccl", False),
+        (RuntimeError("NCCL, gloo"), None, False),
+        (torch.OutOfMemoryError("CUDA out of memory"), "cpu:gloo,cuda:gloo", False),
+        (ValueError("NCCL, gloo"), "cpu:gloo,cuda:gloo", False),
+    ],
+)
+def test_errors_of_connections_are_told_by_their_types(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, backend: str | None, verdict: bool
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: backend is not None)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backend)
+    assert _may_be_connection(error) is verdict
 
 
 @pytest.mark.slow

@@ -15,11 +15,11 @@ from nestcli.checkpoint.lightning import (
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.config import load_config
 from nestcli.data.datamodule import NestDataModule
-from nestcli.errors import CheckpointError, ConfigError, DataError
+from nestcli.errors import CheckpointError, ConfigError, DataError, RunFailedError
 from nestcli.model.config import NestConfig
 from nestcli.model.nest import NestModel
 from nestcli.training.metrics import TIMED, StepReport
-from nestcli.training.run import Pretraining, RunResult
+from nestcli.training.run import Pretraining, RunResult, _memory_explained
 from nestcli.training.settings import Length
 
 
@@ -373,3 +373,27 @@ def test_a_run_on_changed_data_begins_an_epoch_and_says_so(corpus: dict[str, Pat
         "The training data or their batches are not those of the checkpoint: "
         "the run continues with epoch 2 from its beginning.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
+            "GPU's memory is full: CUDA out",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors"),
+            "driver is out of memory: .*pin_mem",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "model.train_ds.num_workers or model.train_ds.batch_size"),
+    ],
+)
+def test_memory_that_is_full_is_explained(error: Exception, message: str) -> None:
+    with pytest.raises(RunFailedError, match=message), _memory_explained():
+        raise error
+
+
+def test_other_errors_of_a_gpu_are_no_lack_of_memory() -> None:
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"), _memory_explained():
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

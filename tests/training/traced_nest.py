@@ -1,7 +1,7 @@
 """Run `nest`, record the utterances that it trains on, and fail on demand: for runs of several processes.
 
-TRACE is a folder for the lines; FAULT is "RANK STEP HOW", where HOW is exit, raise, kill or wait. SIGUSR2 prints the
-stacks of all threads of a process.
+TRACE is a folder for the lines; FAULT is "RANK STEP HOW", where HOW is exit, raise, words, kill or wait. SIGUSR2 prints
+the stacks of all threads of a process.
 """
 
 import faulthandler
@@ -35,6 +35,8 @@ def fail(how):
         os._exit(1)
     if how == "raise":
         raise ArithmeticError("a fault of this process")
+    if how == "words":
+        raise RuntimeError("a fault of this process, whose words name NCCL and gloo")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(3600)

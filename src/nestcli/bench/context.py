@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from nestcli.bench.corpus import make_bench_corpus
 from nestcli.bench.peer import nemo_version
 from nestcli.config import resolved
+from nestcli.errors import MissingDependencyError
+from nestcli.training.settings import accelerator, check_compiler
 
 Told = Callable[[str], None]
 
@@ -72,9 +74,24 @@ class BenchContext:
             self._made = make_bench_corpus(self.folder / "corpus")
         return self._made
 
+    @property
+    def device(self) -> str:
+        """The device of the configuration's trainer: cuda or cpu."""
+        return "cuda" if accelerator(self.config) == "gpu" else "cpu"
+
+    def why_not_compiled(self) -> str | None:
+        """Return why `nest pretrain` would refuse compiled layers on this machine; None if it takes them."""
+        config = OmegaConf.merge(self.config, {"model": {"encoder": {"compile": True}}})
+        assert isinstance(config, DictConfig)
+        try:
+            check_compiler(config)
+        except MissingDependencyError as error:
+            return str(error)
+        return None
+
     def loader_config(self, **train_ds: Any) -> DictConfig:
         """Return the configuration with one loader process, no validation, and synthetic audio if it has no data."""
-        changes: dict[str, Any] = {"num_workers": 1, "pin_memory": False, **train_ds}
+        changes: dict[str, Any] = {"num_workers": 1, **train_ds}
         if not self.has_manifest and "manifest_filepath" not in changes:
             speech, noise = self.made()
             changes |= {"manifest_filepath": str(speech), "noise_manifest": str(noise)}

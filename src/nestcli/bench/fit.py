@@ -18,7 +18,6 @@ from nestcli.conversation import DiedError
 from nestcli.data.batch_plan import bucketed
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.cost import batch_size
-from nestcli.training.settings import accelerator
 
 _KEYS = "model.train_ds"
 
@@ -29,7 +28,7 @@ def buckets_section(context: BenchContext) -> SectionReport:
     durations = read_material(config).speech.durations
     bins = estimate_bins(durations, default_buckets(len(durations), context.options.buckets))
     counts = np.bincount(bucketed(durations, bins, upper_inclusive=True), minlength=len(bins))
-    device = "cuda" if accelerator(config) == "gpu" else "cpu"
+    device = context.device
     with Trials(config, device, context.options.memory, context.tell) as trials:
         search = Search(trials.attempt)
         sizes = search.largest(bins, [max(1, int(count)) for count in counts])

@@ -81,7 +81,7 @@ def loader_section(context: BenchContext) -> SectionReport:
             context.tell(f"loader: round {number + 1} of {rounds}")
             for side in sides.values() if number % 2 == 0 else reversed(sides.values()):
                 side.measure()
-        return _reported(sides, material, context.nemo)
+        return _reported(sides, material, context)
 
 
 def _opened(context: BenchContext, config: DictConfig, material: Material, stack: ExitStack) -> dict[str, _Side]:
@@ -89,8 +89,8 @@ def _opened(context: BenchContext, config: DictConfig, material: Material, stack
     seconds = context.options.seconds or SECONDS
     counted = {"seconds": seconds, "skip": _QUEUE, "least": _LEAST}
     ours, inline, floor = (stack.enter_context(our_peer()) for _ in range(3))
-    ours.ask("open_loader", config=plain(config))
-    inline.ask("open_loader", config=plain(context.loader_config(num_workers=0)))
+    ours.ask("open_loader", config=plain(config), device=context.device)
+    inline.ask("open_loader", config=plain(context.loader_config(num_workers=0)), device=context.device)
     floor.ask("open_floor", config=plain(config))
     sides = [
         _Side("ours", ours, "round", **counted),
@@ -100,7 +100,8 @@ def _opened(context: BenchContext, config: DictConfig, material: Material, stack
     if context.nemo is not None and context.options.nemo_python is not None:
         context.tell("loader: opening NeMo's loader")
         theirs = stack.enter_context(nemo_peer(context.options.nemo_python))
-        theirs.ask("open_loader", train_ds=nemo_block(config, float(material.speech.durations.sum())))
+        block = nemo_block(config, float(material.speech.durations.sum()))
+        theirs.ask("open_loader", train_ds=block, device=context.device)
         sides.append(_Side("nemo", theirs, "round", **counted))
     for side in sides:
         if side.operation == "round":
@@ -146,7 +147,7 @@ def _by_processor(sides: dict[str, _Side]) -> dict[str, float | None]:
     return dict(found, ratio=ratio, share_of_floor=found["ours"] / found["floor"])
 
 
-def _reported(sides: dict[str, _Side], material: Material, version: str | None) -> SectionReport:
+def _reported(sides: dict[str, _Side], material: Material, context: BenchContext) -> SectionReport:
     ours, floor, inline = (Spread.of(sides[name].speeds()) for name in ("ours", "floor", "inline"))
     nemo = sides.get("nemo")
     stages = sides["inline"].stages()
@@ -160,7 +161,8 @@ def _reported(sides: dict[str, _Side], material: Material, version: str | None) 
         memory=sides["ours"].peak(),
         nemo_memory=None if nemo is None else nemo.peak(),
         extra={
-            "nemo_version": version,
+            "nemo_version": context.nemo,
+            "device": context.device,
             "floor": {**floor.to_json(), "share": sides["ours"].times(sides["floor"])},
             "without_loader_process": inline.to_json(),
             "per_processor_second": _by_processor(sides),

@@ -18,7 +18,8 @@ _ENDLESS = 10**9  # batches
 def open_loader(parameters: Facts) -> Facts:
     """Open the training loader of `config` and fetch its first batch; return the seconds of each part.
 
-    With `consumed` batches, it is the loader of a resumed run, from the `state` in its checkpoint.
+    With `consumed` batches, it is the loader of a resumed run, from the `state` in its checkpoint. With `device`, it
+    delivers batches there, as it does in training.
     """
     start = time.perf_counter()
     import torch
@@ -28,9 +29,10 @@ def open_loader(parameters: Facts) -> Facts:
     torch.set_num_threads(1)
     imported = time.perf_counter()
     data, batches_per_epoch = _data(parameters)
+    data.device = torch.device(parameters.get("device") or "cpu")
     loader = data.train_dataloader()
     built = time.perf_counter()
-    side.STATE["batches"] = side.endless(loader, _seconds_of(data.sample_rate))
+    side.STATE["batches"] = side.endless(loader, _seconds_of(data.sample_rate, data.device))
     next(side.STATE["batches"])
     return {
         "imports": imported - start,
@@ -64,11 +66,11 @@ def _data(parameters: Facts) -> tuple[NestDataModule, int]:
     return data, batches_per_epoch
 
 
-def _seconds_of(sample_rate: int) -> Any:
+def _seconds_of(sample_rate: int, device: Any) -> Any:
     def seconds(batch: Any) -> float:
         if isinstance(batch, NestError):
             raise batch
-        return int(batch.audio_len.sum()) / sample_rate
+        return int(batch.to(device).audio_len.sum()) / sample_rate  # the number arrives behind the copies
 
     return seconds
 
@@ -118,6 +120,7 @@ def open_training(parameters: Facts) -> Facts:
 
     stepper = Stepper(parameters)
     side.STATE.update(step=stepper.step, features=stepper.batch["features"], tokens=stepper.tokens, stepper=stepper)
+    side.STATE["device"] = parameters["device"]
     return stepper.facts()
 
 

@@ -17,11 +17,17 @@ from nestcli.bench.peer import our_peer
 from nestcli.bench.report import SectionReport, Spread
 from nestcli.errors import RunFailedError
 from nestcli.model.cost import peak_of
-from nestcli.training.settings import accelerator
 
 CLIP_SECONDS = 20.0
 AUDIO_SECONDS = (160.0, 320.0, 640.0, 1280.0)  # per batch
-PRECISIONS = ("32", "tf32", "bf16-mixed", "bf16-true")
+# Rows by name: the keys of `nest pretrain` that choose them. How fp32 is multiplied is a choice on GPUs alone.
+PRECISIONS: dict[str, dict[str, str]] = {
+    "32": {"trainer.precision": "32", "nest.matmul_precision": "highest"},
+    "tf32": {"trainer.precision": "32", "nest.matmul_precision": "high"},
+    "bf16-mixed": {"trainer.precision": "bf16-mixed"},
+    "bf16-true": {"trainer.precision": "bf16-true"},
+}
+_ON_GPUS = ("tf32",)
 _STEPS, _WARM_UP = 10, 4
 
 Facts = dict[str, Any]
@@ -29,12 +35,13 @@ Facts = dict[str, Any]
 
 def precisions_section(context: BenchContext) -> SectionReport:
     """Measure every combination of precision, batch size, and plain or compiled layers, also when fed by the loader."""
-    audio = context.options.audio_seconds or AUDIO_SECONDS
+    audio, not_compiled = context.options.audio_seconds or AUDIO_SECONDS, context.why_not_compiled()
     ways = [
         (precision, seconds, compiled)
         for precision in PRECISIONS
+        if context.device == "cuda" or precision not in _ON_GPUS
         for seconds in audio
-        for compiled in (False, True)
+        for compiled in ((False, True) if not_compiled is None else (False,))
     ]  # fmt: skip
     rows = []
     for number, (precision, seconds, compiled) in enumerate(ways):
@@ -52,7 +59,13 @@ def precisions_section(context: BenchContext) -> SectionReport:
         nemo=None,
         ratio=None,
         memory=best["peak_memory_bytes"],
-        extra={"device": best["device"], "clip_seconds": CLIP_SECONDS, "rows": rows},
+        extra={
+            "device": best["device"],
+            "clip_seconds": CLIP_SECONDS,
+            "keys": {name: keys for name, keys in PRECISIONS.items() if any(row["precision"] == name for row in rows)},
+            "not_compiled": not_compiled,
+            "rows": rows,
+        },
     )
 
 
@@ -61,7 +74,6 @@ def _row(context: BenchContext, precision: str, seconds: float, compiled: bool) 
     row: Facts = {"precision": precision, "audio_seconds": seconds, "compiled": compiled}
     clips = max(1, round(seconds / CLIP_SECONDS))
     config = _config(context, precision, clips, compiled)
-    device = "cuda" if accelerator(config) == "gpu" else "cpu"
     clip_seconds = min(CLIP_SECONDS, seconds)
     files = {
         name: str(context.folder / f"{name}-{clips}-{clip_seconds:g}.safetensors") for name in ("weights", "batch")
@@ -70,7 +82,7 @@ def _row(context: BenchContext, precision: str, seconds: float, compiled: bool) 
     try:
         with ExitStack() as stack:
             peer = stack.enter_context(our_peer(one_thread=False))
-            peer.ask("open_training", config=plain(config), device=device, **drawn, **files)
+            peer.ask("open_training", config=plain(config), device=context.device, **drawn, **files)
             peer.ask("step_round", steps=_WARM_UP, seed=0)
             steps = peer.ask("step_round", steps=context.options.rounds or _STEPS, seed=9)
             fed = peer.ask("fed_round", steps=context.options.rounds or _STEPS)
@@ -97,9 +109,9 @@ def _config(context: BenchContext, precision: str, clips: int, compiled: bool) -
         context.loader_config(batch_size=clips, num_workers=8),
         {
             "model": {"encoder": {"compile": compiled}},
-            "trainer": {"precision": "32" if precision == "tf32" else precision},
-            "nest": {"matmul_precision": "high" if precision == "tf32" else None},
         },
     )
     assert isinstance(config, DictConfig)
+    for key, value in PRECISIONS[precision].items():
+        OmegaConf.update(config, key, value, force_add=True)
     return config

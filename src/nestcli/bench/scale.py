@@ -49,7 +49,7 @@ def scale_section(context: BenchContext) -> SectionReport:
     for count in lengths:
         manifest = context.folder / f"scale-{count}.json"
         write_long_manifest(manifest, sorted((speech.parent / "speech").iterdir()), count)
-        config = context.loader_config(manifest_filepath=str(manifest), noise_manifest=str(noise))
+        config = context.loader_config(manifest_filepath=str(manifest), noise_manifest=str(noise), pin_memory=False)
         context.tell(f"scale: {count:,} lines")
         starts = [started(our_peer, config=plain(config)) for _ in range(rounds)]
         rows.append(_row(count, starts))

@@ -20,7 +20,8 @@ import types
 from pathlib import Path
 from typing import Any
 
-STATE: dict[str, Any] = {}  # set by "open_loader": "batches", an endless iterator of seconds of audio
+# "open_loader" sets "batches", an endless iterator of seconds of audio; "open_training" sets "device", cpu or cuda.
+STATE: dict[str, Any] = {}
 _IDLE = 0.05  # s without CPU time in the loader's processes, after which they count as idle
 
 
@@ -117,32 +118,50 @@ def step_round(parameters):
     """Run training steps with STATE["step"], a function from a seed to the loss; return seconds and loss of each."""
     seconds, losses = [], []
     for number in range(parameters["steps"]):
+        wait_for_device()
         start = time.perf_counter()
         losses.append(STATE["step"](parameters["seed"] + number))
+        wait_for_device()
         seconds.append(time.perf_counter() - start)
     return {"seconds": seconds, "losses": losses}
 
 
 def quantizer_round(parameters):
-    """Run STATE["tokens"] on STATE["features"] several times; return the seconds of each run and a digest."""
-    import hashlib
-
+    """Run STATE["tokens"] on STATE["features"] several times; return the seconds of each run, and the tokens."""
     seconds = []
     for _ in range(parameters["times"]):
+        wait_for_device()
         start = time.perf_counter()
         tokens = STATE["tokens"](STATE["features"])
+        wait_for_device()
         seconds.append(time.perf_counter() - start)
-    digest = hashlib.sha256(tokens.flatten(0, 1).long().cpu().numpy().tobytes()).hexdigest()
-    return {"seconds": seconds, "digest": digest}
+    return {"seconds": seconds, "tokens": tokens.flatten().long().tolist()}
 
 
 def peak_of(parameters):
-    """Return the peak memory of this process during an operation, and its memory before, in bytes."""
+    """Return the peak memory during an operation, and the memory before, in bytes: of the GPU, or of this process."""
+    measured = {"step_round": step_round, "quantizer_round": quantizer_round}[parameters["measured"]]
+    if STATE["device"] == "cuda":
+        import torch
+
+        wait_for_device()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        measured(parameters)
+        return {"before": before, "peak": torch.cuda.max_memory_allocated()}
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     before = memory_of("self")["resident"]
-    {"step_round": step_round, "quantizer_round": quantizer_round}[parameters["measured"]](parameters)
+    measured(parameters)
     return {"before": before, "peak": memory_of("self")["peak"]}
+
+
+def wait_for_device():
+    """Wait until the GPU, if the steps run on one, has done its work."""
+    if STATE["device"] == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 # ---- the conversation --------------------------------------------------------------------------------------------
@@ -190,7 +209,10 @@ def _hello(_parameters):
 
 
 def _open_loader(parameters):
-    """Open the training loader with the method of NeMo's model; the model itself is not needed."""
+    """Open the training loader with the method of NeMo's model; the model itself is not needed.
+
+    With a `device`, every batch is copied there, as Lightning does before a step.
+    """
     start = time.perf_counter()
     from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
     from omegaconf import OmegaConf
@@ -200,42 +222,73 @@ def _open_loader(parameters):
     model = types.SimpleNamespace(cfg=OmegaConf.create({"sample_rate": block.sample_rate}), global_rank=0, world_size=1)
     loader = EncDecDenoiseMaskedTokenPredModel._setup_dataloader_from_config(model, block)
     built = time.perf_counter()
-    rate = float(block.sample_rate)
-    STATE["batches"] = endless(loader, lambda batch: int(batch.audio_len.sum()) / rate)
+    rate, device = float(block.sample_rate), parameters.get("device") or "cpu"
+    _check_device(device)
+
+    def seconds_of(batch):
+        on_device = {name: value.to(device, non_blocking=True) for name, value in vars(batch).items() if _moves(value)}
+        return int(on_device["audio_len"].sum()) / rate  # the number arrives behind the copies
+
+    STATE["batches"] = endless(loader, seconds_of)
     next(STATE["batches"])
     first = time.perf_counter()
     return {"imports": imported - start, "manifest": built - imported, "first_batch": first - built}
 
 
+def _moves(value):
+    return hasattr(value, "to")
+
+
+def _check_device(device):
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} of this environment finds no GPU, and the comparison runs on one. Install a "
+            "CUDA build of PyTorch there, or compare on the processor: trainer.accelerator=cpu."
+        )
+
+
 def _open_training(parameters):
-    """Build NeMo's model with given weights, its optimizer, and a batch; a step is forward, backward and update."""
+    """Build NeMo's model with given weights, its optimizer, and a batch; a step is forward, backward and update.
+
+    They go to `device`. `precision` is 32, 16-mixed or bf16-mixed; `matmul_precision` is PyTorch's name or null.
+    """
     import torch
     from nemo.collections.asr.models import EncDecDenoiseMaskedTokenPredModel
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
+    device = parameters["device"]
+    _check_device(device)
+    if parameters["matmul_precision"] is not None:
+        torch.set_float32_matmul_precision(parameters["matmul_precision"])
+        torch.backends.cudnn.allow_tf32 = parameters["matmul_precision"] != "highest"
+    shorter = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(parameters["precision"])
     model = EncDecDenoiseMaskedTokenPredModel(cfg=OmegaConf.create(parameters["model"]))
     model.load_state_dict(load_file(parameters["weights"]), strict=True)
+    model = model.to(device)
     optim = {key: value for key, value in parameters["optim"].items() if key != "sched"}
     optimizer = model.train().setup_optimization(OmegaConf.create(optim))[0]
-    batch = load_file(parameters["batch"])
+    batch = {name: value.to(device) for name, value in load_file(parameters["batch"]).items()}
 
     def step(seed):
         torch.manual_seed(seed)
-        log_probs, lengths, masks, tokens = model(
-            input_signal=batch["clean"].clone(),
-            input_signal_length=batch["clean_len"],
-            noisy_input_signal=batch["noisy"].clone(),
-            noisy_input_signal_length=batch["noisy_len"],
-            apply_mask=True,
-        )
-        loss = model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
+        with contextlib.nullcontext() if shorter is None else torch.autocast(device, shorter):
+            log_probs, lengths, masks, tokens = model(
+                input_signal=batch["clean"].clone(),
+                input_signal_length=batch["clean_len"],
+                noisy_input_signal=batch["noisy"].clone(),
+                noisy_input_signal_length=batch["noisy_len"],
+                apply_mask=True,
+            )
+            loss = model.loss(masks=masks, decoder_outputs=log_probs, targets=tokens, decoder_lengths=lengths)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.item()
 
-    STATE["step"], STATE["features"] = step, batch["features"]
+    STATE["step"], STATE["features"], STATE["device"] = step, batch["features"], device
     STATE["tokens"] = lambda features: model.quantizer(input_signal=features)[1]
     return {}
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nestcli.bench.side import memory_of
 from nestcli.data.datamodule import NestDataModule
+from nestcli.errors import NestError
 from nestcli.model.config import NestConfig
 from nestcli.model.cost import batch_work
 from nestcli.model.module import NestModule
@@ -74,18 +75,20 @@ class Stepper:
     def fed(self, steps: int) -> dict[str, float]:
         """Run steps on batches from the training loader, after one to start it; return seconds and seconds of audio."""
         data = NestDataModule(self.config)
-        data.batches = steps + 1
-        audio, start = 0.0, 0.0
-        for number, sent in enumerate(data.train_dataloader()):
-            batch = sent.to(self.device, non_blocking=True)
-            output = self._updated(batch.audio, batch.audio_len, batch.noisy_audio, batch.noisy_audio_len)
+        data.batches, data.device = steps + 1, self.device
+        samples, start = torch.zeros((), dtype=torch.int64, device=self.device), 0.0
+        for number, made in enumerate(data.train_dataloader()):
+            if isinstance(made, NestError):
+                raise made
+            batch = made.to(self.device)
+            self._updated(batch.audio, batch.audio_len, batch.noisy_audio, batch.noisy_audio_len)
             if number == 0:
                 wait_for(self.device)
                 start = time.perf_counter()
             else:
-                audio += float(sent.audio_len.sum()) / data.sample_rate
-        float(output.loss.detach())
-        return {"seconds": time.perf_counter() - start, "audio_seconds": audio}
+                samples += batch.audio_len.sum()  # read at the end: it would make every step wait
+        wait_for(self.device)
+        return {"seconds": time.perf_counter() - start, "audio_seconds": int(samples) / data.sample_rate}
 
     def _updated(self, *waveforms: Tensor) -> NestOutput:
         with self.precision.forward_context():

@@ -23,6 +23,8 @@ from nestcli.model.optim import build_optimizer
 from nestcli.training.settings import Length, trainer_options
 
 _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "out of memory")
+# Of kernels whose index has 32 bits, on tensors of more than 2^31 elements: the sub-sampling's of a very large batch.
+_TOO_LARGE = ("canuse32bitindexmath", "int_max", "32-bit index", "cudnn_status_not_supported")
 _SHARE = {"cuda": 0.9, "cpu": 0.8}
 _SMALL = (1, 1.0)  # clips, seconds of a first step, which allocates all permanent memory
 
@@ -56,7 +58,7 @@ class TrainingStep:
             self._step(batch, seconds)
             wait_for(self.device)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not (is_out_of_memory(error) or is_too_large(error)):
                 raise
             failed = True
         else:
@@ -124,6 +126,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Return True if an error means that a tensor has more elements than a kernel can count."""
+    return any(words in str(error).lower() for words in _TOO_LARGE)
 
 
 def _limit(device: torch.device, memory: int) -> None:

@@ -76,8 +76,12 @@ def _show_train_step(section: dict[str, Any]) -> None:
     columns = ["", ">median", ">min", ">max", ">times NeMo", ">of the limit", ">MiB"]
     console.table(f"train_step: {section['unit']}", columns, rows)
     batch = f"{section['memory_clips']} clips of {section['memory_clip_seconds']:g} s"
-    console.line(f"MiB: peak memory of the process, with {batch}.")
+    console.line(f"MiB: peak memory of the {_owner(section)}, with {batch}.")
     console.line("Limit: all operations at the speed of a large matrix product.")
+    if section["nemo"] and section["nemo_precision"] != section["precision"]:
+        console.line(f"NeMo's precision is {section['nemo_precision']}, ours {section['precision']}.")
+    if section["not_compiled"]:
+        console.line(f"Not compiled: {section['not_compiled']}")
     for name, way in section["ways"].items():
         spent = way["seconds_by_kind"]
         parts = (f"{kind} {value / sum(spent.values()):.0%}" for kind, value in spent.items() if value)
@@ -93,13 +97,19 @@ def _show_quantizer(section: dict[str, Any]) -> None:
     theirs = (
         f"; NeMo's {peaks['nemo'] / 2**20:,.0f} MiB, {section['ratio']:.0f} times the time" if peaks["nemo"] else ""
     )
-    console.line(f"Additional memory while it runs: {peaks['ours'] / 2**20:,.0f} MiB{theirs}.")
+    console.line(f"Additional memory of the {_owner(section)}: {peaks['ours'] / 2**20:,.0f} MiB{theirs}.")
+    if section["tokens_that_differ"]:
+        console.line(f"{section['tokens_that_differ']:.2%} of the tokens differ from NeMo's.")
 
 
 def _show_precisions(section: dict[str, Any]) -> None:
     columns = ["", ">s/batch", ">s/s", ">s/s, loader", ">of a product", ">of data sheet", ">GiB"]
     rows = [_precision_row(row) for row in section["rows"] if "error" not in row]
     console.table(f"precisions on {section['device']}", columns, rows)
+    for name, keys in section["keys"].items():
+        console.line(f"{name}: {' '.join(f'{key}={value}' for key, value in keys.items())}")
+    if section["not_compiled"]:
+        console.line(f"Not compiled: {section['not_compiled']}")
     for row in section["rows"]:
         if "error" in row:
             console.line(f"{_precision(row)}, {row['audio_seconds']:g} s: {row['error']}")
@@ -114,6 +124,10 @@ def _precision_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _precision(row: dict[str, Any]) -> str:
     return f"{row['precision']}, {'compiled' if row['compiled'] else 'plain'}"
+
+
+def _owner(section: dict[str, Any]) -> str:
+    return "GPU" if section["device"] == "cuda" else "process"
 
 
 def _spread(spread: dict[str, float]) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ import typer
 from nestcli.cli import console
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from nestcli.training.run import DryRun, Pretraining, RunPlan, RunResult
     from nestcli.training.target_check import TargetCheck
 
@@ -30,7 +32,9 @@ def pretrain(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check configuration, data and devices, and try one batch; do not train."),
+        typer.Option(
+            "--dry-run", help="Check configuration, data and devices, and try the largest batch; do not train."
+        ),
     ] = False,
 ) -> None:
     """Pretrain a NEST encoder, or resume a run.
@@ -43,6 +47,7 @@ def pretrain(
     from nestcli.cli.named import read_config
 
     config = read_config(words or [], training=True).config
+    _check_names(config)
     console.note("loading ...")
 
     from nestcli.training.run import Pretraining
@@ -65,6 +70,31 @@ def pretrain(
         return
     _show_targets(run.check_targets(_PATIENCE))
     _train(run)
+
+
+def _check_names(config: DictConfig) -> None:
+    """Raise what the model's blocks and the names of manifests tell without PyTorch, which takes seconds to load.
+
+    The run checks all of it again, and much more.
+    """
+    from omegaconf import OmegaConf
+
+    from nestcli.data.manifest_names import check_there, speech_manifests
+    from nestcli.model.config import NestConfig
+
+    NestConfig.from_config(config)
+    validates = OmegaConf.select(config, "trainer.limit_val_batches") != 0
+    for key in ("model.train_ds", "model.validation_ds") if validates else ("model.train_ds",):
+        if any(OmegaConf.select(config, f"{key}.{other}") for other in ("input_cfg", "shar_path", "cuts_path")):
+            continue
+        block = OmegaConf.select(config, key)
+        if key == "model.train_ds" or (block is not None and OmegaConf.is_missing(block, "manifest_filepath")):
+            speech_manifests(config, key)
+        for name in ("manifest_filepath", "noise_manifest"):
+            paths = OmegaConf.select(config, f"{key}.{name}")
+            each = [paths] if isinstance(paths, str) else list(paths) if OmegaConf.is_list(paths) else []
+            if all(isinstance(path, str) and path.strip(" ,[]") for path in each):
+                check_there(paths if isinstance(paths, str) else each)
 
 
 def _train(run: Pretraining) -> None:
@@ -105,7 +135,7 @@ def _show_plan(plan: RunPlan) -> None:
 def _show_dry_run(trial: DryRun, targets: TargetCheck | None) -> None:
     _show_plan(trial.plan)
     console.note(
-        f"one batch  {trial.batch_seconds:.1f} s of audio, {trial.masked_share:.0%} of the frames masked, "
+        f"batch      {trial.batch_seconds:.1f} s of audio, {trial.masked_share:.0%} of the frames masked, "
         f"loss {trial.loss:.3f}, gradient norm {trial.gradient_norm:.3g}"
     )
     console.note(f"padding    {trial.padding:.1%} of the batches of an epoch")

@@ -9,7 +9,6 @@ new numbers: `item % n_lines` is the line, `item // n_lines` is how often the li
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -199,6 +198,13 @@ class BatchPlan:
         digest.update(repr((settings, order.shuffle, order.window, order.seed, order.mixing)).encode())
         return digest.hexdigest()
 
+    def largest(self, epoch: int = 0) -> int:
+        """Return the number of the epoch's batch with the most audio, padding included."""
+        batches = self.batches(epoch)
+        lengths = self.durations[batches.items % len(self.durations)]
+        room = np.maximum.reduceat(lengths, batches.starts[:-1]) * np.diff(batches.starts)
+        return int(room[batches.chosen].argmax())
+
     def padding_waste(self, epoch: int = 0) -> float:
         """Return the share of padding in the audio of an epoch's batches."""
         formed = self._formed(epoch)
@@ -209,16 +215,27 @@ class BatchPlan:
         longest = np.maximum.reduceat(lengths, formed.starts[:-1])
         return 1 - float(lengths.sum() / (longest * sizes).sum())
 
-    def largest_batch(self) -> float:
-        """Return an upper bound for the seconds of a batch, padding included."""
-        bounds = []
+    def largest_batch(self, shortest: float = 0.0) -> float:
+        """Return an upper bound for the seconds of a batch, padding included.
+
+        Items shorter than `shortest` count as `shortest`: training repeats their audio to that length.
+        """
+        mixing, bounds = self.order.mixing, []
         for bucket, limits in enumerate(self.limits):
             own = self.durations if len(self.limits) == 1 else self.durations[self.bucket_of == bucket]
-            longest = float(own.max(initial=0.0))
-            by_size = math.inf if limits.size is None else limits.size * longest
-            by_duration = math.inf if limits.duration is None else max(limits.duration, longest)
-            bounds.append(min(by_size, by_duration))
-        return max(bounds)
+            if not len(own):
+                continue
+            longest = max(float(own.max()), shortest)
+            count = len(own) if mixing is None else mixing.length
+            by_size = longest * (count if limits.size is None else min(limits.size, count))
+            if limits.duration is None:
+                bounds.append(by_size)
+                continue
+            short = np.sort(own[own < shortest])  # a batch is filled by the durations before the repetition
+            least = np.arange(1, len(short) + 1) if mixing is None else np.full(len(short), count)
+            repeated = shortest * float(np.minimum(limits.duration / np.maximum(short, 1e-6), least).max(initial=0.0))
+            bounds.append(min(by_size, max(limits.duration, longest, repeated)))
+        return max(bounds, default=0.0)
 
     # ---- forming ----
 

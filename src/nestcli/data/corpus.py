@@ -19,9 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from nestcli.audio.load import CHANNEL_KEY, Channel, parsed_channel
 from nestcli.checks import check_plain, read_yaml, short, within
-from nestcli.config import require, section
+from nestcli.config import section
 from nestcli.data.manifest import Manifest, joined
-from nestcli.data.manifest_scan import expand, read_manifests
+from nestcli.data.manifest_names import expand, speech_manifests
+from nestcli.data.manifest_scan import read_manifests
 from nestcli.data.tarred import read_shar, read_tarred
 from nestcli.errors import ConfigError, DataError
 from nestcli.files import user_path
@@ -177,9 +178,7 @@ def read_corpus(config: DictConfig, key: str) -> Corpus:
     parts = _lhotse_parts(block, settings, key) if settings.use_lhotse else None
     nested = False
     if parts is None:
-        none = "; null means no validation" if key == "model.validation_ds" else ""
-        why = f"the manifest of the speech, as `nest prepare-data` writes it{none}"
-        manifests = _plain(require(config, f"{key}.manifest_filepath", why))
+        manifests = _plain(speech_manifests(config, key))
         tars = _plain(block.get("tarred_audio_filepaths"))
         _check_names(manifests, f"{key}.manifest_filepath")
         _check_names(tars, f"{key}.tarred_audio_filepaths")

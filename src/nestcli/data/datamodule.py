@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,6 +17,7 @@ from nestcli.config import section, seed_of
 from nestcli.data.batch_plan import BatchPlan
 from nestcli.data.corpus import Corpus, DatasetConfig, noise_manifest, read_corpus
 from nestcli.data.dataset import MIN_SECONDS, NoiseBatch, NoisySpeech, SkipCounter
+from nestcli.data.loader.device_copies import CudaStream, DeviceCopies
 from nestcli.data.loader.loader import Loader, slots
 from nestcli.data.loader.watch import Watch
 from nestcli.data.preflight import check_noise, check_speech, machine_notes
@@ -24,20 +26,22 @@ from nestcli.data.utterance_audio import NoisePool
 from nestcli.errors import DataError, NestError
 from nestcli.jobs.cores import available_cores
 
-_BYTES_A_SAMPLE, _LARGEST_SLOT = 8, 1 << 28  # bytes: a sample of clean and noisy float32 audio; a slot of the ring
+_BYTES_A_SAMPLE, _BYTES_AN_UTTERANCE = 8, 24  # of a batch: clean and noisy audio in float32; three lengths in int64
 
 
 class NestDataModule(LightningDataModule):
     """The loaders of `model.train_ds` and `model.validation_ds`.
 
     `batches` is the length of the training loader: one epoch, unless the run sets the number for all its epochs.
-    `tell` receives messages for the user: audio that was left out, data that changed since the checkpoint.
+    `tell` receives messages for the user: audio that was left out, data that changed since the checkpoint. Loaders take
+    batches to `device` if it is a GPU; Lightning's trainer, if there is one, decides which.
     """
 
     def __init__(self, config: DictConfig, tell: Callable[[str], None] = lambda message: None) -> None:
         super().__init__()
         self.config, self.tell = config, tell
         self.batches: int | None = None
+        self.device: torch.device | None = None
         self.seed = seed_of(config)
         self.train = read_corpus(config, "model.train_ds")
         self.train_noise = self._noise_pool("model.train_ds")
@@ -241,8 +245,10 @@ class NestDataModule(LightningDataModule):
         if settings.num_workers == 0:
             return InProcess(data, sampler)
         workers = _workers(settings)
-        device = None if self.trainer is None else self.trainer.strategy.root_device
-        on_gpu = device is not None and device.type == "cuda"
+        device = self.device if self.trainer is None else self.trainer.strategy.root_device
+        copies = None
+        if device is not None and device.type == "cuda" and settings.pin_memory:
+            copies = DeviceCopies(CudaStream(device))
         loader = Loader(
             data,
             sampler,
@@ -251,7 +257,7 @@ class NestDataModule(LightningDataModule):
                 workers, key, settings.read_timeout, [data.speech, *([data.noise.manifest] if data.noise else [])]
             ),
             slot_bytes=_slot_bytes(sampler.plan, settings),
-            device=device if on_gpu and settings.pin_memory else None,
+            copies=copies,
         )
         self._loaders.add(loader)
         return loader
@@ -275,8 +281,10 @@ def _workers(settings: DatasetConfig) -> int:
 
 
 def _slot_bytes(plan: BatchPlan, settings: DatasetConfig) -> int:
-    n_samples = (plan.largest_batch() + MIN_SECONDS) * settings.sample_rate
-    return min(int(n_samples) * _BYTES_A_SAMPLE + (1 << 16), _LARGEST_SLOT)
+    """Return the size of a slot for any batch of a plan. Only what batches really use of it takes memory."""
+    seconds = plan.largest_batch(MIN_SECONDS) + MIN_SECONDS
+    utterances = seconds / MIN_SECONDS
+    return int(seconds * settings.sample_rate * _BYTES_A_SAMPLE + utterances * _BYTES_AN_UTTERANCE) + (1 << 16)
 
 
 def recounted(batches: int, accumulated: int, accumulate: int) -> int:

@@ -68,12 +68,10 @@ class NoiseBatch:
     counts: bool = True
     skipped: tuple[Skipped, ...] = ()
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> NoiseBatch:
-        """Copy the batch to a device. Copies from page-locked memory overlap with other work."""
+    def to(self, device: torch.device) -> NoiseBatch:
+        """Return the batch on a device, without a copy of tensors that it already holds."""
         tensors: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking or value.is_pinned())
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **tensors)
 

@@ -10,18 +10,20 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
-_LOOK = 0.1  # s between checks that the consumer still wants items
 _ITEM, _ERROR, _END = range(3)
 
 
 def ahead(items: Iterator[Item], prepare: Callable[[], object] = lambda: None) -> Iterator[Item]:
     """Yield the items of an iterator, and raise its error; the thread first calls `prepare`.
 
-    When this generator is closed or garbage-collected, the thread finishes its current item and ends.
+    The thread makes an item while the consumer uses the one before, and no further ones. When this generator is closed
+    or garbage-collected, the thread finishes its current item and ends.
     """
-    made: queue.Queue[tuple[int, Any]] = queue.Queue(1)
+    made: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    wanted = threading.Semaphore()  # permits to make one more item
     unwanted = threading.Event()
-    thread = threading.Thread(target=_work, args=(items, prepare, made, unwanted), daemon=True, name="nest-ahead")
+    arguments = (items, prepare, made, wanted, unwanted)
+    thread = threading.Thread(target=_work, args=arguments, daemon=True, name="nest-ahead")
     thread.start()
     try:
         while True:
@@ -30,10 +32,12 @@ def ahead(items: Iterator[Item], prepare: Callable[[], object] = lambda: None) -
                 return
             if kind == _ERROR:
                 raise item
+            wanted.release()
             yield item
-            del item  # frees its memory while the thread waits for the next item
+            del item  # frees its memory while the thread makes the next item
     finally:
         unwanted.set()
+        wanted.release()
         if not sys.is_finalizing():  # threads no longer run when the interpreter shuts down
             thread.join()
 
@@ -41,23 +45,19 @@ def ahead(items: Iterator[Item], prepare: Callable[[], object] = lambda: None) -
 def _work(
     items: Iterator[Any],
     prepare: Callable[[], object],
-    made: queue.Queue[tuple[int, Any]],
+    made: queue.SimpleQueue[tuple[int, Any]],
+    wanted: threading.Semaphore,
     unwanted: threading.Event,
 ) -> None:
-    def put(kind: int, item: Any = None) -> bool:
-        while not unwanted.is_set():
-            try:
-                made.put((kind, item), timeout=_LOOK)
-            except queue.Full:
-                continue
-            return True
-        return False
-
     try:
         prepare()
+        wanted.acquire()
         for item in items:
-            if not put(_ITEM, item):
+            made.put((_ITEM, item))
+            del item
+            wanted.acquire()
+            if unwanted.is_set():
                 return
-        put(_END)
+        made.put((_END, None))
     except BaseException as error:
-        put(_ERROR, error)
+        made.put((_ERROR, error))

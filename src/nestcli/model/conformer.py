@@ -227,7 +227,7 @@ class ConformerEncoder(nn.Module):
         """Draw a key for each layer's dropout; None for layers whose dropout torch's generator draws."""
         if not (self.hashes_dropout and self.training):
             return [None] * len(self.layers)
-        return torch.randint(-(2**31), 2**31, (len(self.layers), 1)).to(device, torch.int32).unbind()
+        return torch.randint(-(2**31), 2**31, (len(self.layers), 1), device=device).to(torch.int32).unbind()
 
     def _hidden(self, padding_BS: Tensor) -> Tensor:
         """Return True where frame i must not see frame j (B, S, S): padding, and frames outside the context."""

@@ -33,6 +33,9 @@ def convolved(layers: Sequence[nn.Module], features_BTD: Tensor, lengths_B: Tens
     on_processor = not (on_a_gpu(features_BTD) or torch.compiler.is_exporting())
     if on_processor and not features_BTD.requires_grad:  # pieces give the features no gradient
         return convolved_by_pieces(layers, features_BTD, lengths_B)
+    items = len(features_BTD) if torch.compiler.is_exporting() else _items_at_a_time(layers[0], features_BTD)
+    if items < len(features_BTD):
+        return convolved_by_items(layers, features_BTD, lengths_B, items)
     return convolved_whole(layers, features_BTD, lengths_B)
 
 
@@ -91,7 +94,9 @@ def running_layers(compiled: bool, positions_RM: Tensor, *others: tuple[Tensor, 
 # two thirds of the memory that 1 takes, and a twentieth less time (docs/log.md).
 _KEPT = 0.9
 
-# ---- the sub-sampling's convolutions: whole, or in pieces ----
+# ---- the sub-sampling's convolutions: whole, by items, or in pieces ----
+
+_INDEXED = 2**31 - 1  # elements of a tensor that a GPU's convolutions can number: 70 minutes of audio with 256 channels
 
 
 def convolved_whole(layers: Sequence[nn.Module], features_BTD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +109,21 @@ def convolved_whole(layers: Sequence[nn.Module], features_BTD: Tensor, lengths_B
             lengths_B = halved(lengths_B)
         x_BCTD = layer(x_BCTD)
     return _zero_padding(x_BCTD, lengths_B).transpose(1, 2).flatten(2), lengths_B
+
+
+def _items_at_a_time(first: nn.Module, features_BTD: Tensor) -> int:
+    assert isinstance(first, nn.Conv2d)
+    of_an_item = first.out_channels * math.prod(map(halved, features_BTD.shape[1:]))  # elements after the first layer
+    return max(1, _INDEXED // max(1, of_an_item))
+
+
+def convolved_by_items(
+    layers: Sequence[nn.Module], features_BTD: Tensor, lengths_B: Tensor, items: int
+) -> tuple[Tensor, Tensor]:
+    """Apply all layers to so many items of the batch at a time."""
+    parts = zip(features_BTD.split(items), lengths_B.split(items), strict=True)
+    frames, lengths = zip(*(convolved_whole(layers, *part) for part in parts), strict=True)
+    return torch.cat(frames), torch.cat(lengths)
 
 
 def halves(layer: nn.Module) -> bool:
@@ -338,18 +358,29 @@ def dropout_drawn(x: Tensor, p: float, channels_first: bool) -> Tensor:
 
 def dropout_hashed(x: Tensor, p: float, key: Tensor, site: int) -> Tensor:
     """Hash the key, the site and the element's place; compiled kernels recompute the draws instead of keeping them."""
-    kept = hashed_keep(x.shape, key + site * _SPREAD, p)
-    return torch.where(kept, x / (1.0 - p), 0.0) if p < 1.0 else x * 0.0
+    if p >= 1.0:
+        return x * 0.0
+    return torch.where(hashed_keep(x.shape, key + _wrapped(site * _SPREAD), p), x / (1.0 - p), 0.0)
 
 
 def hashed_keep(shape: torch.Size, key: Tensor, p: float) -> Tensor:
-    """Return True with probability 1 - p (to 2^-32) for each place of `shape`, from a keyed hash of its number."""
-    place = torch.arange(math.prod(shape), dtype=torch.int32, device=key.device).view(shape)
-    x = (place + key) * _SPREAD
+    """Return True with probability 1 - p (to 2^-32) for each place of `shape`, from a keyed hash of its number.
+
+    Numbers are modulo 2^32, so that tensors of more than 2^31 elements have draws too.
+    """
+    others = shape[1:]
+    row = torch.arange(shape[0], dtype=torch.int32, device=key.device).view(-1, *[1] * len(others))
+    in_row = torch.arange(math.prod(others), dtype=torch.int32, device=key.device).view(others)
+    x = (row * math.prod(others) + key + in_row) * _SPREAD
     x = (x ^ _shifted_right(x, 16) ^ key) * _FIRST
     x = (x ^ _shifted_right(x, 15)) * _SECOND
     x = x ^ _shifted_right(x, 16)
     return x >= round(p * 2**32) - 2**31
+
+
+def _wrapped(number: int) -> int:
+    """Return the int32 number that is equal modulo 2^32: a compiled kernel takes no larger constant."""
+    return (number + 2**31) % 2**32 - 2**31
 
 
 def _shifted_right(x: Tensor, bits: int) -> Tensor:

@@ -89,15 +89,19 @@ def _covered(starts_BT: Tensor, block_size: int) -> Tensor:
 
 
 def _limited_starts(starts_BT: Tensor, draws_BT: Tensor, lengths_B: Tensor, config: MaskingConfig) -> Tensor:
-    """Drop the blocks with the largest draws until at most `max_mask_ratio` of each item is masked."""
+    """Drop the blocks with the largest draws until at most `max_mask_ratio` of each item is masked.
+
+    The number of blocks to keep is found by halving, for all items at once and without a decision of the host.
+    """
     assert config.max_mask_ratio is not None
-    kept_BT = starts_BT.clone()
-    for item in range(len(starts_BT)):
-        allowed = int(lengths_B[item] * config.max_mask_ratio)
-        candidates = starts_BT[item].nonzero().flatten()
-        worst_first = candidates[draws_BT[item, candidates].argsort(descending=True)]
-        for start in worst_first:
-            if int(_covered(kept_BT[item : item + 1], config.block_size).sum()) <= allowed:
-                break
-            kept_BT[item, start] = False
-    return kept_BT
+    allowed_B = (lengths_B * config.max_mask_ratio).long()
+    order_BT = draws_BT.masked_fill(~starts_BT, math.inf).argsort(dim=1, stable=True)
+    place_BT = torch.arange(starts_BT.size(1), device=starts_BT.device).expand_as(order_BT)
+    rank_BT = torch.empty_like(order_BT).scatter_(1, order_BT, place_BT)  # among an item's draws, the smallest first
+    fits_B, most_B = torch.zeros_like(lengths_B), starts_BT.sum(1)  # blocks that surely fit, and that may fit
+    for _ in range(starts_BT.size(1).bit_length()):
+        tried_B = (fits_B + most_B + 1) // 2
+        covered_BT = _covered(starts_BT & (rank_BT < tried_B[:, None]), config.block_size)
+        fit_B = covered_BT.sum(1) <= allowed_B
+        fits_B, most_B = torch.where(fit_B, tried_B, fits_B), torch.where(fit_B, most_B, tried_B - 1)
+    return starts_BT & (rank_BT < fits_B[:, None])

@@ -59,6 +59,8 @@ class NestModule(LightningModule):
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard
 
+            if self.trainer.strategy.root_device.type == "cuda" and self.config.trainer.sync_batchnorm:
+                torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # as Lightning does for DDP
             mesh = self.device_mesh["data_parallel"]
             for part in self.model.parts_in_fp32():  # weights that are sharded together must have one type
                 fully_shard(part, mesh=mesh)
@@ -116,10 +118,11 @@ class NestModule(LightningModule):
         if not batch.counts:
             return
         if self.model.loss.config.nemo_exact:  # NeMo's mean over batches of any size, NaN included
-            row: list[Tensor | float] = [output.loss, output.correct / output.selected, 1.0, 1.0]
+            one = torch.ones_like(output.loss)
+            row = [output.loss, output.correct / output.selected, one, one]
         else:
             row = [output.loss * output.selected, output.correct, output.selected, output.selected]
-        self._validation += torch.tensor([float(value) for value in row], dtype=torch.float64).to(self._validation)
+        self._validation += torch.stack([value.detach().double() for value in row])
 
     def on_validation_epoch_end(self) -> None:
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")

@@ -22,7 +22,6 @@ from nestcli.model.masking import draw_mask
 from nestcli.training.settings import CheckpointConfig, ManagerConfig, NestBlock, TrainerConfig
 
 _TRIED, _AT_A_TIME = 4096, 64  # utterances for trial masks, until one has a masked token
-_TRIED_WITH_LIMIT = 64  # with max_mask_ratio, which is slow
 _BLOCKS = ("model.train_ds", "model.validation_ds")
 
 
@@ -102,11 +101,10 @@ def _any_token_masked(nest: NestConfig, frames: npt.NDArray[np.int64]) -> bool:
     """Return True if trial masks of the longest and of random utterances mask enough of any token."""
     masking, steps = nest.masking, nest.loss.combine_time_steps
     loss = MaskedTokenLoss(nest.loss)
-    tried = _TRIED if masking.max_mask_ratio is None else _TRIED_WITH_LIMIT
     rng, longest = np.random.default_rng(0), np.sort(frames)[-_AT_A_TIME:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for start in range(0, tried, _AT_A_TIME):
+        for start in range(0, _TRIED, _AT_A_TIME):
             lengths = torch.from_numpy(longest if start == 0 else rng.choice(frames, _AT_A_TIME))
             n_frames = -(-int(lengths.max()) // steps) * steps
             if bool(loss.select(draw_mask(lengths, n_frames, masking)).any()):

@@ -71,11 +71,13 @@ def ended_together(trainer: Trainer) -> Iterator[None]:
         watched.end_others()
         raise
     except Exception as error:
-        dead = watched.first_dead(_DEATH_SECONDS if _is_connection(error) else 0.0)
+        seconds = _DEATH_SECONDS if _may_be_connection(error) else 0.0
+        dead = watched.first_dead(seconds)
+        is_lost = isinstance(error, torch.distributed.DistError) or watched.loses_parent(seconds)
         watched.end_others()
         if dead is not None:
             raise dead from None
-        if _is_connection(error):
+        if is_lost:
             raise PeerLostError(_who(trainer, "lost the connection to another process, which ended first")) from None
         _say(f"{_who(trainer, 'failed:')}\n{traceback.format_exc().rstrip()}")  # before the other processes notice
         raise
@@ -107,6 +109,15 @@ class _WatchedLauncher(OpenLauncher):
             if time.monotonic() >= until or not self.procs:
                 return None
             time.sleep(_POLL_SECONDS / 5)
+
+    def loses_parent(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the end of the process that started this one, which usually ends this one too."""
+        until = time.monotonic() + seconds
+        while is_launched() and time.monotonic() < until:
+            if os.getppid() != int(os.environ[_LAUNCHER]):
+                return True
+            time.sleep(_POLL_SECONDS / 5)
+        return False
 
     def end_others(self) -> None:
         self.stop_watching()
@@ -162,11 +173,19 @@ def _who(trainer: Trainer, what: str) -> str:
     return f"process {trainer.global_rank} of {trainer.world_size} {what}"
 
 
-def _is_connection(error: Exception) -> bool:
-    """Return True if an error comes from the connection to a process that has died."""
-    return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl"))
-    )
+def _may_be_connection(error: Exception) -> bool:
+    """Return True if an error may come from the connection to a process that has died.
+
+    Errors of NCCL and of the store have types of their own. Those of gloo are plain RuntimeErrors, as many others are:
+    then only the death of a process tells.
+    """
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return type(error) is RuntimeError and torch.distributed.is_initialized() and _uses_gloo()
+
+
+def _uses_gloo() -> bool:
+    return "gloo" in str(torch.distributed.get_backend_config())
 
 
 @dataclass(frozen=True)

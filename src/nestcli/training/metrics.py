@@ -198,6 +198,7 @@ class MetricsWriter(Callback):
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the measures of the newest step into its line, and start a new window."""
+        self.health.guard.settle(trainer)
         measures = self.health.read(trainer, pl_module)
         samples = int(measures.pop("samples"))
         self.totals.samples += samples

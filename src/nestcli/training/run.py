@@ -57,6 +57,7 @@ from nestcli.training.settings import (
 )
 from nestcli.training.signals import StopSignals
 from nestcli.training.step_guard import StepGuard
+from nestcli.training.step_numbers import StopRequest
 from nestcli.training.target_check import TargetCheck, check_targets, remedies
 
 METRICS, BAD_BATCHES = "metrics.jsonl", "bad_batches.jsonl"
@@ -101,7 +102,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class DryRun:
-    """The plan of a run, and the measures of one optimiser step on its first batch."""
+    """The plan of a run, and the measures of one optimiser step on the largest batch of its first epoch."""
 
     plan: RunPlan
     batch_seconds: float
@@ -207,7 +208,7 @@ class Pretraining:
             *([checkpoints] if checkpoints else []),
             ResumedCounts(),
         ]
-        with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder), StopSignals() as signals:
+        with warnings.catch_warnings(), _memory_explained(), disk_explained(self.folder), monitors.signals as signals:
             silence_expected_warnings()
             trainer = self.trainer([*callbacks, signals], monitors.data_wait)
             with ended_together(trainer):
@@ -232,11 +233,11 @@ class Pretraining:
         )
 
     def dry_run(self) -> DryRun:
-        """Check everything that a run needs and try one optimiser step on the first batch; write nothing."""
+        """Check everything that a run needs and try one optimiser step on the largest batch; write nothing."""
         self.fit_quantizer()
         device = first_device(self.config)
         check_folder(self.folder)
-        batch, plan = self.data.train_batch(0, 0), self.plan
+        batch, plan = self.data.train_batch(0, self.data.train_plan().largest()), self.plan
         self.data.check_validation_batch()
         checkpoints = self.checkpoint_callback()
         check_space(self.folder, checkpoints, self.module.model)
@@ -322,6 +323,7 @@ class Monitors:
     health: HealthMonitor
     metrics: MetricsWriter
     data_wait: DataWaitClock  # the trainer's profiler
+    signals: StopSignals  # called after the callbacks that write checkpoints
 
     @classmethod
     def of(
@@ -341,6 +343,7 @@ class Monitors:
             lambda number: _place(data, number),
             max_bad_steps=safety.max_bad_steps,
             explode_factor=safety.explode_factor,
+            request=(request := StopRequest()),
         )
         health = HealthMonitor(guard, n_books=quantizer.num_books, n_codes=quantizer.num_classes)
         data_wait = DataWaitClock()
@@ -358,7 +361,7 @@ class Monitors:
             log_every=int(config.trainer.log_every_n_steps),
             stop_on_collapse=safety.stop_on_collapse,
         )
-        return cls(guard, health, metrics, data_wait)
+        return cls(guard, health, metrics, data_wait, StopSignals(request))
 
     @property
     def callbacks(self) -> list[Callback]:
@@ -380,7 +383,7 @@ def _check_gradients(model: nn.Module) -> None:
 
 @contextmanager
 def _memory_explained() -> Iterator[None]:
-    """Turn an out-of-memory error of the GPU into RunFailedError that names the settings to lower."""
+    """Turn an out-of-memory error of the GPU or its driver into RunFailedError that names the settings to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -388,4 +391,12 @@ def _memory_explained() -> Iterator[None]:
             f"the GPU's memory is full: {str(error).splitlines()[0]} Lower model.train_ds.batch_size (and raise "
             "trainer.accumulate_grad_batches by as much) or model.train_ds.max_duration, or set "
             "trainer.precision=bf16-mixed."
+        ) from None
+    except RuntimeError as error:  # of the driver: of page-locked main memory, or of the GPU's memory beside PyTorch's
+        if not str(error).startswith("CUDA error: out of memory"):
+            raise
+        raise RunFailedError(
+            "the GPU's driver is out of memory: of page-locked main memory, or of memory on the GPU outside PyTorch's "
+            "own. Lower model.train_ds.num_workers or model.train_ds.batch_size, set model.train_ds.pin_memory=false "
+            "and model.validation_ds.pin_memory=false, or end other programs that use this GPU."
         ) from None

@@ -1,7 +1,8 @@
 """Stop a run on Ctrl-C, SIGTERM or Slurm's signal: save at the end of a step and end, so that the run can be resumed.
 
-A handler only sets a flag, which all processes combine at the end of every optimiser step. Lightning's own handlers
-communicate with other processes inside the handler, so they are not installed.
+A handler only sets a flag. With several processes it travels with the numbers of the next step (`step_guard`), so all
+of them stop after the same step, the one in which these numbers are read. Lightning's own handlers communicate with
+other processes inside the handler, so they are not installed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from nestcli.errors import RunFailedError
 from nestcli.training.checkpoints import NestCheckpoint
 from nestcli.training.launcher import is_first_process
 from nestcli.training.lightning_internals import is_step_complete
+from nestcli.training.step_numbers import SIGNALS, StopRequest
 
 STOPPED = 143  # exit code of a run that was stopped and can be resumed: the shell's for SIGTERM
 INTERRUPTED = 130  # exit code after Ctrl-C
-_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # of different signals in one run, the last one here counts
 _SCONTROL_SECONDS = 30
 
 
@@ -50,13 +51,13 @@ class StopSignals(Callback):
     A second Ctrl-C raises KeyboardInterrupt at once.
     """
 
-    def __init__(self) -> None:
-        self.signum = 0
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._handle) for signum in _SIGNALS}
+            self._before = {signum: signal.signal(signum, self._handle) for signum in SIGNALS}
             if not is_first_process():  # a terminal sends Ctrl-C to all processes; the first one passes it on
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
         return self
@@ -68,13 +69,13 @@ class StopSignals(Callback):
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+        if signum == signal.SIGINT and self.request.own == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.signum and is_first_process():
+        if not self.request.own and is_first_process():
             again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
             # print is not reentrant, and the signal may have interrupted a print
             os.write(2, f"\n{_name(signum)}: stopping after this step and saving{again}\n".encode())
-        self.signum = signum
+        self.request.own = signum
 
     # ---- Lightning's hooks: the points that a run can resume from ----
 
@@ -83,7 +84,7 @@ class StopSignals(Callback):
     ) -> None:
         if not is_step_complete(trainer) or _is_last_step(trainer):
             return
-        signum = combined_signal(trainer, self.signum)
+        signum = self.request.own if trainer.world_size == 1 else self.request.agreed
         if signum:
             for each in _checkpoints(trainer):  # Lightning would call it after this callback
                 each.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -94,19 +95,19 @@ class StopSignals(Callback):
     ) -> None:
         if trainer.sanity_checking or _is_last_step(trainer) or not is_step_complete(trainer):
             return  # a part of a step's gradients cannot be saved; the last step ends by itself
-        signum = combined_signal(trainer, self.signum)
+        signum = combined_signal(trainer, self.request.own)
         if signum:
             raise StoppedError(signum, _save(trainer))
 
 
 def combined_signal(trainer: Trainer, signum: int) -> int:
-    """Return the signal that any process has got, 0 for none, so that all stop after the same step."""
+    """Return the signal that any process has got, 0 for none: all must call this together, and wait for the answer."""
     if trainer.world_size == 1:
         return signum
-    place = _SIGNALS.index(signal.Signals(signum)) + 1 if signum else 0
+    place = SIGNALS.index(signal.Signals(signum)) + 1 if signum else 0
     highest = torch.tensor(place, device=trainer.strategy.root_device)
     torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
-    return int(_SIGNALS[int(highest) - 1]) if highest else 0
+    return int(SIGNALS[int(highest) - 1]) if highest else 0
 
 
 def _is_last_step(trainer: Trainer) -> bool:

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+from data.loader.late_stream import LateStream
 from nestcli.data.datamodule import InProcess
 from nestcli.data.dataset import Empty, NoiseBatch, empty
+from nestcli.data.loader.device_copies import DeviceCopies
 from nestcli.data.loader.loader import Loader
 from nestcli.data.loader.ring import Lies, Ring
 from nestcli.data.loader.watch import Watch
 from nestcli.errors import DataError, RunFailedError
 
 BATCHES = 23
-CPU = torch.device("cpu")
+COPIED = [False, True]  # to a device, by a thread
 
 
 def batch_of(number: int) -> NoiseBatch:
@@ -48,10 +50,11 @@ class Batches:
         return NoiseBatch(**{**{field.name: getattr(batch, field.name) for field in fields(batch)}, "audio": made})
 
 
-def loader_of(data: Any = None, workers: int = 1, **options: Any) -> Any:
+def loader_of(data: Any = None, workers: int = 1, copied: bool = False, **options: Any) -> Any:
     if workers == 0:
         return InProcess(data or Batches(), range(BATCHES))
-    return Loader(data or Batches(), range(BATCHES), workers=workers, **options)
+    copies = DeviceCopies(LateStream(), 2, 1_000) if copied else None
+    return Loader(data or Batches(), range(BATCHES), workers=workers, copies=copies, **options)
 
 
 def same(ours: NoiseBatch, theirs: NoiseBatch) -> bool:
@@ -61,9 +64,9 @@ def same(ours: NoiseBatch, theirs: NoiseBatch) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("prefetched", [1, 2, 5])
-@pytest.mark.parametrize("device", [None, CPU])
-def test_the_same_batches(workers: int, prefetched: int, device: torch.device | None) -> None:
-    loader = loader_of(workers=workers, prefetched=prefetched, device=device)
+@pytest.mark.parametrize("copied", COPIED)
+def test_the_same_batches(workers: int, prefetched: int, copied: bool) -> None:
+    loader = loader_of(workers=workers, prefetched=prefetched, copied=copied)
     assert len(loader) == BATCHES
     pids = set()
     for _ in range(2):  # epochs
@@ -109,7 +112,7 @@ class OddError(ValueError):
         super().__init__(f"{number}: {why}")
 
 
-@pytest.mark.parametrize("device", [None, CPU])
+@pytest.mark.parametrize("copied", COPIED)
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
@@ -119,7 +122,7 @@ class OddError(ValueError):
     ],
 )
 def test_an_error_in_a_process_is_raised_where_its_batch_would_come(
-    error: Exception, kind: type[Exception], message: str, device: torch.device | None
+    error: Exception, kind: type[Exception], message: str, copied: bool
 ) -> None:
     class Raising(Batches):
         def __getitem__(self, number: int) -> Any:
@@ -127,7 +130,7 @@ def test_an_error_in_a_process_is_raised_where_its_batch_would_come(
                 raise error
             return super().__getitem__(number)
 
-    loader = loader_of(Raising(), workers=2, device=device)
+    loader = loader_of(Raising(), workers=2, copied=copied)
     for _ in range(2):
         batches = iter(loader)
         assert all(same(batch, batch_of(number)) for number, batch in enumerate(itertools.islice(batches, 7)))
@@ -167,9 +170,9 @@ def test_a_part_of_an_array_is_not_taken_for_the_whole() -> None:
     assert same(ring.take(0, ring.put(batch)), batch)
 
 
-@pytest.mark.parametrize("device", [None, CPU])
-def test_epochs_that_are_left_early(device: torch.device | None) -> None:
-    loader = loader_of(workers=2, device=device)
+@pytest.mark.parametrize("copied", COPIED)
+def test_epochs_that_are_left_early(copied: bool) -> None:
+    loader = loader_of(workers=2, copied=copied)
     for _ in range(3):
         some = list(itertools.islice(loader, 5))
         assert all(same(batch, batch_of(number)) for number, batch in enumerate(some))
@@ -184,20 +187,20 @@ def test_two_passes_at_once_are_refused() -> None:
         next(first)
 
 
-@pytest.mark.parametrize("device", [None, CPU])
-def test_a_process_that_dies_is_named(device: torch.device | None) -> None:
+@pytest.mark.parametrize("copied", COPIED)
+def test_a_process_that_dies_is_named(copied: bool) -> None:
     class Deadly(Batches):
         def __getitem__(self, number: int) -> Any:
             return os.kill(os.getpid(), signal.SIGKILL) if number == 7 else super().__getitem__(number)
 
-    loader = loader_of(Deadly(), watch=Watch(1, "model.train_ds", 50.0), device=device)
+    loader = loader_of(Deadly(), watch=Watch(1, "model.train_ds", 50.0), copied=copied)
     with pytest.raises(RunFailedError, match=r"killed by SIGKILL between two files; it had not read any"):
         list(loader)
 
 
-@pytest.mark.parametrize("device", [None, CPU])
-def test_a_loader_that_is_closed_starts_again(device: torch.device | None) -> None:
-    loader = loader_of(workers=2, device=device)
+@pytest.mark.parametrize("copied", COPIED)
+def test_a_loader_that_is_closed_starts_again(copied: bool) -> None:
+    loader = loader_of(workers=2, copied=copied)
     for _ in range(2):
         batches = iter(loader)
         assert same(next(batches), batch_of(0))
@@ -208,18 +211,8 @@ def test_a_loader_that_is_closed_starts_again(device: torch.device | None) -> No
             list(batches)
 
 
-def test_page_locked_batches_are_sent_while_other_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[bool] = []
-    original = torch.Tensor.to
-
-    def to(tensor: torch.Tensor, *arguments: Any, non_blocking: bool) -> torch.Tensor:
-        sent.append(non_blocking)
-        return original(tensor, *arguments, non_blocking=non_blocking)
-
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    batch_of(3).to(torch.device("cpu"))
-    assert set(sent) == {False}
-    sent.clear()
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
-    batch_of(3).to(torch.device("cpu"))
-    assert set(sent) == {True}
+def test_a_batch_that_is_on_its_device_is_not_copied() -> None:
+    batch = batch_of(3)
+    moved = batch.to(torch.device("cpu"))
+    assert moved.audio is batch.audio
+    assert same(moved, batch)

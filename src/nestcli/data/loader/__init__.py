@@ -5,5 +5,6 @@ a run), and the data set makes the batch of a place. The output is the batches i
 number of processes.
 
 Start with `loader.py`: it starts the processes, sends them places and delivers batches. `worker.py` is one such
-process. `ring.py` is the shared memory. `watch.py` reports a process that died or hangs, and the file it was reading.
+process. `ring.py` is the shared memory. `device_copies.py` takes batches on to a GPU. `watch.py` reports a process that
+died or hangs, and the file it was reading.
 """

@@ -16,15 +16,15 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from nestcli.data.dataset import Empty
+from nestcli.data.loader.device_copies import DeviceCopies
 from nestcli.data.loader.ring import Ring, Sent
 from nestcli.data.loader.watch import Watch
 from nestcli.data.loader.worker import SIGNALS, Failure, WorkerTraceback, work
@@ -57,8 +57,8 @@ class Loader:
     """Iterates over the batches of `places`, a sampler, made by `workers` processes.
 
     The processes start with the first batch and stay for further passes, until `close`, the end of this object, or an
-    error that ends the run. A slot holds a batch of `slot_bytes`; a larger one is sent through a pipe. With a `device`,
-    a thread copies each batch out of its slot while the one before it is used; into page-locked memory for a GPU.
+    error that ends the run. A slot holds a batch of `slot_bytes`; a larger one is sent through a pipe. With `copies`, a
+    thread copies each batch to the device while the one before it is used.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Loader:
         watch: Watch | None = None,
         slot_bytes: int = 1 << 20,
         prefetched: int = PREFETCHED,
-        device: torch.device | None = None,
+        copies: DeviceCopies | None = None,
     ) -> None:
-        self.data, self.places, self.num_workers, self.device = data, places, workers, device
+        self.data, self.places, self.num_workers, self.copies = data, places, workers, copies
         self.watch = Watch(workers, "the loader", None) if watch is None else watch
         self._under_way = workers * prefetched
-        self._ring = Ring(slots(workers, prefetched) if self.watch.notes is not None else 0, slot_bytes)
+        self._ring = _mapped(self.watch, slots(workers, prefetched), slot_bytes)
         self._crew: _Crew | None = None
         self._end: Callable[[], object] = lambda: None
 
@@ -86,9 +86,13 @@ class Loader:
         if self._crew is None or self._crew.ended:
             self._crew = _Crew(self.data, self._ring, self.watch, self.num_workers)
             self._end = weakref.finalize(self, self._crew.end)
-        pin = self.device is not None and self.device.type == "cuda"
-        batches = self._crew.batches(self.places, self._under_way, pin=pin)
-        yield from batches if self.device is None else ahead(batches, partial(_settle, self.device))
+        copies = self.copies
+        if copies is None:
+            yield from self._crew.batches(self.places, self._under_way, Tensor.clone)
+            return
+        for batch, mark in ahead(map(copies.sent, self._crew.batches(self.places, self._under_way, copies.copy))):
+            yield copies.received(batch, mark)
+            del batch  # frees its memory while the next one is made
 
     def close(self) -> None:
         """Stop the worker processes. The next pass starts new ones."""
@@ -130,8 +134,11 @@ class _Crew:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         watch.processes = self._processes
 
-    def batches(self, places: Iterable[Any], under_way: int, *, pin: bool) -> Iterator[Any]:
-        """Yield the batches of `places` in order; up to `under_way` of them are in progress at a time."""
+    def batches(self, places: Iterable[Any], under_way: int, copy: Callable[[Tensor], Tensor]) -> Iterator[Any]:
+        """Yield the batches of `places` in order; up to `under_way` of them are in progress at a time.
+
+        `copy` takes each tensor out of the slot of its batch.
+        """
         self._pass += 1
         this_pass = self._pass
         while self._taken < self._given:  # discard batches of a pass that ended early
@@ -145,7 +152,7 @@ class _Crew:
                 raise answer.error from WorkerTraceback(f"\n{answer.trace}")
             for place in islice(coming, 1):  # sent before the copy, so that the processes do not wait for it
                 self._give(place)
-            batch = self._ring.take(number, answer, pin=pin) if isinstance(answer, Sent) else answer
+            batch = self._ring.take(number, answer, copy) if isinstance(answer, Sent) else answer
             yield batch
             del batch  # frees its memory while the next one is made
             if self._pass != this_pass:
@@ -190,8 +197,13 @@ class _Crew:
                 getattr(multiprocessing.process, "_children", set()).discard(process)
 
 
-def _settle(device: torch.device) -> None:
-    """Prepare a thread for copying: select the GPU of its process, and use one core only."""
-    torch.set_num_threads(1)  # affects this thread only
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def _mapped(watch: Watch, n_slots: int, n_bytes: int) -> Ring:
+    """Return the ring of a loader; one without slots if its processes are not forked."""
+    n_slots = 0 if watch.notes is None else n_slots
+    try:
+        return Ring(n_slots, n_bytes)
+    except (OSError, OverflowError):
+        raise RunFailedError(
+            f"{watch.key}: {n_slots} batches of up to {n_bytes / 2**30:.1f} GiB do not fit into the memory that this "
+            f"machine grants a process. Lower {watch.key}.num_workers, batch_size, batch_duration or max_duration."
+        ) from None

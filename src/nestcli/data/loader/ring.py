@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -100,18 +101,14 @@ class Ring:
 
     # ---- in the process that trains ----
 
-    def take(self, number: int, sent: Sent, *, pin: bool = False) -> NoiseBatch:
-        """Copy batch `number` out of its slot, which frees the slot; with `pin`, into page-locked memory.
-
-        PyTorch caches page-locked blocks, and reuses a block only after its transfer has ended.
-        """
+    def take(self, number: int, sent: Sent, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> NoiseBatch:
+        """Take batch `number` out of its slot by a `copy` of each tensor, which frees the slot."""
         copies: dict[str, Any] = {}
         for name, there in sent.tensors.items():
             if isinstance(there, Lies):
-                source = _view(self._slots[number % len(self._slots)], there)
+                copies[name] = copy(_view(self._slots[number % len(self._slots)], there))
             else:
-                source = torch.from_numpy(there)
-            copies[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=pin).copy_(source)
+                copies[name] = copy(torch.from_numpy(there))
         return NoiseBatch(**copies, **sent.others)
 
 

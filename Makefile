@@ -14,12 +14,13 @@ AUDIT_VENV := .venv-audit
 # spinning, which on a busy core takes far longer than the work.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo reference results test test-all test-slow test-ray trace check audit pins dist parity docs docs-cli format setup setup-nemo clean
+.PHONY: help demo reference results gpu test test-all test-slow test-ray trace check audit pins dist parity docs docs-cli format setup setup-nemo clean
 
 help:
 	@echo "make demo      set up, then run nest demo (results in nest_demo/)"
 	@echo "make reference SPEECH=DIR NOISE=DIR   the reference recipe: prepare, pretrain, with PROBE=DIR also probe"
 	@echo "make results   the tables and pictures of docs/results.md; with OUT=DIR, those of a new run"
+	@echo "make gpu       try everything on a GPU in 8 minutes, nothing is installed; REHEARSE=1 on a processor (docs/gpu.md)"
 	@echo "make test      set up, then the default tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make test-ray  set up Ray (70 MB), prepare data on a cluster of this machine's"
@@ -54,6 +55,14 @@ reference: setup
 # Tables and pictures of docs/ from the stored results; OUT=DIR stores those of a new run first.
 results: setup
 	$(VENV)/bin/python docs/reference/results.py $(OUT)
+
+# Nothing is installed: it runs with PYTHON if that is given, otherwise with .venv if it is there.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(VENV)/bin/python),$(PYTHON)),$(PYTHON))
+
+gpu:
+	PYTHONPATH="src$(if $(PYTHONPATH),:$(PYTHONPATH))" $(GPU_PYTHON) docs/gpu/run.py --out "$(or $(OUT),nest_gpu)" $(if $(REHEARSE),--rehearse) \
+	  $(if $(SPEECH),--speech "$(SPEECH)") $(if $(NOISE),--noise "$(NOISE)") $(if $(PROBE),--probe "$(PROBE)") \
+	  $(if $(MINUTES),--minutes "$(MINUTES)")
 
 test: setup
 	$(PYTEST) -m "not slow and not nemo and not gpu and not ray"
@@ -129,4 +138,4 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(NEMO_VENV) $(AUDIT_VENV) build dist nest_demo .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEMO_VENV) $(AUDIT_VENV) build dist nest_demo nest_gpu .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +45,16 @@ def shared_audio() -> Path:
     if not SHARED_AUDIO.is_dir():
         pytest.skip("../shared/audio is not there")
     return SHARED_AUDIO
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Return the GPU; the processor where NEST_GPU_TESTS=cpu rehearses the tests of tests/gpu."""
+    if os.environ.get("NEST_GPU_TESTS") == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU; NEST_GPU_TESTS=cpu rehearses the tests on a processor")
+    return torch.device("cuda", 0)
 
 
 def skip_without_parakeets_extractor() -> None:

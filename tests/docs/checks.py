@@ -80,7 +80,8 @@ def _script(block: Block) -> Iterator[str]:
 def _command(command: Command) -> Iterator[str]:
     words = command.words
     if words[:1] == ["make"]:
-        yield from (f"make {word}: the Makefile has no such target" for word in words[1:] if word not in _targets())
+        targets = (word for word in words[1:] if "=" not in word)  # the others set variables
+        yield from (f"make {word}: the Makefile has no such target" for word in targets if word not in _targets())
     if "install" in words:
         yield from (f"pyproject.toml has no extra {extra!r}" for extra in _extras(words) if extra not in _all_extras())
     if (own := _of_nest(words)) is not None:

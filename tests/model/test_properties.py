@@ -1,6 +1,7 @@
 """Properties that must hold whatever NeMo does: padding, batching, masks, silence, and references for fast paths."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -96,6 +97,21 @@ def test_a_batch_without_a_masked_token_has_a_zero_loss_and_zero_gradients() -> 
             assert not parameter.grad.any(), name
     nemo = MaskedTokenLoss(LossConfig(8, 0.8, 1, False, nemo_exact=True))
     assert math.isnan(nemo(torch.zeros(0, 32, 1), torch.zeros(0, 1, dtype=torch.long)))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_training_has_the_same_loss(request: pytest.FixtureRequest) -> None:
+    loss = MaskedTokenLoss(LossConfig(8, 0.8, 2, False))
+    logits, tokens = torch.randn(50, 32, 2), torch.randint(32, (50, 2))
+    usual = loss(logits, tokens)
+    request.getfixturevalue("deterministic")
+    assert loss(logits, tokens).item() == pytest.approx(usual.item(), rel=1e-6)
 
 
 def test_post_conv_learns_through_the_subsampling_and_hides_masked_frames() -> None:

@@ -5,6 +5,7 @@ Axes: B batch, T feature frames, S tokens, N selected tokens, M model width, C c
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,6 +68,8 @@ class MaskedTokenLoss(nn.Module):
         """Return the loss (a scalar) of N selected tokens."""
         if len(tokens_NG) == 0 and not self.config.nemo_exact:
             return logits_NCG.float().sum()  # 0, with a gradient of zeros for every parameter
+        if torch.are_deterministic_algorithms_enabled():  # a GPU adds the terms of its own mean in any order
+            return F.cross_entropy(logits_NCG.float(), tokens_NG, reduction="none").mean()
         return F.cross_entropy(logits_NCG.float(), tokens_NG)
 
 

@@ -15,7 +15,7 @@ from nestcli.cli.demo import _show
 from nestcli.demo import corpus, tour
 from nestcli.demo.tour import take_tour
 from nestcli.errors import CheckpointError, RunFailedError
-from nestcli.training.metrics import Reporter, StepReport
+from nestcli.training.monitor.metrics import Reporter, StepReport
 
 
 class Silent:

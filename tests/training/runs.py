@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from conftest import TINY_RUN, tiny_config
-from nestcli.training.metrics import TIMED
+from nestcli.training.monitor.metrics import TIMED
 from nestcli.training.run import Pretraining
 
 TRACED = Path(__file__).parent / "traced_nest.py"

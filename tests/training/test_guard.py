@@ -16,10 +16,10 @@ from nestcli.data.dataset import NoisySpeech
 from nestcli.data.sampler import Place
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.model.module import NestModule
-from nestcli.training.metrics import TIMED
+from nestcli.training.monitor.metrics import TIMED
+from nestcli.training.monitor.step_guard import StepGuard, _gradient_norm, _is_bad, _skip_update, _Step, _unscales
+from nestcli.training.monitor.step_numbers import SIGNALS, Arriving, StopRequest
 from nestcli.training.run import Pretraining, RunResult
-from nestcli.training.step_guard import StepGuard, _gradient_norm, _is_bad, _skip_update, _Step, _unscales
-from nestcli.training.step_numbers import SIGNALS, Arriving, StopRequest
 
 NOTHING_MASKED = "model.masking.block_size=4000"  # longer than every utterance
 
@@ -265,7 +265,7 @@ def test_all_processes_agree_on_the_signal_of_one() -> None:
 def test_an_exploding_loss_is_left_out(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nestcli.training.step_guard._MEDIAN_FROM", 3)
+    monkeypatch.setattr("nestcli.training.monitor.step_guard._MEDIAN_FROM", 3)
     run = pretraining(corpus, tmp_path, "trainer.max_steps=7", "nest.explode_factor=4")
     step = run.module.training_step
 

@@ -14,8 +14,8 @@ from nestcli.cli.console import TrainingDisplay
 from nestcli.errors import RunFailedError
 from nestcli.model.health import perplexity
 from nestcli.training.curves import main as curves
-from nestcli.training.health import CodeCounts, CollapseDetector, HealthMonitor, PlateauDetector
-from nestcli.training.metrics import TIMED, StepReport
+from nestcli.training.monitor.health import CodeCounts, CollapseDetector, HealthMonitor, PlateauDetector
+from nestcli.training.monitor.metrics import TIMED, StepReport
 from nestcli.training.run import Pretraining, RunResult
 
 CODES = 32  # of the tiny model
@@ -325,9 +325,9 @@ def test_a_resumed_run_is_not_told_again() -> None:
 def test_a_run_reports_its_plateau_after_the_line(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nestcli.training.health._PLATEAU_FROM", 2)
-    monkeypatch.setattr("nestcli.training.health._PLATEAU_LINES", 3)
-    monkeypatch.setattr("nestcli.training.health._ON_BASELINE", 10.0)
+    monkeypatch.setattr("nestcli.training.monitor.health._PLATEAU_FROM", 2)
+    monkeypatch.setattr("nestcli.training.monitor.health._PLATEAU_LINES", 3)
+    monkeypatch.setattr("nestcli.training.monitor.health._ON_BASELINE", 10.0)
     run, recorder = pretraining(corpus, tmp_path, "trainer.max_steps=10", "trainer.log_every_n_steps=1")
     run.fit()
     [note] = [note for note in recorder.notes if "guessing by frequency (" in note]

@@ -22,7 +22,7 @@ from nestcli.checkpoint.lightning import load_lightning_checkpoint
 from nestcli.checkpoint.load import load_checkpoint
 from nestcli.config import load_config
 from nestcli.training.find_checkpoint import newest_first
-from nestcli.training.metrics import TIMED
+from nestcli.training.monitor.metrics import TIMED
 from nestcli.training.run import Pretraining
 
 OTHER_DISK = Path("/dev/shm")

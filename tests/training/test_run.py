@@ -18,7 +18,7 @@ from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import CheckpointError, ConfigError, DataError, RunFailedError
 from nestcli.model.config import NestConfig
 from nestcli.model.nest import NestModel
-from nestcli.training.metrics import TIMED, StepReport
+from nestcli.training.monitor.metrics import TIMED, StepReport
 from nestcli.training.run import Pretraining, RunResult, _memory_explained
 from nestcli.training.settings import Length
 

@@ -15,7 +15,7 @@ from nestcli.config import load_config
 from nestcli.data.datamodule import NestDataModule
 from nestcli.model.target_statistics import TargetStatistics
 from nestcli.training import target_check
-from nestcli.training.metrics import TIMED
+from nestcli.training.monitor.metrics import TIMED
 from nestcli.training.run import Pretraining
 from nestcli.training.target_check import judgement, read_sample
 

@@ -40,7 +40,7 @@ from nestcli.parity.page import write_page
 from nestcli.parity.report import Report
 from nestcli.prepare.pipeline import PrepareOptions, prepare
 from nestcli.prepare.summary import PrepareSummary
-from nestcli.training.metrics import Reporter
+from nestcli.training.monitor.metrics import Reporter
 from nestcli.training.run import Pretraining, RunResult
 
 SEED = 7

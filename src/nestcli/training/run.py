@@ -29,12 +29,14 @@ from nestcli.training.checkpoints import NestCheckpoint, checkpoints_of
 from nestcli.training.config_changes import Changes, record_initial_weights
 from nestcli.training.config_checks import check_masks, check_settings, without_effect
 from nestcli.training.find_checkpoint import find_resume
-from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
 from nestcli.training.initial_weights import ENCODER_KEY, fit_quantizer, load_initial_weights, weight_sources
 from nestcli.training.launcher import check_launch, cluster_plugins, ended_together, is_first_process
 from nestcli.training.lightning_internals import keep_signal_handlers
 from nestcli.training.loggers import keep_wandb_id, make_loggers, silence_expected_warnings
-from nestcli.training.metrics import MetricsWriter, Reporter
+from nestcli.training.monitor.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
+from nestcli.training.monitor.metrics import MetricsWriter, Reporter
+from nestcli.training.monitor.step_guard import StepGuard
+from nestcli.training.monitor.step_numbers import StopRequest
 from nestcli.training.resume_callbacks import ConfiguredOptimizer, ResumedCounts, SameResume
 from nestcli.training.run_folder import (
     check_folder,
@@ -56,8 +58,6 @@ from nestcli.training.settings import (
     trainer_options,
 )
 from nestcli.training.signals import StopSignals
-from nestcli.training.step_guard import StepGuard
-from nestcli.training.step_numbers import StopRequest
 from nestcli.training.target_check import TargetCheck, check_targets, remedies
 
 METRICS, BAD_BATCHES = "metrics.jsonl", "bad_batches.jsonl"

@@ -24,7 +24,7 @@ from nestcli.errors import RunFailedError
 from nestcli.training.checkpoints import NestCheckpoint
 from nestcli.training.launcher import is_first_process
 from nestcli.training.lightning_internals import is_step_complete
-from nestcli.training.step_numbers import SIGNALS, StopRequest
+from nestcli.training.monitor.step_numbers import SIGNALS, StopRequest
 
 STOPPED = 143  # exit code of a run that was stopped and can be resumed: the shell's for SIGTERM
 INTERRUPTED = 130  # exit code after Ctrl-C

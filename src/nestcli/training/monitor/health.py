@@ -20,7 +20,7 @@ from nestcli.data.dataset import NoiseBatch
 from nestcli.model.health import count_codes, dead_codes, effective_rank, perplexity, total_norm, unigram_baseline
 from nestcli.model.module import NestModule
 from nestcli.training.lightning_internals import is_step_complete
-from nestcli.training.step_guard import StepGuard
+from nestcli.training.monitor.step_guard import StepGuard
 
 # Thresholds of a collapse. Measured examples: docs/health.md
 _FEW_CODES = 0.01  # ratio of (perplexity - 1) of the predictions to that of the targets

@@ -18,9 +18,9 @@ from nestcli.data.dataset import NoiseBatch
 from nestcli.errors import DataError, RunFailedError
 from nestcli.model.health import total_norm
 from nestcli.model.module import NestModule
-from nestcli.training.jsonl import append_line, drop_lines_after
 from nestcli.training.lightning_internals import copy_tensors
-from nestcli.training.step_numbers import Arriving, StopRequest
+from nestcli.training.monitor.jsonl import append_line, drop_lines_after
+from nestcli.training.monitor.step_numbers import Arriving, StopRequest
 
 _MEDIAN_OF = 100  # number of good steps whose median loss is the usual loss
 _MEDIAN_FROM = 20  # minimum number of good steps before a loss can count as exploding

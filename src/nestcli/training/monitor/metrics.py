@@ -14,9 +14,9 @@ from nestcli.data.dataset import NoiseBatch, SkipCounter
 from nestcli.errors import RunFailedError
 from nestcli.model.cost import Utilisation
 from nestcli.model.module import NestModule
-from nestcli.training.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
-from nestcli.training.jsonl import append_line, drop_lines_after, line_at
 from nestcli.training.lightning_internals import is_step_complete, is_validation_due
+from nestcli.training.monitor.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
+from nestcli.training.monitor.jsonl import append_line, drop_lines_after, line_at
 
 _LOGGED_ALONE = ("audio_per_second", "mfu", "unigram_loss", "unigram_accuracy", "data_wait_share")
 TIMED = ("seconds", "data_wait_share", "audio_per_second", "mfu")  # keys of a line that differ between equal runs

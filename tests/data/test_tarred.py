@@ -17,7 +17,7 @@ from conftest import tiny_config, write_noise_wav
 from nestcli.data import utterance_audio
 from nestcli.data.datamodule import NestDataModule
 from nestcli.data.manifest import Manifest
-from nestcli.data.manifest_names import expand
+from nestcli.data.manifest_scan import expand
 from nestcli.data.tarred import read_shar, read_tarred
 from nestcli.data.utterance_audio import read_audio
 from nestcli.errors import DataError

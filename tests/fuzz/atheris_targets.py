@@ -25,8 +25,7 @@ with atheris.instrument_imports(include=["nestcli", "tarfile", "pickletools"], e
     from nestcli.checks import check_plain, check_references
     from nestcli.config import _parse_value, _read_yaml
     from nestcli.data.manifest import to_row
-    from nestcli.data.manifest_names import expand
-    from nestcli.data.manifest_scan import of_scan, scan
+    from nestcli.data.manifest_scan import expand, of_scan, scan
     from nestcli.data.tarred import _shar_row
     from nestcli.errors import NestError
     from nestcli.prepare.inputs import _any_row

@@ -21,8 +21,7 @@ from nestcli.checkpoint.weights import load_weights
 from nestcli.checks import check_references
 from nestcli.config import load_config
 from nestcli.data.corpus import _parts_of_input
-from nestcli.data.manifest_names import expand
-from nestcli.data.manifest_scan import read_manifests, scan
+from nestcli.data.manifest_scan import expand, read_manifests, scan
 from nestcli.data.tarred import _shar_row
 from nestcli.errors import CheckpointError, ConfigError, DataError
 from nestcli.prepare.kaldi import read_kaldi

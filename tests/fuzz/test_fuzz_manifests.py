@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from fuzz.strategies import altered, any_text, bounded, damaged, one_line, scalars
 from nestcli.data import manifest_scan as scan_module
 from nestcli.data.manifest import MAX_SECONDS, to_row, write_manifest
-from nestcli.data.manifest_names import expand
-from nestcli.data.manifest_scan import of_scan, read_manifests, scan
+from nestcli.data.manifest_scan import expand, of_scan, read_manifests, scan
 from nestcli.data.tarred import _shar_row
 from nestcli.errors import DataError
 from nestcli.prepare.inputs import _any_row, collect

@@ -77,24 +77,14 @@ def _check_names(config: DictConfig) -> None:
 
     The run checks all of it again, and much more.
     """
-    from omegaconf import OmegaConf
-
-    from nestcli.data.manifest_names import check_there, speech_manifests
+    from nestcli.data.corpus import wants_validation
+    from nestcli.data.preflight import check_names
     from nestcli.model.config import NestConfig
 
     NestConfig.from_config(config)
-    validates = OmegaConf.select(config, "trainer.limit_val_batches") != 0
-    for key in ("model.train_ds", "model.validation_ds") if validates else ("model.train_ds",):
-        if any(OmegaConf.select(config, f"{key}.{other}") for other in ("input_cfg", "shar_path", "cuts_path")):
-            continue
-        block = OmegaConf.select(config, key)
-        if key == "model.train_ds" or (block is not None and OmegaConf.is_missing(block, "manifest_filepath")):
-            speech_manifests(config, key)
-        for name in ("manifest_filepath", "noise_manifest"):
-            paths = OmegaConf.select(config, f"{key}.{name}")
-            each = [paths] if isinstance(paths, str) else list(paths) if OmegaConf.is_list(paths) else []
-            if all(isinstance(path, str) and path.strip(" ,[]") for path in each):
-                check_there(paths if isinstance(paths, str) else each)
+    check_names(config, "model.train_ds")
+    if wants_validation(config):
+        check_names(config, "model.validation_ds")
 
 
 def _train(run: Pretraining) -> None:

@@ -19,10 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from nestcli.audio.load import CHANNEL_KEY, Channel, parsed_channel
 from nestcli.checks import check_plain, read_yaml, short, within
-from nestcli.config import section
+from nestcli.config import require, section
 from nestcli.data.manifest import Manifest, joined
-from nestcli.data.manifest_names import expand, speech_manifests
-from nestcli.data.manifest_scan import read_manifests
+from nestcli.data.manifest_scan import expand, read_manifests
 from nestcli.data.tarred import read_shar, read_tarred
 from nestcli.errors import ConfigError, DataError
 from nestcli.files import user_path
@@ -178,19 +177,33 @@ def read_corpus(config: DictConfig, key: str) -> Corpus:
     parts = _lhotse_parts(block, settings, key) if settings.use_lhotse else None
     nested = False
     if parts is None:
-        manifests = _plain(speech_manifests(config, key))
+        manifests = speech_manifests(config, key)
         tars = _plain(block.get("tarred_audio_filepaths"))
         _check_names(manifests, f"{key}.manifest_filepath")
         _check_names(tars, f"{key}.tarred_audio_filepaths")
         if (settings.is_tarred or settings.use_lhotse) and tars is not None:
             parts, nested = _tarred_parts(manifests, tars, settings.is_concat)
         elif settings.is_tarred:
-            raise ConfigError(
-                f"{key}.tarred_audio_filepaths is not set: name the tars of the data, or set is_tarred=false."
-            )
+            raise ConfigError(f"{key}.tarred_audio_filepaths is not set: name the tars, or set is_tarred=false.")
         else:
             parts, nested = _loose_parts(manifests, settings.is_concat, weighted=settings.use_lhotse)
     return _filtered(key, parts, settings, in_buckets=nested and not settings.is_concat and not settings.use_lhotse)
+
+
+def wants_validation(config: DictConfig) -> bool:
+    """Return True unless the configuration has no validation data, or uses none of it."""
+    block = config.model.validation_ds
+    if block is None or OmegaConf.select(config, "trainer.limit_val_batches") == 0:
+        return False
+    elsewhere = any(block.get(key) is not None for key in ("input_cfg", "shar_path", "cuts_path"))
+    return elsewhere or OmegaConf.is_missing(block, "manifest_filepath") or block.manifest_filepath is not None
+
+
+def speech_manifests(config: DictConfig, key: str) -> Any:
+    """Return what the block at `key` names as manifests of speech. Raises ConfigError if it is not set."""
+    none = "; null means no validation" if key == "model.validation_ds" else ""
+    why = f"the manifest of the speech, as `nest prepare-data` writes it{none}"
+    return _plain(require(config, f"{key}.manifest_filepath", why))
 
 
 def noise_manifest(config: DictConfig, key: str) -> Manifest | None:

@@ -10,12 +10,12 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nestcli.audio.load import Samples
 from nestcli.config import section, seed_of
 from nestcli.data.batch_plan import BatchPlan
-from nestcli.data.corpus import Corpus, DatasetConfig, noise_manifest, read_corpus
+from nestcli.data.corpus import Corpus, DatasetConfig, noise_manifest, read_corpus, wants_validation
 from nestcli.data.dataset import MIN_SECONDS, NoiseBatch, NoisySpeech, SkipCounter
 from nestcli.data.loader.device_copies import CudaStream, DeviceCopies
 from nestcli.data.loader.loader import Loader, slots
@@ -45,7 +45,7 @@ class NestDataModule(LightningDataModule):
         self.seed = seed_of(config)
         self.train = read_corpus(config, "model.train_ds")
         self.train_noise = self._noise_pool("model.train_ds")
-        self.val = read_corpus(config, "model.validation_ds") if _wants_validation(config) else None
+        self.val = read_corpus(config, "model.validation_ds") if wants_validation(config) else None
         self.val_noise = self._noise_pool("model.validation_ds") if self.val else None
         self.sample_rate = int(config.model.sample_rate)
         self.skipped = SkipCounter(self._settings("model.train_ds").max_failed_share, tell)
@@ -290,12 +290,3 @@ def _slot_bytes(plan: BatchPlan, settings: DatasetConfig) -> int:
 def recounted(batches: int, accumulated: int, accumulate: int) -> int:
     """Return the batches that a process would have counted if each optimizer step had taken `accumulate`."""
     return batches if accumulated == accumulate else batches // accumulated * accumulate
-
-
-def _wants_validation(config: DictConfig) -> bool:
-    block = config.model.validation_ds
-    if block is None or OmegaConf.select(config, "trainer.limit_val_batches") == 0:
-        return False
-    if any(block.get(key) is not None for key in ("input_cfg", "shar_path", "cuts_path")):
-        return True
-    return OmegaConf.is_missing(block, "manifest_filepath") or block.manifest_filepath is not None

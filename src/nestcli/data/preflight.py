@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from nestcli.data.corpus import speech_manifests
 from nestcli.data.manifest import Manifest
+from nestcli.data.manifest_scan import check_there
 from nestcli.errors import DataError
 from nestcli.files import is_remote
 from nestcli.jobs.cores import available_cores
@@ -39,6 +42,17 @@ class Found:
     def __str__(self) -> str:
         of = f"{self.looked:,}" if self.looked == self.total else f"{self.looked:,} that were looked for"
         return f"{self.missing:,} of {of} files are not there, or may not be read; the first: {self.first}"
+
+
+def check_names(config: DictConfig, key: str) -> None:
+    """Raise ConfigError or DataError if the manifests of a block are not set or not there. Reads none of them."""
+    block = OmegaConf.select(config, key)
+    if block is None or any(block.get(other) for other in ("input_cfg", "shar_path", "cuts_path")):
+        return
+    for paths in (speech_manifests(config, key), block.get("noise_manifest")):
+        each = [paths] if isinstance(paths, str) else list(paths) if isinstance(paths, list | ListConfig) else []
+        if all(isinstance(path, str) and path.strip(" ,[]") for path in each):  # reading judges all other values
+            check_there(paths if isinstance(paths, str) else each)
 
 
 def check_speech(manifest: Manifest, key: str, max_failed_share: float) -> None:

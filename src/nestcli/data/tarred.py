@@ -15,8 +15,7 @@ import numpy as np
 from nestcli.audio.load import CHANNEL_KEY
 from nestcli.data.lhotse_cuts import source_of, supervision
 from nestcli.data.manifest import Manifest, joined
-from nestcli.data.manifest_names import expand
-from nestcli.data.manifest_scan import NO_SHARD, of_scan, scan
+from nestcli.data.manifest_scan import NO_SHARD, expand, of_scan, scan
 from nestcli.errors import DataError
 from nestcli.files import is_remote, user_path
 from nestcli.storage.tar_members import open_shard

@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.profilers import Profiler
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from nestcli.checkpoint.lightning import AtomicCheckpointIO
-from nestcli.config import resolved, section
+from nestcli.config import resolved
 from nestcli.data.datamodule import NestDataModule
 from nestcli.errors import ConfigError, RunFailedError
 from nestcli.files import held_alone, remove_leftovers, write_text
-from nestcli.model.config import NestConfig, ScheduleConfig
-from nestcli.model.cost import Utilisation
 from nestcli.model.module import NestModule
 from nestcli.model.optim import build_optimizer, build_schedule
 from nestcli.training.checkpoints import NestCheckpoint, checkpoints_of
@@ -33,10 +31,8 @@ from nestcli.training.initial_weights import ENCODER_KEY, fit_quantizer, load_in
 from nestcli.training.launcher import check_launch, cluster_plugins, ended_together, is_first_process
 from nestcli.training.lightning_internals import keep_signal_handlers
 from nestcli.training.loggers import keep_wandb_id, make_loggers, silence_expected_warnings
-from nestcli.training.monitor.health import CollapseDetector, DataWaitClock, HealthMonitor, PlateauDetector
-from nestcli.training.monitor.metrics import MetricsWriter, Reporter
-from nestcli.training.monitor.step_guard import StepGuard
-from nestcli.training.monitor.step_numbers import StopRequest
+from nestcli.training.monitor.metrics import Reporter
+from nestcli.training.monitor.monitors import METRICS, Monitors
 from nestcli.training.resume_callbacks import ConfiguredOptimizer, ResumedCounts, SameResume
 from nestcli.training.run_folder import (
     check_folder,
@@ -54,13 +50,10 @@ from nestcli.training.settings import (
     device_name,
     first_device,
     n_processes,
-    peak_operations,
     trainer_options,
 )
-from nestcli.training.signals import StopSignals
-from nestcli.training.target_check import TargetCheck, check_targets, remedies
+from nestcli.training.target_check import TargetCheck, check_targets
 
-METRICS, BAD_BATCHES = "metrics.jsonl", "bad_batches.jsonl"
 _PATIENCE = 5.0  # seconds for the loader processes of a killed run to notice that it is gone
 
 
@@ -313,65 +306,6 @@ class Pretraining:
     def _written(self, path: str) -> Path | None:
         written = self.folder / "checkpoints" / Path(path).name
         return written if path and written.is_file() else None
-
-
-@dataclass(frozen=True)
-class Monitors:
-    """The callbacks that monitor a run. Each uses the one before it, so Lightning must call them in this order."""
-
-    guard: StepGuard
-    health: HealthMonitor
-    metrics: MetricsWriter
-    data_wait: DataWaitClock  # the trainer's profiler
-    signals: StopSignals  # called after the callbacks that write checkpoints
-
-    @classmethod
-    def of(
-        cls,
-        config: DictConfig,
-        module: NestModule,
-        data: NestDataModule,
-        reporter: Reporter,
-        folder: Path,
-        length: Length,
-    ) -> Monitors:
-        safety, quantizer = NestBlock.of(config), module.model.quantizer.config
-        warmup = section(ScheduleConfig, config, "model.optim.sched").warmup(length.steps or -1)
-        guard = StepGuard(
-            folder / BAD_BATCHES,
-            reporter.note,
-            lambda number: _place(data, number),
-            max_bad_steps=safety.max_bad_steps,
-            explode_factor=safety.explode_factor,
-            request=(request := StopRequest()),
-        )
-        health = HealthMonitor(guard, n_books=quantizer.num_books, n_codes=quantizer.num_classes)
-        data_wait = DataWaitClock()
-        metrics = MetricsWriter(
-            folder / METRICS,
-            reporter,
-            data.sample_rate,
-            data.skipped,
-            health,
-            CollapseDetector(safety.collapse_lines, warmup, quantizer.num_classes),
-            PlateauDetector(warmup, remedies(config)),
-            data_wait,
-            Utilisation(NestConfig.from_config(config), peak_operations(config)),
-            batches_per_epoch=length.batches_per_epoch,
-            log_every=int(config.trainer.log_every_n_steps),
-            stop_on_collapse=safety.stop_on_collapse,
-        )
-        return cls(guard, health, metrics, data_wait, StopSignals(request))
-
-    @property
-    def callbacks(self) -> list[Callback]:
-        return [self.guard, self.health, self.metrics]
-
-
-def _place(data: NestDataModule, number: int) -> dict[str, Any]:
-    """Return an utterance's audio file and its line in the manifest."""
-    speech = data.train.speech
-    return {"file": str(speech.entry(number).audio_filepath), "where": speech.where(number)}
 
 
 def _check_gradients(model: nn.Module) -> None:

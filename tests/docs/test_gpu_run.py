@@ -87,6 +87,14 @@ def test_a_program_that_cannot_start_its_rows_is_not_tried_again(run: ModuleType
     assert (result.state, result.rows, result.log.count("once")) == ("failed", [], 1)
 
 
+def test_what_is_missing_on_the_machine_is_no_failure(run: ModuleType, tmp_path: Path) -> None:
+    found = run.Part("doctor", (sys.executable, "-c", "print('a problem'); raise SystemExit(1)"), 60, judges=False)
+    result = run.run_part(found, tmp_path, 60.0)
+    assert (result.state, result.log) == ("ok", "a problem\n")
+    doctor, *others = run.parts(argparse.Namespace(speech=None, noise=None, probe=None, only=None))
+    assert (doctor.name, doctor.judges, {part.judges for part in others}) == ("doctor", False, {True})
+
+
 def test_later_parts_run_and_the_last_takes_what_is_left(run: ModuleType, tmp_path: Path) -> None:
     quick = (sys.executable, "-c", "print('here')")
     slow = (sys.executable, "-c", "import time; time.sleep(600)")

@@ -104,18 +104,13 @@ def learned(facts: Facts) -> Facts:
     return {key: facts[key] for key in ("train_loss", "guessing_loss")}
 
 
-def probed(task: Task, found: Facts, where: str, seconds: float) -> Facts:
-    """Ask which word is said, in quiet or in noise; return the accuracy of each system."""
+def probed(task: Task, found: Facts, seconds: float) -> Facts:
+    """Ask which word is said, in quiet; return the accuracy of each system."""
     run = recipe(ROOT, seconds)
     name, kind, options = run.PROBES[0]
     run.PROBES = ((name, kind, (*options, *(("--seeds", "1") if task.rehearse else ()))),)
-    done = task.work / "probes" / NAME / f"{name}-{where}" / "probe.json"
-    other = done.parents[1] / f"{name}-{'noise' if where == 'quiet' else 'quiet'}" / "probe.json"
-    if not other.is_file():  # the recipe keeps results that exist
-        other.parent.mkdir(parents=True, exist_ok=True)
-        other.write_text("{}", encoding="utf-8")
-    run.probed(NAME, Path(found["probe"]), Path(found["noise"]), task.work)
-    result = json.loads(done.read_text(encoding="utf-8"))
+    run.probed(NAME, Path(found["probe"]), Path(found["noise"]), task.work, in_noise=False)
+    result = json.loads((task.work / "probes" / NAME / f"{name}-quiet" / "probe.json").read_text(encoding="utf-8"))
     return {"chance": result["chance"], **{each["name"]: each["mean"] for each in result["systems"]}}
 
 
@@ -129,7 +124,7 @@ def main() -> None:
     if facts is not None and not task.rehearse:
         task.measure("loss below guessing", lambda: learned(facts))
     if facts is not None and found["probe"]:
-        task.measure("probe words", lambda: probed(task, found, "quiet", max(10.0, end - time.perf_counter())))
+        task.measure("probe words", lambda: probed(task, found, max(10.0, end - time.perf_counter())))
 
 
 if __name__ == "__main__":

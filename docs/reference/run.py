@@ -82,15 +82,18 @@ def pretrained(name: str, speech: Path, noise: Path, out: Path, keys: Iterable[s
     )  # fmt: skip
 
 
-def probed(name: str, labelled: Path, noise: Path, out: Path) -> None:
+def probed(name: str, labelled: Path, noise: Path, out: Path, *, in_noise: bool = True) -> None:
     """Ask the encoder's features all questions, in quiet and in noise; a result that exists is kept."""
+    places: dict[str, tuple[object, ...]] = {"quiet": ()}
+    if in_noise:
+        places["noise"] = ("--noise", noise / "train_manifest.json", "--snr", NOISE_DB)
     (checkpoint,) = (out / name).glob("*/checkpoints/*.nemo")
     rows = [(row, line(labelled, row)) for row in read_table(labelled / "manifest.tsv")]
     for kind in ("words", "sentences"):
         chosen = (each for row, each in rows if (row["task"] == "sentence") == (kind == "sentences"))
         written(out / f"{kind}.json", chosen)
     for question, kind, options in PROBES:
-        for where, added in (("quiet", ()), ("noise", ("--noise", noise / "train_manifest.json", "--snr", NOISE_DB))):
+        for where, added in places.items():
             folder = out / "probes" / name / f"{question}-{where}"
             if not (folder / "probe.json").is_file():
                 nest("probe", out / f"{kind}.json", "--checkpoint", checkpoint, *options, *added, "--out", folder)

@@ -59,7 +59,7 @@ class StepGuard(Callback):
         self.gradient_norm = torch.full((), math.nan)  # of the newest step, before clipping, on the device
         self._recent: list[int] = []  # bad steps among the last _WINDOW steps
         self._usual: list[float] = []  # losses of good steps
-        self._statistics = _Statistics()
+        self._statistics = _Statistics(nn.Module())  # the model's, from the start of training
         self._ids: list[tuple[int, ...]] = []  # line numbers of the utterances in this step's batches
         self._losses: list[Tensor] = []
         self._unsettled: _Step | None = None
@@ -70,12 +70,13 @@ class StepGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             drop_lines_after(self.path, trainer.global_step)
+        self._statistics = _Statistics(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: NoiseBatch, batch_idx: int
     ) -> None:
         if not self._ids and self.max_bad_steps is not None:
-            self._statistics.keep(pl_module)
+            self._statistics.keep()
         self._ids.append(batch.sample_ids)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,17 +220,17 @@ class _Step:
 class _Statistics:
     """A copy of the batch-norm statistics, which a forward pass changes before its loss is known."""
 
-    def __init__(self) -> None:
-        self._kept: list[tuple[list[Tensor], Tensor]] = []  # buffers of one type, and their values in one tensor
-
-    def keep(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         live = [buffer for part in module.modules() if isinstance(part, _BATCH_NORMS) for buffer in part.buffers(False)]
-        of_type = [[buffer for buffer in live if buffer.dtype == dtype] for dtype in {each.dtype for each in live}]
-        self._kept = [(buffers, _joined(buffers)) for buffers in of_type]
+        self._live = [[buffer for buffer in live if buffer.dtype == dtype] for dtype in {each.dtype for each in live}]
+        self._kept: list[Tensor] = []  # for each type, the values of its buffers in one tensor
+
+    def keep(self) -> None:
+        self._kept = [_joined(buffers) for buffers in self._live]
 
     def put_back(self, bad: Tensor) -> None:
         """Restore the copy if `bad`, a boolean scalar on the device, is true."""
-        for buffers, kept in self._kept:
+        for buffers, kept in zip(self._live, self._kept, strict=True):
             chosen = torch.where(bad, kept, _joined(buffers)).split_with_sizes([buffer.numel() for buffer in buffers])
             copy_tensors(buffers, [part.view_as(buffer) for part, buffer in zip(chosen, buffers, strict=True)])
 
